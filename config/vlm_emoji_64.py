@@ -1,0 +1,22 @@
+"""Try."""
+task = 'vlm'
+out_dir = 'out/vlm_emoji_64'
+mix = {f'emoji_64/{style}': 1.0 for style in ('noto', 'twemoji', 'openmoji', 'noto-v1', 'emojione')}
+val = {'heldout': 'emoji_64/heldout', 'unseen': 'emoji_64/fluent-emoji-flat'}
+tokenizer = 'emoji_64/tokenizer.model'
+seq_len = 80
+lanes = 8
+max_steps = 60
+batch_size = 64
+vit.width = 64
+vit.mlp_dim = 128
+vit.depth = 2
+vit.num_heads = 2
+decoder.width = 64
+decoder.depth = 2
+decoder.mlp_dim = 128
+decoder.head_dim = 32
+decoder.num_heads = 2
+eval_every = 30
+num_checkpoints = 3
+log_every = 1

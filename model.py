@@ -1,0 +1,486 @@
+"""Transformers: a vision tower (SigLIP's ViT), a decoder (Gemma), the two joined (PaliGemma), and generation.
+
+Everything here takes tensors and gives tensors: no files, tokenizers or ranks.
+
+Axes: B batch, I pictures, P patches, T query, S key, N heads, K kv heads, H head dim, D width, V vocabulary.
+
+Attention has one implementation and one mask. A sequence is described by two integer rows:
+  blocks    a token attends to every token whose running sum of `blocks` is not larger than its own:
+            1 1 1 1 causal, 0 0 0 0 bidirectional, 0 0 0 1 1 prefix-LM (big_vision's convention);
+  segments  a token attends inside its own segment only: 1, 2, ... are documents, 0 is padding.
+"""
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 64        # pixels, a square
+    patch_size: int = 8         # pixels, a square
+    width: int = 192
+    depth: int = 6              # blocks
+    mlp_dim: int = 768
+    num_heads: int = 3
+    stem: str = 'patch'         # patch: one convolution (SigLIP) | conv: a 3x3 stride-2 convolution per halving
+    feature_layer: int = -1     # -1: the last block, normed; k >= 0: the output of block k as it is
+    dropout: float = 0.0        # on the output of each attention and MLP
+
+    @property
+    def num_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class DecoderConfig:
+    vocab_size: int = 0         # 0: as many as the tokenizer has, rounded up to a multiple of 64
+    width: int = 192
+    depth: int = 4              # blocks
+    mlp_dim: int = 768
+    num_heads: int = 4
+    num_kv_heads: int = 1
+    head_dim: int = 64
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    feature_layer: int = -1     # layer whose output `features` gives: -1 the last, normed
+    dropout: float = 0.0        # on the output of each attention and MLP
+
+
+@dataclass
+class VLMConfig:
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    image_token_id: int = 0     # marks where the patches of a picture go
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+
+def attention(q, k, v, mask=None, is_causal=False):
+    """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N; mask bool (B or 1, T, S)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = None if mask is None else mask[:, None]                              # (B, 1, T, S)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    return out.transpose(1, 2)                                                  # (B, T, N, H)
+
+
+def make_attn_mask(blocks, segments=None):
+    """Who attends to whom: bool (B, T, S), True = attends. blocks, segments (B, T), see the top of this file."""
+    order = blocks.cumsum(1)
+    mask = order[:, None, :] <= order[:, :, None]
+    if segments is not None:
+        # Padding sees padding, so that no row is empty and no softmax divides zero by zero.
+        mask = mask & (segments[:, None, :] == segments[:, :, None])
+    return mask
+
+
+def positions_of(segments):
+    """Positions that restart at 0 with every segment. segments (B, T), each segment contiguous -> (B, T)."""
+    index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def rope_table(positions, head_dim, theta):
+    """cos and sin (B, T, 1, H/2), always fp32: in bf16 positions past a few hundred run together."""
+    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.float()[..., None, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rope):
+    """Rotary position embedding (arXiv 2104.09864), halves paired as Gemma and Llama do. x (B, T, N, H)."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once: `size` positions for B rows."""
+
+    def __init__(self, config, batch, size, device, dtype):
+        shape = (config.depth, batch, size, config.num_kv_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0         # positions filled; moved on by the decoder once all layers have written
+
+    def update(self, layer, k, v):
+        """Write k, v (B, T, K, H) after what is there; all keys and values so far, (B, S, K, H)."""
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length:end] = k
+        self.values[layer, :, self.length:end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision tower: SigLIP's ViT (arXiv 2303.15343)
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.num_heads = c.num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(c.width, eps=1e-6), nn.LayerNorm(c.width, eps=1e-6)
+        self.q, self.k, self.v, self.o = (nn.Linear(c.width, c.width) for _ in range(4))
+        self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_dim), nn.Linear(c.mlp_dim, c.width)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x):
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (self.num_heads, -1)) for f in (self.q, self.k, self.v))
+        x = x + self.dropout(self.o(attention(q, k, v).flatten(2)))
+        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate='tanh')))
+
+
+class ConvStem(nn.Sequential):
+    """3x3 stride-2 convolutions down to one pixel a patch (arXiv 2106.14881): learns edges from little data."""
+
+    def __init__(self, width, patch_size):
+        halvings = patch_size.bit_length() - 1
+        assert patch_size == 2 ** halvings, f'a conv stem needs a patch size that is a power of 2, got {patch_size}'
+        layers, channels = [], 3
+        for i in reversed(range(halvings)):
+            layers += [nn.Conv2d(channels, width >> i, 3, stride=2, padding=1),
+                       nn.GroupNorm(1, width >> i), nn.GELU(approximate='tanh')]
+            channels = width >> i
+        super().__init__(*layers, nn.Conv2d(width, width, 1))
+
+
+class ViT(nn.Module):
+    """Pictures to patch features."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        if c.image_size % c.patch_size or c.width % c.num_heads:
+            raise ValueError(f'vit.image_size={c.image_size} must be a multiple of vit.patch_size={c.patch_size}, '
+                             f'vit.width={c.width} of vit.num_heads={c.num_heads}')
+        if not -1 <= c.feature_layer < c.depth:
+            raise ValueError(f'vit.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
+        self.stem = (ConvStem(c.width, c.patch_size) if c.stem == 'conv'
+                     else nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, c.num_patches, c.width))
+        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.depth))
+        self.norm = nn.LayerNorm(c.width, eps=1e-6)
+        self.init_weights()
+
+    def init_weights(self):
+        """As big_vision initialises SigLIP's tower: Xavier in the blocks, lecun-normal in the stem."""
+        nn.init.normal_(self.pos_embed, std=self.config.width ** -0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity='linear')
+                nn.init.zeros_(module.bias)
+
+    def forward(self, pixels):
+        """pixels (I, 3, H, W) as the processor gives them -> features (I, P, D)."""
+        x = self.stem(pixels).flatten(2).transpose(1, 2) + self.pos_embed       # (I, P, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i == self.config.feature_layer:
+                return x
+        return self.norm(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# decoder: Gemma (arXiv 2403.08295)
+
+
+class RMSNorm(nn.Module):
+    """Root mean square norm in fp32; the weight is stored as its distance from 1, as in Gemma."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * (1 + self.weight)).to(x.dtype)
+
+
+class DecoderBlock(nn.Module):
+    def __init__(self, c, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, c.head_dim
+        self.norm1, self.norm2 = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
+        self.q = nn.Linear(c.width, c.num_heads * c.head_dim, bias=False)
+        self.k = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
+        self.v = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
+        self.o = nn.Linear(c.num_heads * c.head_dim, c.width, bias=False)
+        self.gate, self.up = (nn.Linear(c.width, c.mlp_dim, bias=False) for _ in range(2))
+        self.down = nn.Linear(c.mlp_dim, c.width, bias=False)
+        self.dropout = nn.Dropout(c.dropout)
+
+    def forward(self, x, rope, mask, cache):
+        h = self.norm1(x)
+        q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        x = x + self.dropout(self.o(attention(q, k, v, mask, is_causal=mask is None).flatten(2)))
+        h = self.norm2(x)
+        return x + self.dropout(self.down(F.gelu(self.gate(h), approximate='tanh') * self.up(h)))
+
+
+class Decoder(nn.Module):
+    """A language model. With `blocks=None` it is causal."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        if c.num_heads % c.num_kv_heads or c.head_dim % 2:
+            raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of decoder.num_kv_heads='
+                             f'{c.num_kv_heads}, and decoder.head_dim={c.head_dim} even')
+        if not -1 <= c.feature_layer < c.depth:
+            raise ValueError(f'decoder.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
+        self.embedding = nn.Embedding(c.vocab_size, c.width)                    # tied: also the output layer
+        self.blocks = nn.ModuleList(DecoderBlock(c, i) for i in range(c.depth))
+        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.init_weights()
+
+    def init_weights(self):
+        """As big_vision initialises Gemma: truncated normal with variance 1 / fan-in, norms at one."""
+        nn.init.normal_(self.embedding.weight, std=self.config.width ** -0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # 0.8796: the standard deviation of a unit normal cut at 2, so that the cut does not shrink the weights
+                std = module.in_features ** -0.5 / 0.87962566
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+
+    def embed(self, tokens):
+        """tokens (B, T) -> (B, T, D), scaled by the root of the width."""
+        return self.embedding(tokens) * math.sqrt(self.config.width)
+
+    def features(self, x, blocks=None, segments=None, cache=None, mask=None, positions=None):
+        """Embeddings x (B, T, D) -> hidden states (B, T, D) of `feature_layer`.
+
+        With a cache, `mask` (B, T, S) and `positions` (B, T) say where the new tokens stand; without, both follow
+        from blocks and segments, and plain causal rows take SDPA's causal path."""
+        if mask is None and (blocks is not None or segments is not None):
+            blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if blocks is None else blocks
+            mask = make_attn_mask(blocks, segments)
+        if positions is None:
+            positions = (torch.arange(x.shape[1], device=x.device)[None] if segments is None
+                         else positions_of(segments))
+        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache)
+            if i == self.config.feature_layer:
+                return x
+        if cache is not None:
+            cache.length += x.shape[1]
+        return self.norm(x)
+
+    def unembed(self, x):
+        """Hidden states (..., D) -> logits (..., V)."""
+        return F.linear(x, self.embedding.weight)
+
+    def logits(self, tokens, pixels=None, blocks=None, segments=None):
+        """tokens (B, T) -> logits (B, T, V)."""
+        assert pixels is None, 'a Decoder has no eyes: use a VLM'
+        return self.unembed(self.features(self.embed(tokens), blocks, segments))
+
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None):
+        """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored."""
+        assert pixels is None, 'a Decoder has no eyes: use a VLM'
+        return token_loss(self, self.features(self.embed(tokens), blocks, segments), targets)
+
+    forward = loss              # DistributedDataParallel wraps `forward`
+
+
+def token_loss(decoder, x, targets, chunk=4096):
+    """Cross-entropy at the targets only, in chunks whose logits are recomputed in the backward pass:
+    (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> (sum, count)."""
+    wanted = targets != -100
+    x, targets = x[wanted], targets[wanted]                                     # (targets, D), (targets,)
+
+    def chunk_loss(x, targets):
+        return F.cross_entropy(decoder.unembed(x).float(), targets, reduction='sum')
+
+    if len(x) <= chunk:
+        return chunk_loss(x, targets), wanted.sum()
+    parts = [checkpoint(chunk_loss, a, b, use_reentrant=False) for a, b in zip(x.split(chunk), targets.split(chunk))]
+    return torch.stack(parts).sum(), wanted.sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision-language model: PaliGemma (arXiv 2407.07726)
+
+
+class VLM(nn.Module):
+    """ViT -> linear connector -> decoder. Pictures are (I, 3, H, W), in the order in which their image tokens stand in
+    the rows of `tokens`; each picture takes `vit.num_patches` image tokens, and a row may have any number of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vit, self.decoder = ViT(config.vit), Decoder(config.decoder)
+        self.connector = nn.Linear(config.vit.width, config.decoder.width)
+        nn.init.normal_(self.connector.weight, std=config.vit.width ** -0.5)
+        nn.init.zeros_(self.connector.bias)
+
+    def embed(self, tokens, pixels=None):
+        """Token embeddings with the patches of the pictures in place of the image tokens: (B, T, D)."""
+        x = self.decoder.embed(tokens)
+        here = tokens == self.config.image_token_id
+        if pixels is None or len(pixels) == 0:
+            assert not here.any(), 'image tokens without pictures'
+            if self.training:   # the tower runs on every rank, so that no collective waits for one that saw no picture
+                size = self.config.vit.image_size
+                x = x + 0.0 * self.connector(self.vit(x.new_zeros(1, 3, size, size))).sum()
+            return x
+        patches = self.connector(self.vit(pixels)).flatten(0, 1)                # (I * P, D)
+        assert here.sum() == len(patches), f'{here.sum()} image tokens for {len(patches)} patches'
+        return x.masked_scatter(here[..., None], patches.to(x.dtype))
+
+    def default_blocks(self, tokens, targets=None):
+        """Rows with a picture are prefix-LM (everything up to the first target is seen by all), others causal."""
+        suffix = torch.zeros_like(tokens)
+        if targets is not None:
+            suffix[:, 1:] = (targets[:, :-1] != -100).cummax(1).values
+        pictured = (tokens == self.config.image_token_id).any(1, keepdim=True)
+        return torch.where(pictured, suffix, 1)
+
+    def logits(self, tokens, pixels=None, blocks=None, segments=None):
+        """tokens (B, T) -> logits (B, T, V)."""
+        blocks = self.default_blocks(tokens) if blocks is None else blocks
+        return self.decoder.unembed(self.decoder.features(self.embed(tokens, pixels), blocks, segments))
+
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None):
+        """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored."""
+        blocks = self.default_blocks(tokens, targets) if blocks is None else blocks
+        return token_loss(self.decoder, self.decoder.features(self.embed(tokens, pixels), blocks, segments), targets)
+
+    forward = loss
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# picture-name pairs: SigLIP (arXiv 2303.15343), the first stage of a VLM whose tower starts from nothing
+
+
+class SigLIP(nn.Module):
+    """ViT and text tower trained to tell, for every picture and every text of a batch, whether they belong together.
+
+    The loss compares all pairs of a batch, so a batch can not be cut into micro-batches or ranks."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vit, self.text = ViT(config.vit), Decoder(config.decoder)
+        width = config.decoder.width
+        self.image_head, self.text_head = nn.Linear(config.vit.width, width), nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.bias = nn.Parameter(torch.tensor(-10.0))
+
+    def embed_images(self, pixels):
+        """pixels (I, 3, H, W) -> unit vectors (I, D)."""
+        return F.normalize(self.image_head(self.vit(pixels).mean(1)), dim=-1)
+
+    def embed_texts(self, tokens, segments):
+        """tokens, segments (B, T), segments 0 where padding -> unit vectors (B, D). Bidirectional."""
+        x = self.text.features(self.text.embed(tokens), torch.zeros_like(tokens), segments)
+        real = (segments > 0)[..., None]
+        return F.normalize(self.text_head((x * real).sum(1) / real.sum(1)), dim=-1)
+
+    def loss(self, tokens, targets, pixels, blocks=None, segments=None):
+        """Sum over pictures of the pairs' sigmoid losses, and the number of pictures. Equal texts are all positives."""
+        pairs = (targets != -100).any(1)                                        # a row without targets has no picture
+        tokens, segments = tokens[pairs], segments[pairs]
+        same = (tokens[:, None] == tokens[None]).all(-1)                        # (I, I)
+        logits = self.embed_images(pixels) @ self.embed_texts(tokens, segments).T * self.scale.exp() + self.bias
+        return -F.logsigmoid(torch.where(same, logits, -logits).float()).sum(), pairs.sum()
+
+    forward = loss
+
+
+def build(task, vit, decoder, vocab_size, image_token_id):
+    """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says."""
+    if decoder.vocab_size == 0:
+        decoder = replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
+    if decoder.vocab_size < vocab_size:
+        raise ValueError(f'decoder.vocab_size={decoder.vocab_size} is less than the {vocab_size} of the tokenizer')
+    if task == 'llm':
+        return Decoder(decoder)
+    return {'vlm': VLM, 'siglip': SigLIP}[task](VLMConfig(vit, decoder, image_token_id))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# generation
+
+
+@torch.no_grad()
+def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top_k=0, top_p=1.0, eos_id=-1, pad_id=0,
+             seed=0, use_cache=True):
+    """Continue the prompts `tokens` (B, T), padded left or right with pad_id: a list of new token lists, one a row.
+
+    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; a row ends before its eos_id (-1: never). Every row
+    samples from its own random stream (seed, row), so what it gets does not depend on the length of the others."""
+    was_training = model.training
+    model.eval()
+    decoder = getattr(model, 'decoder', model)
+    tokens, segments = left_padded(tokens, pad_id)
+    batch, prompt = tokens.shape
+    blocks = model.default_blocks(tokens) if isinstance(model, VLM) else torch.ones_like(tokens)
+    grown = torch.ones(batch, max_new_tokens, dtype=tokens.dtype, device=tokens.device)     # new tokens: causal
+    mask = make_attn_mask(torch.cat((blocks, grown), 1), torch.cat((segments, grown), 1))   # (B, S, S), made once
+    positions = positions_of(torch.cat((segments, grown), 1))
+    cache = KVCache(decoder.config, batch, prompt + max_new_tokens, tokens.device, decoder.embedding.weight.dtype)
+    generators = [torch.Generator(tokens.device).manual_seed(seed * 1_000_003 + row) for row in range(batch)]
+
+    x = model.embed(tokens, pixels) if isinstance(model, VLM) else model.embed(tokens)
+    new, done = [], torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    for step in range(max_new_tokens):
+        start, end = cache.length if use_cache else 0, prompt + step
+        hidden = decoder.features(x, cache=cache if use_cache else None, mask=mask[:, start:end, :end],
+                                  positions=positions[:, start:end])
+        choice = sample(decoder.unembed(hidden[:, -1]).float(), temperature, top_k, top_p, generators)
+        new.append(choice)
+        done |= choice == eos_id
+        if done.all():
+            break
+        fresh = decoder.embed(choice[:, None])
+        x = fresh if use_cache else torch.cat((x, fresh), 1)
+    model.train(was_training)
+    rows = torch.stack(new, 1).tolist() if new else [[] for _ in range(batch)]
+    return [row[:row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
+def left_padded(tokens, pad_id):
+    """Move the padding of each row to its left; (tokens, segments), segments 0 where padding, else 1.
+
+    Padding is what stands before the first and after the last other token: a pad_id inside a prompt is a token."""
+    real = tokens != pad_id
+    first = real.int().argmax(1)
+    length = torch.where(real.any(1), tokens.shape[1] - real.int().flip(1).argmax(1) - first, 0)
+    if (length == 0).any():
+        raise ValueError('generate: a prompt is empty')
+    index = torch.arange(tokens.shape[1], device=tokens.device)[None] - (tokens.shape[1] - length)[:, None]
+    segments = (index >= 0).to(tokens.dtype)
+    return tokens.gather(1, (index.clamp(min=0) + first[:, None])).where(segments > 0, pad_id), segments
+
+
+def sample(logits, temperature, top_k, top_p, generators):
+    """Choose a token a row from logits (B, V): (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probs = ordered.softmax(-1)
+        beyond = probs.cumsum(-1) - probs >= top_p                              # the first token always stays
+        logits = logits.masked_fill(beyond.gather(1, order.argsort(-1)), -math.inf)
+    probs = logits.softmax(-1)
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])

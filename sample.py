@@ -1,0 +1,190 @@
+"""Use a trained run: caption pictures, continue text, or measure a data set.
+
+    python sample.py --out_dir=out/vlm_emoji --image=a.png [--prompt=...] [--json=true]
+    python sample.py --out_dir=out/vlm_emoji --image='pictures/*.png,other.jpg'         (many at once; a folder, too)
+    python sample.py --out_dir=out/vlm_emoji --eval=emoji/fluent-emoji-flat             (exact match, controls, a grid)
+    python sample.py --out_dir=out/llm --prompt='Once upon'
+"""
+import glob
+import os
+import sys
+from json import dumps, load
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import data
+import tokenizer as tokenizers
+from configurator import configure
+from model import DecoderConfig, ViTConfig, build, generate
+
+out_dir = 'out/vlm_emoji'       # a run
+checkpoint = 'latest'           # one of its checkpoints
+image = ''                      # pictures: paths, patterns and folders, separated by commas
+prompt = ''                     # text after the picture, or to be continued (empty: the run's own)
+json = False                    # one JSON object a line instead of text
+eval = ''                       # a data set to measure: exact match, its controls, and the grid below
+grid = ''                       # where --eval draws pictures, names and answers (empty: captions.png in out_dir)
+max_new_tokens = 32
+temperature = 0.0               # 0: the likeliest token
+top_k = 0                       # 0: all tokens
+top_p = 1.0                     # 1: all tokens
+seed = 0
+batch_size = 64                 # rows at once
+data_dir = ''                   # where --eval looks for its data set (empty: the run's own)
+device = 'auto'                 # auto: cuda if there is one, else cpu
+configure(globals())
+
+
+def fail(message, code=2):
+    print(f'sample.py: {message}', file=sys.stderr)
+    sys.exit(code)
+
+
+if device == 'auto':
+    device = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the run: its settings, tokenizer and weights
+
+folder = os.path.join(out_dir, 'checkpoints', checkpoint)
+try:
+    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
+        run = load(f)
+    parts = {name: kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
+             for name, kind in (('vit', ViTConfig), ('decoder', DecoderConfig))}
+    file = next((f for f in sorted(os.listdir(folder)) if f.startswith('tokenizer.')), None)
+    tok = tokenizers.load(os.path.join(folder, file) if file else run['tokenizer'])
+    model = build(run['task'], parts['vit'], parts['decoder'], tok.vocab_size, tok.image_id).to(device).eval()
+    model.load_state_dict(load_file(os.path.join(folder, 'model.safetensors'), device=device))
+except FileNotFoundError as error:
+    fail(f'{folder!r} is no checkpoint ({error.filename} is missing): train first, or give --out_dir and --checkpoint')
+except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    fail(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}')
+if run['task'] == 'siglip':
+    fail(f'{out_dir} is a vision tower (task=siglip), it has no words: give the run of a vlm or llm')
+processor = data.Processor(tok, parts['vit'].image_size, parts['vit'].num_patches, run['prompt'], run['seq_len'])
+
+
+def answers(prefixes, pixels):
+    """Texts that continue lists of token ids; pixels uint8 (I, H, W, 3) or None, one for each row."""
+    out = []
+    for a in range(0, len(prefixes), batch_size):
+        rows = prefixes[a:a + batch_size]
+        tokens = torch.full((len(rows), max(map(len, rows))), tok.pad_id, device=device)
+        for i, row in enumerate(rows):
+            tokens[i, len(tokens[i]) - len(row):] = torch.tensor(row)
+        pictures = None if pixels is None else data.to_pixels(pixels[a:a + batch_size], device)
+        out += [tok.decode(ids) for ids in generate(model, tokens, pictures, max_new_tokens, temperature, top_k, top_p,
+                                                    tok.eos_id, tok.pad_id, seed + a)]
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures or text in, text out
+
+
+def find_images(names):
+    """The files that a list of paths, patterns and folders, separated by commas, stands for."""
+    endings = ('.png', '.jpg', '.jpeg', '.webp')
+    files = []
+    for name in names.split(','):
+        pattern = os.path.join(name, '*') if os.path.isdir(name) else name
+        found = [name] if os.path.isfile(name) else sorted(f for f in glob.glob(pattern) if f.lower().endswith(endings))
+        if not found:
+            fail(f'--image={name!r}: no such picture, pattern that matches, or folder with {", ".join(endings)}')
+        files += found
+    return files
+
+
+def main():
+    if image:
+        if run['task'] != 'vlm':
+            fail(f'--image: {out_dir} is task={run["task"]}, which has no eyes')
+        files, pixels = find_images(image), []
+        for name in files:
+            try:
+                with open(name, 'rb') as f:
+                    pixels.append(processor.pixels(f.read()))
+            except (OSError, data.BadSample) as error:
+                fail(f'{name}: {error}', 1)
+        texts = answers([processor.prefix(prompt or None)] * len(files), np.stack(pixels))
+        for name, text in zip(files, texts):
+            print(dumps({'image': name, 'prompt': prompt or run['prompt'], 'text': text}) if json else
+                  text if len(files) == 1 else f'{name}: {text}')
+    elif run['task'] == 'llm':
+        text, = answers([[tok.bos_id] + tok.encode(prompt)], None)
+        print(dumps({'prompt': prompt, 'text': text}) if json else prompt + text)
+    else:
+        fail(f'{out_dir} is a vision-language model: give --image=a.png or --eval=<data set>')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# exact match on a data set, beside what a model would get that does not look, and a nearest neighbour that only looks
+
+
+def read_all(name):
+    """The pictures (uint8, on white) and texts of a data set."""
+    folder = data.Folder(data.find(name, data_dir or run['data_dir']))
+    rows = data.Batches([folder], data.InOrder(folder.shards), processor)[np.arange(len(folder))]
+    if rows['bad']:
+        fail(rows['bad'][0], 1)
+    return rows['pixels'], rows['texts']
+
+
+def nearest_neighbour(pixels, size=8):
+    """For each picture the text of the nearest training picture, both averaged down to 8 x 8 pixels."""
+    def small(x):
+        n, s = len(x), x.shape[1] // size
+        return x[:, :s * size, :s * size].astype(np.float32).reshape(n, size, s, size, s, 3).mean((2, 4)).reshape(n, -1)
+
+    known = [read_all(name) for name in run['mix']]
+    theirs, names = small(np.concatenate([p for p, _ in known])), [t for _, texts in known for t in texts]
+    distance = (theirs ** 2).sum(1) - 2 * small(pixels) @ theirs.T              # + a constant of each picture
+    return [names[i] for i in distance.argmin(1)]
+
+
+def evaluate():
+    try:
+        pixels, texts = read_all(eval)
+        if not len(pixels):
+            raise ValueError(f'data set {eval!r} is empty')
+        prefixes = [processor.prefix(prompt or None)] * len(texts)
+        shuffled = np.roll(pixels, len(pixels) // 2 + 1, 0)                     # every picture goes to another name
+        given = answers(prefixes, pixels)
+        rows = {'exact match': given, 'blank picture': answers(prefixes, np.full_like(pixels, 255)),
+                'shuffled pictures': answers(prefixes, shuffled), 'pixel nearest neighbour': nearest_neighbour(pixels)}
+    except (OSError, ValueError) as error:
+        fail(error)
+    scores = {name: sum(a == t for a, t in zip(row, texts)) / len(texts) for name, row in rows.items()}
+    if json:
+        print(dumps({'data': eval, 'samples': len(texts), **{k.replace(' ', '_'): v for k, v in scores.items()}}))
+    else:
+        print(f'{eval}, {len(texts)} pictures: ' + ', '.join(f'{k} {v:.1%}' for k, v in scores.items()))
+    draw(grid or os.path.join(out_dir, 'captions.png'), pixels, texts, given, scores['exact match'])
+
+
+def draw(path, pixels, texts, given, score, columns=8, rows=5):
+    """A PNG of pictures, their true names and the answers: green right, red wrong."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    chosen = np.linspace(0, len(texts) - 1, min(columns * rows, len(texts))).round().astype(int)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * 1.7, rows * 1.75), layout='constrained')
+    for axis in axes.flat:
+        axis.axis('off')
+    for axis, i in zip(axes.flat, chosen):
+        axis.imshow(pixels[i])
+        right = given[i] == texts[i]
+        axis.set_title(texts[i] if right else f'{texts[i]}\n{given[i][:28]}', fontsize=7, color='g' if right else 'r')
+    figure.suptitle(f'{eval}: {score:.1%} of {len(texts)} right (the true name; below it a wrong answer)', fontsize=10)
+    figure.savefig(path, dpi=110)
+    print(f'grid of {len(chosen)} pictures: {path}', file=sys.stderr)
+
+
+if eval:
+    evaluate()
+else:
+    main()
