@@ -314,33 +314,80 @@ def resize(picture, size):
     return np.array(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
+TO_RGB = np.linalg.inv(TO_YIQ)
+
+
 def augment(rgba, rng):
-    """RGBA uint8 (S, S, 4) -> RGB uint8 (S, S, 3): a little rotated, scaled, shifted and recoloured."""
+    """RGBA uint8 (S, S, 4) -> RGB uint8 (S, S, 3): as another designer might have drawn it. Never mirrored, since left
+    and right arrows are different names; one in ten is left as it is."""
     from PIL import Image
+    if rng.uniform() < 0.1:
+        return on_background(rgba)
     size = rgba.shape[0]
-    angle, scale = np.deg2rad(rng.uniform(-15, 15)), np.exp(rng.uniform(-0.2, 0.2))
-    dx, dy = rng.uniform(-0.1, 0.1, 2) * size
-    c, s, m = np.cos(angle) / scale, np.sin(angle) / scale, size / 2
-    affine = (c, s, m - c * (m + dx) - s * (m + dy), -s, c, m + s * (m + dx) - c * (m + dy))
-    moved = Image.fromarray(rgba).transform((size, size), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR)
-    return on_background(np.array(moved), rng.uniform(0, 256, 3))
+    angle, zoom, aspect, shear, dx, dy, hue, saturation, gain, brightness, *gains = rng.uniform(-1, 1, 13)
+    gray, lines, line_ink, posterize, tones, outline, outline_ink, ground, hole, *hole_box, blur = rng.uniform(size=14)
+
+    # where things are: rotation, zoom, aspect, shear, shift
+    zoom, aspect, angle = np.exp(0.22 * zoom - 0.12), np.exp(0.12 * aspect), 0.3 * angle
+    c, s, m = np.cos(angle) / zoom, np.sin(angle) / zoom, size / 2
+    a, b, d, e = c * aspect, (s + 0.15 * shear * c) * aspect, -s / aspect, (c - 0.15 * shear * s) / aspect
+    dx, dy = m + 0.08 * size * dx, m + 0.08 * size * dy
+    picture = Image.fromarray(rgba).transform((size, size), Image.Transform.AFFINE, (
+        a, b, m - a * dx - b * dy, d, e, m - d * dx - e * dy), Image.Resampling.BILINEAR)
+    x = np.asarray(picture).astype(np.float32) / 255
+    rgb, alpha = x[..., :3], x[..., 3]
+
+    # colour: hue and saturation turn and stretch the chroma plane; gains and brightness
+    turn, stretch = 0.35 * hue, 0.0 if gray < 0.1 else np.exp(0.6 * saturation)
+    chroma = np.eye(3)
+    chroma[1:, 1:] = stretch * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    gains = np.exp(0.3 * gain + 0.15 * np.array(gains))
+    matrix = ((TO_RGB @ chroma @ TO_YIQ) * gains[:, None]).astype(np.float32)
+    rgb = rgb @ matrix.T + np.float32(0.12 * brightness + 0.5 * (1 - gains.mean()))
+
+    # line and tone: dark lines inside, few tones, a dark outline
+    if lines < 0.2:
+        light = rgb @ LUMA
+        edge = abs(np.diff(light, axis=0, append=light[-1:])) + abs(np.diff(light, axis=1, append=light[:, -1:]))
+        rgb = rgb * (1 - np.minimum(2 * edge, 1) * np.float32(0.5 + 0.5 * line_ink))[..., None]
+    if posterize < 0.15:
+        rgb = np.round(rgb * (2 + int(4 * tones))) / (2 + int(4 * tones))
+    rgb = rgb.clip(0, 1)
+    if outline < 0.25:
+        p = np.pad(alpha, 1)
+        grown = np.maximum.reduce([alpha, p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
+        rgb, alpha = rgb * alpha[..., None] + np.float32(0.2 * outline_ink) * (1 - alpha[..., None]), grown
+
+    # the ground is white or a light colour; a piece may be missing; a blur
+    colour = np.ones(3, np.float32) if ground < 0.6 else rng.uniform(0, 1, 3).astype(np.float32) ** 0.5
+    rgb = rgb * alpha[..., None] + colour * (1 - alpha[..., None])
+    if hole < 0.25:
+        top, left, height, width = (np.array(hole_box) * [1, 1, 0.25, 0.25] + [0, 0, 0.12, 0.12]) * size
+        rgb[int(top):int(top + height), int(left):int(left + width)] = colour
+    if blur < 0.15:
+        p = np.pad(rgb, ((1, 1), (1, 1), (0, 0)), mode='edge')
+        p = p[:-2] + 2 * p[1:-1] + p[2:]
+        rgb = (p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]) / 16
+    return (255 * rgb + 0.5).astype(np.uint8)
 
 
 class Processor:
     """A sample -> one row of tokens, targets, blocks, segments and its picture. PaliGemma's form of a row is
 
-        <image> * num_patches, bos, prompt, newline | caption, eos      (left of the bar: seen by all, never learned)
+        <image> * image_tokens, bos, prompt, newline | caption, eos      (left of the bar: seen by all, never learned)
 
     and a sample without a picture is bos, text, eos, causal. With `pairs=True` (SigLIP) a row is the caption alone."""
 
-    def __init__(self, tokenizer, image_size, num_patches, prompt='', seq_len=96, pairs=False):
-        self.tokenizer, self.image_size, self.num_patches = tokenizer, image_size, num_patches
+    def __init__(self, tokenizer, image_size, image_tokens, prompt='', seq_len=96, pairs=False):
+        self.tokenizer, self.image_size, self.image_tokens = tokenizer, image_size, image_tokens
         self.prompt, self.seq_len, self.pairs = prompt, seq_len, pairs
 
     def prefix(self, prompt=None):
         """Token ids of a picture and its prompt, up to where the answer begins."""
         t = self.tokenizer
-        return ([t.image_id] * self.num_patches + [t.bos_id]
+        return ([t.image_id] * self.image_tokens + [t.bos_id]
                 + t.encode((self.prompt if prompt is None else prompt) + '\n'))
 
     def row(self, sample, rng=None):
@@ -398,20 +445,21 @@ def collate(rows, seq_len, pad_id, pairs=False):
     return batch
 
 
-def to_device(batch, device):
+def to_device(batch, device, mean=0.5, std=0.5):
     """A collated batch -> the tensors that the models take."""
     import torch
     out = {k: torch.as_tensor(batch[k]).to(device, non_blocking=True).long()
            for k in ('tokens', 'targets', 'blocks', 'segments')}
     if 'pixels' in batch:
-        out['pixels'] = to_pixels(batch['pixels'], device)
+        out['pixels'] = to_pixels(batch['pixels'], device, mean, std)
     return out
 
 
-def to_pixels(pictures, device):
-    """uint8 (I, H, W, 3) -> fp32 (I, 3, H, W) in -1 to 1, as SigLIP takes them."""
+def to_pixels(pictures, device, mean=0.5, std=0.5):
+    """uint8 (I, H, W, 3) -> fp32 (I, 3, H, W), less the mean, by std; 0.5 and 0.5 give -1 to 1, as SigLIP's."""
     import torch
-    return torch.as_tensor(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2).float().div(127.5).sub(1.0)
+    pixels = torch.as_tensor(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return pixels.float().div(255 * std).sub(mean / std)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -472,6 +520,17 @@ def quiet_worker(_):
     import torch
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def all_texts(folders, processor):
+    """Every text of the folders once, as rows of a batch: tokens and segments (N, T)."""
+    found = {}
+    for folder in folders:
+        batches = Batches([folder], InOrder(folder.shards), processor)
+        for start in range(0, len(folder), 1024):
+            rows = batches[np.arange(start, min(start + 1024, len(folder)))]
+            found |= {row.tobytes(): (row, segments) for row, segments in zip(rows['tokens'], rows['segments'])}
+    return tuple(np.stack(x) for x in zip(*found.values()))
 
 
 def shards_between(order, folders, start, end, chunk=1 << 20):

@@ -27,6 +27,7 @@ class ViTConfig:
     mlp_dim: int = 768
     num_heads: int = 3
     stem: str = 'patch'         # patch: one convolution (SigLIP) | conv: a 3x3 stride-2 convolution per halving
+    init_scale: float = 1.0     # of the last weights of residual branches at the start: 1 as SigLIP, 0 learns sooner
     feature_layer: int = -1     # -1: the last block, normed; k >= 0: the output of block k as it is
     dropout: float = 0.0        # on the output of each attention and MLP
 
@@ -55,6 +56,12 @@ class VLMConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     image_token_id: int = 0     # marks where the patches of a picture go
+    pixel_shuffle: int = 1      # squares of so many patches a side become one image token
+
+    @property
+    def image_tokens(self):
+        """Tokens that a picture takes."""
+        return self.vit.num_patches // self.pixel_shuffle ** 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -180,6 +187,10 @@ class ViT(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='linear')
                 nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for block in self.blocks:
+                block.o.weight *= self.config.init_scale
+                block.fc2.weight *= self.config.init_scale
 
     def forward(self, pixels):
         """pixels (I, 3, H, W) as the processor gives them -> features (I, P, D)."""
@@ -317,17 +328,31 @@ def token_loss(decoder, x, targets, chunk=4096):
 # vision-language model: PaliGemma (arXiv 2407.07726)
 
 
+def pixel_shuffle(x, factor):
+    """Patches (I, P, D), row by row, to squares of factor x factor patches (I, P / factor^2, factor^2 * D)."""
+    side = math.isqrt(x.shape[1])
+    x = x.unflatten(1, (side // factor, factor, side // factor, factor))        # (I, rows, factor, columns, factor, D)
+    return x.transpose(2, 3).flatten(3).flatten(1, 2)
+
+
 class VLM(nn.Module):
-    """ViT -> linear connector -> decoder. Pictures are (I, 3, H, W), in the order in which their image tokens stand in
-    the rows of `tokens`; each picture takes `vit.num_patches` image tokens, and a row may have any number of them."""
+    """ViT -> pixel shuffle, linear -> decoder. Pictures are (I, 3, H, W), in the order in which their image tokens
+    stand in the rows of `tokens`; each takes `config.image_tokens`, and a row may have any number of pictures."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.vit, self.decoder = ViT(config.vit), Decoder(config.decoder)
-        self.connector = nn.Linear(config.vit.width, config.decoder.width)
-        nn.init.normal_(self.connector.weight, std=config.vit.width ** -0.5)
+        side, factor = config.vit.image_size // config.vit.patch_size, config.pixel_shuffle
+        if side % factor:
+            raise ValueError(f'pixel_shuffle={factor} does not divide the {side} patches of a side')
+        self.connector = nn.Linear(config.vit.width * factor ** 2, config.decoder.width)
+        nn.init.normal_(self.connector.weight, std=self.connector.in_features ** -0.5)
         nn.init.zeros_(self.connector.bias)
+
+    def patches(self, pixels):
+        """pixels (I, 3, H, W) -> what stands in place of the image tokens (I, image_tokens, D)."""
+        return self.connector(pixel_shuffle(self.vit(pixels), self.config.pixel_shuffle))
 
     def embed(self, tokens, pixels=None):
         """Token embeddings with the patches of the pictures in place of the image tokens: (B, T, D)."""
@@ -337,9 +362,9 @@ class VLM(nn.Module):
             assert not here.any(), 'image tokens without pictures'
             if self.training:   # the tower runs on every rank, so that no collective waits for one that saw no picture
                 size = self.config.vit.image_size
-                x = x + 0.0 * self.connector(self.vit(x.new_zeros(1, 3, size, size))).sum()
+                x = x + 0.0 * self.patches(x.new_zeros(1, 3, size, size)).sum()
             return x
-        patches = self.connector(self.vit(pixels)).flatten(0, 1)                # (I * P, D)
+        patches = self.patches(pixels).flatten(0, 1)                            # (I * image_tokens, D)
         assert here.sum() == len(patches), f'{here.sum()} image tokens for {len(patches)} patches'
         return x.masked_scatter(here[..., None], patches.to(x.dtype))
 
@@ -371,20 +396,24 @@ class VLM(nn.Module):
 class SigLIP(nn.Module):
     """ViT and text tower trained to tell, for every picture and every text of a batch, whether they belong together.
 
-    The loss compares all pairs of a batch, so a batch can not be cut into micro-batches or ranks."""
+    `loss` compares every picture with the texts of its batch, so that a batch can not be cut into micro-batches or
+    ranks, or with `texts`, and then it can. The picture's vector is linear in all its patches, where SigLIP pools
+    them by attention: a tower that starts from a thousand pictures does not find out by itself where things are.
+    scale and bias start the logits: bias near the log-odds of a match."""
 
-    def __init__(self, config):
+    def __init__(self, config, scale=10.0, bias=-10.0):
         super().__init__()
         self.config = config
         self.vit, self.text = ViT(config.vit), Decoder(config.decoder)
         width = config.decoder.width
-        self.image_head, self.text_head = nn.Linear(config.vit.width, width), nn.Linear(width, width)
-        self.scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.bias = nn.Parameter(torch.tensor(-10.0))
+        self.image_head = nn.Linear(config.vit.width * config.vit.num_patches, width)
+        self.text_head = nn.Linear(width, width)
+        self.scale = nn.Parameter(torch.tensor(math.log(scale)))
+        self.bias = nn.Parameter(torch.tensor(bias))
 
     def embed_images(self, pixels):
         """pixels (I, 3, H, W) -> unit vectors (I, D)."""
-        return F.normalize(self.image_head(self.vit(pixels).mean(1)), dim=-1)
+        return F.normalize(self.image_head(self.vit(pixels).flatten(1)), dim=-1)
 
     def embed_texts(self, tokens, segments):
         """tokens, segments (B, T), segments 0 where padding -> unit vectors (B, D). Bidirectional."""
@@ -392,18 +421,21 @@ class SigLIP(nn.Module):
         real = (segments > 0)[..., None]
         return F.normalize(self.text_head((x * real).sum(1) / real.sum(1)), dim=-1)
 
-    def loss(self, tokens, targets, pixels, blocks=None, segments=None):
-        """Sum over pictures of the pairs' sigmoid losses, and the number of pictures. Equal texts are all positives."""
+    def loss(self, tokens, targets, pixels, blocks=None, segments=None, texts=None, text_segments=None):
+        """Sum over pictures of the pairs' sigmoid losses, and the number of pictures. Equal texts are all positives.
+
+        texts, text_segments (N, T): what every picture is compared with; without them, the texts of the batch."""
         pairs = (targets != -100).any(1)                                        # a row without targets has no picture
         tokens, segments = tokens[pairs], segments[pairs]
-        same = (tokens[:, None] == tokens[None]).all(-1)                        # (I, I)
-        logits = self.embed_images(pixels) @ self.embed_texts(tokens, segments).T * self.scale.exp() + self.bias
+        texts, text_segments = (tokens, segments) if texts is None else (texts, text_segments)
+        same = (tokens[:, None] == texts[None]).all(-1)                         # (I, N)
+        logits = self.embed_images(pixels) @ self.embed_texts(texts, text_segments).T * self.scale.exp() + self.bias
         return -F.logsigmoid(torch.where(same, logits, -logits).float()).sum(), pairs.sum()
 
     forward = loss
 
 
-def build(task, vit, decoder, vocab_size, image_token_id):
+def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, pair_scale=10.0, pair_bias=-10.0):
     """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says."""
     if decoder.vocab_size == 0:
         decoder = replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
@@ -411,7 +443,8 @@ def build(task, vit, decoder, vocab_size, image_token_id):
         raise ValueError(f'decoder.vocab_size={decoder.vocab_size} is less than the {vocab_size} of the tokenizer')
     if task == 'llm':
         return Decoder(decoder)
-    return {'vlm': VLM, 'siglip': SigLIP}[task](VLMConfig(vit, decoder, image_token_id))
+    config = VLMConfig(vit, decoder, image_token_id, pixel_shuffle)
+    return VLM(config) if task == 'vlm' else SigLIP(config, pair_scale, pair_bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     python sample.py --out_dir=out/vlm_emoji --image=a.png [--prompt=...] [--json=true]
     python sample.py --out_dir=out/vlm_emoji --image='pictures/*.png,other.jpg'         (many at once; a folder, too)
-    python sample.py --out_dir=out/vlm_emoji --eval=emoji/fluent-emoji-flat             (exact match, controls, a grid)
+    python sample.py --out_dir=out/vlm_emoji --eval=mix,emoji/fluent-emoji-flat         (exact match, controls, a grid)
     python sample.py --out_dir=out/llm --prompt='Once upon'
 """
 import glob
@@ -25,8 +25,8 @@ checkpoint = 'latest'           # one of its checkpoints
 image = ''                      # pictures: paths, patterns and folders, separated by commas
 prompt = ''                     # text after the picture, or to be continued (empty: the run's own)
 json = False                    # one JSON object a line instead of text
-eval = ''                       # a data set to measure: exact match, its controls, and the grid below
-grid = ''                       # where --eval draws pictures, names and answers (empty: captions.png in out_dir)
+eval = ''                       # data sets to measure, separated by commas; mix: all that the run was trained on
+grid = ''                       # a PNG of the last one's pictures, names and answers (empty: captions.png in out_dir)
 max_new_tokens = 32
 temperature = 0.0               # 0: the likeliest token
 top_k = 0                       # 0: all tokens
@@ -57,7 +57,8 @@ try:
              for name, kind in (('vit', ViTConfig), ('decoder', DecoderConfig))}
     file = next((f for f in sorted(os.listdir(folder)) if f.startswith('tokenizer.')), None)
     tok = tokenizers.load(os.path.join(folder, file) if file else run['tokenizer'])
-    model = build(run['task'], parts['vit'], parts['decoder'], tok.vocab_size, tok.image_id).to(device).eval()
+    model = build(run['task'], parts['vit'], parts['decoder'], tok.vocab_size, tok.image_id, run['pixel_shuffle'])
+    model.to(device).eval()
     model.load_state_dict(load_file(os.path.join(folder, 'model.safetensors'), device=device))
 except FileNotFoundError as error:
     fail(f'{folder!r} is no checkpoint ({error.filename} is missing): train first, or give --out_dir and --checkpoint')
@@ -65,7 +66,9 @@ except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
     fail(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}')
 if run['task'] == 'siglip':
     fail(f'{out_dir} is a vision tower (task=siglip), it has no words: give the run of a vlm or llm')
-processor = data.Processor(tok, parts['vit'].image_size, parts['vit'].num_patches, run['prompt'], run['seq_len'])
+normalisation = run['image_mean'], run['image_std']
+image_tokens = parts['vit'].num_patches // run['pixel_shuffle'] ** 2
+processor = data.Processor(tok, parts['vit'].image_size, image_tokens, run['prompt'], run['seq_len'])
 
 
 def answers(prefixes, pixels):
@@ -76,7 +79,7 @@ def answers(prefixes, pixels):
         tokens = torch.full((len(rows), max(map(len, rows))), tok.pad_id, device=device)
         for i, row in enumerate(rows):
             tokens[i, len(tokens[i]) - len(row):] = torch.tensor(row)
-        pictures = None if pixels is None else data.to_pixels(pixels[a:a + batch_size], device)
+        pictures = None if pixels is None else data.to_pixels(pixels[a:a + batch_size], device, *normalisation)
         out += [tok.decode(ids) for ids in generate(model, tokens, pictures, max_new_tokens, temperature, top_k, top_p,
                                                     tok.eos_id, tok.pad_id, seed + a)]
     return out
@@ -147,26 +150,31 @@ def nearest_neighbour(pixels, size=8):
 
 
 def evaluate():
-    try:
-        pixels, texts = read_all(eval)
-        if not len(pixels):
-            raise ValueError(f'data set {eval!r} is empty')
+    """A line of scores for each data set; the last one is drawn."""
+    columns = ('exact match', 'blank picture', 'shuffled pictures', 'nearest pixels')
+    if not json:
+        print(f'{"data set":26} {"pictures":>8}  ' + '  '.join(f'{c:>17}' for c in columns))
+    for name in eval.split(','):
+        try:
+            parts = [read_all(n) for n in (run['mix'] if name == 'mix' else [name])]
+            neighbours = nearest_neighbour(np.concatenate([p for p, _ in parts]))
+        except (OSError, ValueError) as error:
+            fail(error)
+        pixels, texts = np.concatenate([p for p, _ in parts]), [t for _, texts in parts for t in texts]
         prefixes = [processor.prefix(prompt or None)] * len(texts)
         shuffled = np.roll(pixels, len(pixels) // 2 + 1, 0)                     # every picture goes to another name
         given = answers(prefixes, pixels)
-        rows = {'exact match': given, 'blank picture': answers(prefixes, np.full_like(pixels, 255)),
-                'shuffled pictures': answers(prefixes, shuffled), 'pixel nearest neighbour': nearest_neighbour(pixels)}
-    except (OSError, ValueError) as error:
-        fail(error)
-    scores = {name: sum(a == t for a, t in zip(row, texts)) / len(texts) for name, row in rows.items()}
-    if json:
-        print(dumps({'data': eval, 'samples': len(texts), **{k.replace(' ', '_'): v for k, v in scores.items()}}))
-    else:
-        print(f'{eval}, {len(texts)} pictures: ' + ', '.join(f'{k} {v:.1%}' for k, v in scores.items()))
-    draw(grid or os.path.join(out_dir, 'captions.png'), pixels, texts, given, scores['exact match'])
+        rows = (given, answers(prefixes, np.full_like(pixels, 255)), answers(prefixes, shuffled), neighbours)
+        scores = [sum(a == t for a, t in zip(row, texts)) / len(texts) for row in rows]
+        if json:
+            print(dumps({'data': name, 'samples': len(texts)} |
+                        dict(zip((c.replace(' ', '_') for c in columns), scores))))
+        else:
+            print(f'{name:26} {len(texts):8}  ' + '  '.join(f'{s:17.1%}' for s in scores), flush=True)
+    draw(grid or os.path.join(out_dir, 'captions.png'), name, pixels, texts, given, scores[0])
 
 
-def draw(path, pixels, texts, given, score, columns=8, rows=5):
+def draw(path, name, pixels, texts, given, score, columns=8, rows=5):
     """A PNG of pictures, their true names and the answers: green right, red wrong."""
     import matplotlib
     matplotlib.use('Agg')
@@ -179,7 +187,7 @@ def draw(path, pixels, texts, given, score, columns=8, rows=5):
         axis.imshow(pixels[i])
         right = given[i] == texts[i]
         axis.set_title(texts[i] if right else f'{texts[i]}\n{given[i][:28]}', fontsize=7, color='g' if right else 'r')
-    figure.suptitle(f'{eval}: {score:.1%} of {len(texts)} right (the true name; below it a wrong answer)', fontsize=10)
+    figure.suptitle(f'{name}: {score:.1%} of {len(texts)} right (the true name; below it a wrong answer)', fontsize=10)
     figure.savefig(path, dpi=110)
     print(f'grid of {len(chosen)} pictures: {path}', file=sys.stderr)
 

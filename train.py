@@ -40,6 +40,10 @@ from model import DecoderConfig, ViTConfig, build, generate
 task = 'vlm'                        # vlm | llm | siglip (a vision tower on picture-name pairs)
 vit = ViTConfig()
 decoder = DecoderConfig()           # siglip: the text tower
+pixel_shuffle = 1                   # vlm: squares of so many patches a side become one image token
+pair_scale = 10.0                   # siglip: the factor of the cosines at the start
+pair_with = 'batch'                 # siglip: batch: a picture is compared with the texts of its batch | all: of the mix
+pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints
@@ -50,6 +54,8 @@ mix = {'emoji/noto': 1.0}           # data set -> sampling weight
 val = {}                            # name -> data set that is validated on, whole
 tokenizer = 'bytes'                 # bytes | a .model (sentencepiece) or .tiktoken file, in data_dir or a path
 prompt = ''                         # vlm: the text between a picture and its answer
+image_mean = 0.5                    # subtracted from pixels of 0 to 1 (1.0: white is 0)
+image_std = 0.5                     # and what they are then divided by
 seq_len = 96                        # tokens a row, patches and padding included
 augment = True                      # pictures change a little every time they are seen
 workers = 2                         # processes that read data (0: none but this one)
@@ -128,7 +134,7 @@ def all_sum(*values):
 # checks that need no data
 
 for key, value, allowed in (('task', task, ('vlm', 'llm', 'siglip')), ('resume', resume, ('auto', 'never')),
-                            ('dtype', dtype, ('float32', 'bfloat16'))):
+                            ('pair_with', pair_with, ('batch', 'all')), ('dtype', dtype, ('float32', 'bfloat16'))):
     if value not in allowed:
         fail(f'{key}={value!r}: expected one of {", ".join(allowed)}', 2)
 if batch_size < 1 or micro_batch_size < 0 or batch_size % (world * (micro_batch_size or 1)):
@@ -136,9 +142,9 @@ if batch_size < 1 or micro_batch_size < 0 or batch_size % (world * (micro_batch_
     fail(f'batch_size={batch_size} is not a multiple of {world} ranks x micro_batch_size={micro_batch_size or 1}: '
          f'{max(batch_size // unit, 1) * unit} or {(max(batch_size, 0) // unit + 1) * unit} would fit', 2)
 micro_batch = micro_batch_size or batch_size // world
-if task == 'siglip' and micro_batch != batch_size:
-    fail(f'task=siglip compares all pairs of a batch, so batch_size={batch_size} must be one micro-batch on one rank '
-         f'(here: {world} ranks, micro_batch_size={micro_batch})', 2)
+if task == 'siglip' and pair_with == 'batch' and micro_batch != batch_size:
+    fail(f'pair_with=batch compares all pairs of a batch, so batch_size={batch_size} must be one micro-batch on one '
+         f'rank (here: {world} ranks, micro_batch_size={micro_batch}): take pair_with=all', 2)
 if sum(x > 0 for x in (max_steps, max_samples, epochs)) != 1 or min(max_steps, max_samples, epochs) < 0:
     fail(f'the run\'s length is one of max_steps={max_steps}, max_samples={max_samples}, epochs={epochs}: '
          'set one above 0 and leave the others at 0', 2)
@@ -154,10 +160,16 @@ try:
     val_folders = {name: data.Folder(data.find(path, data_dir)) for name, path in val.items()}
     tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else data.find(tokenizer, data_dir, 'tokenizer'))
     torch.manual_seed(seed)                         # the same weights on every rank
-    raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id).to(device)
-    processor = data.Processor(tok, vit.image_size, vit.num_patches, prompt, seq_len, pairs=task == 'siglip')
+    raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id, pixel_shuffle, pair_scale, pair_bias).to(device)
+    image_tokens = vit.num_patches // pixel_shuffle ** 2
+    processor = data.Processor(tok, vit.image_size, image_tokens, prompt, seq_len, pairs=task == 'siglip')
 except (ValueError, OSError) as error:
     fail(error, 2)
+
+fixed = {}                                          # inputs that are the same for every batch
+if task == 'siglip' and pair_with == 'all':
+    fixed = {k: torch.as_tensor(v).to(device).long()
+             for k, v in zip(('texts', 'text_segments'), data.all_texts(folders, processor))}
 
 dataset_samples = sum(order.samples)
 steps = max_steps or math.ceil((max_samples or epochs * dataset_samples) / batch_size)
@@ -312,7 +324,7 @@ def load_newest():
 def check_changed(path, old):
     """Refuse to resume with other model settings; print the other settings that changed."""
     for key in (k for k in old if k in config and config[k] != old[k]):
-        if key.startswith(('vit.', 'decoder.')) or key in ('task', 'tokenizer', 'lanes'):
+        if key.startswith(('vit.', 'decoder.')) or key in ('task', 'tokenizer', 'lanes', 'pixel_shuffle'):
             fail(f'{key}={config[key]!r}, but {path} was made with {old[key]!r}: a run keeps its model and lanes; give '
                  'another out_dir', 2)
         say(f'changed since {path}: {key} {old[key]!r} -> {config[key]!r}')
@@ -414,7 +426,7 @@ def flops_of_step():
     """Floating point operations of a step: those of one forward pass times three, counted on the first micro-batch."""
     batch = data.Batches(folders, order, processor)[data.positions_of_step(0, batch_size, micro_batch, rank, world)[0]]
     with torch.no_grad(), FlopCounterMode(display=False) as counter, autocast:
-        raw_model.loss(**data.to_device(batch, device))
+        raw_model.loss(**data.to_device(batch, device, image_mean, image_std), **fixed)
     return 3 * counter.get_total_flops() * batch_size // micro_batch
 
 
@@ -477,9 +489,9 @@ def validate(name, folder):
         batch = batches[chunk]
         if batch['bad']:
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
-        tensors = data.to_device(batch, device)
+        tensors = data.to_device(batch, device, image_mean, image_std)
         with autocast:
-            loss_sum, count = raw_model.loss(**tensors)
+            loss_sum, count = raw_model.loss(**tensors, **fixed)
             if task == 'vlm' and exact_match:
                 right += count_right(batch, tensors)
         loss, targets, samples = loss + loss_sum.item(), targets + count.item(), samples + len(chunk)
@@ -504,7 +516,7 @@ def nearest_text(folder, batches):
     """Share of pictures whose own text, among all texts of the data set, lies nearest."""
     chunks = [batches[c] for c in np.array_split(np.arange(len(folder)), max(1, len(folder) // micro_batch))]
     texts, names, vectors = [], [], []
-    for tensors, batch in ((data.to_device(b, device), b) for b in chunks):
+    for tensors, batch in ((data.to_device(b, device, image_mean, image_std), b) for b in chunks):
         texts.append(raw_model.embed_texts(tensors['tokens'], tensors['segments']))
         vectors.append(raw_model.embed_images(tensors['pixels']))
         names += batch['texts']
@@ -560,7 +572,7 @@ while progress['step'] < steps:
         if world > 1:
             model.require_backward_grad_sync = i == accumulation - 1     # gradients travel once a step
         with autocast:
-            loss_sum, _ = model(**data.to_device(batch, device))
+            loss_sum, _ = model(**data.to_device(batch, device, image_mean, image_std), **fixed)
         (loss_sum * (world / targets)).backward()   # DDP divides by world
         loss += loss_sum.detach()
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf).item()

@@ -1,0 +1,31 @@
+# make demo [MINUTES=20]    from nothing to captions: .venv, data, a vision tower, a vision-language model, its score
+# make test                 ruff and pytest
+# make clean                remove .venv (data sets and runs stay)
+
+PYTHON ?= python3
+MINUTES ?= 20
+PY = .venv/bin/python
+
+.PHONY: demo test clean
+
+demo: .venv/installed
+	@PY=$(PY) MINUTES=$(MINUTES) sh launch/demo.sh
+
+test: .venv/installed-dev
+	$(PY) -m ruff check .
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q
+
+clean:
+	rm -rf .venv
+
+.venv/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "nanofoundry needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo "could not make .venv: on Debian and Ubuntu, apt install python3-venv" >&2; exit 2; }
+	@echo "installing requirements.txt into .venv (a minute or more)"
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
