@@ -99,8 +99,8 @@ class Order:
             raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one weight a data set')
         if lanes < 1 or window < 1:
             raise ValueError(f'lanes={lanes} and window={window} must be at least 1')
-        if not all(np.isfinite(w) and w >= 0 for w in weights) or sum(weights) <= 0:
-            raise ValueError(f'weights {list(weights)}: they must be finite, not negative, and not all zero')
+        if not all(isinstance(w, (int, float)) and 0 <= w < np.inf for w in weights) or sum(weights) <= 0:
+            raise ValueError(f'weights {list(weights)}: they must be numbers, finite, not negative, not all zero')
         exact = np.array(weights, np.float64) / sum(weights) * BLOCK
         self.quotas = np.floor(exact).astype(np.int64)
         remainder = np.argsort(-(exact - self.quotas), kind='stable')
@@ -259,10 +259,13 @@ def read_manifest(path):
 def index_tar(path):
     """Samples of a tar in file order: [(key, {extension: (offset, size)}), ...]. Members of a sample stand together and
     share the name up to the first dot. A tar that is cut or damaged is an error: tarfile itself ends in silence."""
-    samples, seen = [], set()
-    with open(path, 'rb') as f, tarfile.open(fileobj=f) as tar:
-        end = 0
-        for member in tar:
+    samples, seen, end = [], set(), 0
+    with open(path, 'rb') as f:
+        try:
+            members = tarfile.open(fileobj=f).getmembers()
+        except tarfile.TarError as error:
+            raise ValueError(f'{path} is no tar or is damaged ({error}): copy it or make the data set again') from None
+        for member in members:
             end = member.offset_data + (member.size + 511) // 512 * 512
             if not member.isfile():
                 continue
@@ -378,11 +381,12 @@ class Processor:
 
         <image> * image_tokens, bos, prompt, newline | caption, eos      (left of the bar: seen by all, never learned)
 
-    and a sample without a picture is bos, text, eos, causal. With `pairs=True` (SigLIP) a row is the caption alone."""
+    and a sample without a picture is bos, text, eos, causal. task=llm leaves pictures out; a row of task=siglip is the
+    caption alone, and needs a picture."""
 
-    def __init__(self, tokenizer, image_size, image_tokens, prompt='', seq_len=96, pairs=False):
+    def __init__(self, tokenizer, image_size, image_tokens, prompt='', seq_len=96, task='vlm'):
         self.tokenizer, self.image_size, self.image_tokens = tokenizer, image_size, image_tokens
-        self.prompt, self.seq_len, self.pairs = prompt, seq_len, pairs
+        self.prompt, self.seq_len, self.task = prompt, seq_len, task
 
     def prefix(self, prompt=None):
         """Token ids of a picture and its prompt, up to where the answer begins."""
@@ -396,13 +400,15 @@ class Processor:
         rng: a Random makes the picture an augmented one. Raises BadSample."""
         t = self.tokenizer
         picture = next((sample[ext] for ext in ('png', 'jpg', 'jpeg', 'webp') if ext in sample), None)
+        if self.task == 'llm':
+            picture = None
         try:
             text = sample['txt'].decode('utf-8').strip()
         except KeyError:
             raise BadSample(f'no .txt among its members ({", ".join(sorted(sample)) or "none"})') from None
         except UnicodeDecodeError:
             raise BadSample('.txt is not UTF-8') from None
-        if self.pairs:
+        if self.task == 'siglip':
             if picture is None:
                 raise BadSample('no picture (.png, .jpg, .webp) to pair with the text')
             prefix, answer = [], t.encode(text) + [t.eos_id]
@@ -491,13 +497,16 @@ class Batches:
         for n, dataset, _, shard, index in zip(positions.tolist(), *(x.tolist() for x in self.order.locate(positions))):
             folder, key = self.folders[dataset], f'sample {index}'
             try:
-                key, sample = folder.read(shard, index)
+                try:
+                    key, sample = folder.read(shard, index)
+                except (OSError, ValueError) as error:      # a shard that is gone or damaged stops the run, in one line
+                    return dict(error=str(error))
                 rows.append(self.processor.row(sample, None if self.seed is None else Random(self.seed, 4, n)))
             except BadSample as error:
                 rows.append(None)
                 bad.append(f'{os.path.join(folder.path, folder.shards[shard][0])}.tar, {key}: {error}')
         p = self.processor
-        return collate(rows, p.seq_len, p.tokenizer.pad_id, p.pairs) | dict(bad=bad, positions=positions)
+        return collate(rows, p.seq_len, p.tokenizer.pad_id, p.task == 'siglip') | dict(bad=bad, positions=positions)
 
 
 def positions_of_step(step, batch_size, micro_batch_size, rank=0, world=1):
@@ -514,12 +523,11 @@ def loader(batches, positions, workers=0):
 
 
 def quiet_worker(_):
-    """One thread a worker; the main process alone answers Ctrl-C and SIGTERM, and closes the workers itself."""
-    import signal
-
+    """One thread a worker, in a process group of its own: Ctrl-C and a batch system's SIGTERM reach the main process
+    alone, which finishes its step, saves, and closes the workers."""
     import torch
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.setpgid(0, 0)
 
 
 def all_texts(folders, processor):
@@ -529,6 +537,8 @@ def all_texts(folders, processor):
         batches = Batches([folder], InOrder(folder.shards), processor)
         for start in range(0, len(folder), 1024):
             rows = batches[np.arange(start, min(start + 1024, len(folder)))]
+            if 'error' in rows:
+                raise ValueError(rows['error'])
             found |= {row.tobytes(): (row, segments) for row, segments in zip(rows['tokens'], rows['segments'])}
     return tuple(np.stack(x) for x in zip(*found.values()))
 

@@ -150,7 +150,8 @@ class ConvStem(nn.Sequential):
 
     def __init__(self, width, patch_size):
         halvings = patch_size.bit_length() - 1
-        assert patch_size == 2 ** halvings, f'a conv stem needs a patch size that is a power of 2, got {patch_size}'
+        if patch_size != 2 ** halvings:
+            raise ValueError(f'vit.patch_size={patch_size}: a conv stem needs a power of 2')
         layers, channels = [], 3
         for i in reversed(range(halvings)):
             layers += [nn.Conv2d(channels, width >> i, 3, stride=2, padding=1),
@@ -170,11 +171,14 @@ class ViT(nn.Module):
                              f'vit.width={c.width} of vit.num_heads={c.num_heads}')
         if not -1 <= c.feature_layer < c.depth:
             raise ValueError(f'vit.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
+        if c.stem not in ('patch', 'conv'):
+            raise ValueError(f'vit.stem={c.stem!r}: expected patch or conv')
         self.stem = (ConvStem(c.width, c.patch_size) if c.stem == 'conv'
                      else nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size))
         self.pos_embed = nn.Parameter(torch.empty(1, c.num_patches, c.width))
-        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.depth))
-        self.norm = nn.LayerNorm(c.width, eps=1e-6)
+        # what comes after feature_layer is not built: a parameter without a gradient would stop DDP
+        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.feature_layer % c.depth + 1 if c.depth else 0))
+        self.norm = nn.LayerNorm(c.width, eps=1e-6) if c.feature_layer < 0 else nn.Identity()
         self.init_weights()
 
     def init_weights(self):
@@ -195,10 +199,8 @@ class ViT(nn.Module):
     def forward(self, pixels):
         """pixels (I, 3, H, W) as the processor gives them -> features (I, P, D)."""
         x = self.stem(pixels).flatten(2).transpose(1, 2) + self.pos_embed       # (I, P, D)
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = block(x)
-            if i == self.config.feature_layer:
-                return x
         return self.norm(x)
 
 
@@ -255,8 +257,8 @@ class Decoder(nn.Module):
         if not -1 <= c.feature_layer < c.depth:
             raise ValueError(f'decoder.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
         self.embedding = nn.Embedding(c.vocab_size, c.width)                    # tied: also the output layer
-        self.blocks = nn.ModuleList(DecoderBlock(c, i) for i in range(c.depth))
-        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.blocks = nn.ModuleList(DecoderBlock(c, i) for i in range(c.feature_layer % c.depth + 1 if c.depth else 0))
+        self.norm = RMSNorm(c.width, c.norm_eps) if c.feature_layer < 0 else nn.Identity()
         self.init_weights()
 
     def init_weights(self):
@@ -284,10 +286,8 @@ class Decoder(nn.Module):
             positions = (torch.arange(x.shape[1], device=x.device)[None] if segments is None
                          else positions_of(segments))
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = block(x, rope, mask, cache)
-            if i == self.config.feature_layer:
-                return x
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -344,7 +344,7 @@ class VLM(nn.Module):
         self.config = config
         self.vit, self.decoder = ViT(config.vit), Decoder(config.decoder)
         side, factor = config.vit.image_size // config.vit.patch_size, config.pixel_shuffle
-        if side % factor:
+        if factor < 1 or side % factor:
             raise ValueError(f'pixel_shuffle={factor} does not divide the {side} patches of a side')
         self.connector = nn.Linear(config.vit.width * factor ** 2, config.decoder.width)
         nn.init.normal_(self.connector.weight, std=self.connector.in_features ** -0.5)

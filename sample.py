@@ -43,6 +43,9 @@ def fail(message, code=2):
     sys.exit(code)
 
 
+if batch_size < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    fail(f'batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} '
+         f'and top_k={top_k} at least 0, top_p={top_p} above 0 and at most 1')
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -128,12 +131,14 @@ def main():
 # exact match on a data set, beside what a model would get that does not look, and a nearest neighbour that only looks
 
 
-def read_all(name):
+def read_all(name, where):
     """The pictures (uint8, on white) and texts of a data set."""
-    folder = data.Folder(data.find(name, data_dir or run['data_dir']))
+    folder = data.Folder(data.find(name, where))
     rows = data.Batches([folder], data.InOrder(folder.shards), processor)[np.arange(len(folder))]
-    if rows['bad']:
-        fail(rows['bad'][0], 1)
+    if 'error' in rows or rows['bad']:
+        fail(rows.get('error') or rows['bad'][0], 1)
+    if len(rows.get('pixels', ())) != len(folder):
+        fail(f'data set {name!r} has samples without a picture: there is nothing to look at', 2)
     return rows['pixels'], rows['texts']
 
 
@@ -143,7 +148,7 @@ def nearest_neighbour(pixels, size=8):
         n, s = len(x), x.shape[1] // size
         return x[:, :s * size, :s * size].astype(np.float32).reshape(n, size, s, size, s, 3).mean((2, 4)).reshape(n, -1)
 
-    known = [read_all(name) for name in run['mix']]
+    known = [read_all(name, run['data_dir']) for name in run['mix']]
     theirs, names = small(np.concatenate([p for p, _ in known])), [t for _, texts in known for t in texts]
     distance = (theirs ** 2).sum(1) - 2 * small(pixels) @ theirs.T              # + a constant of each picture
     return [names[i] for i in distance.argmin(1)]
@@ -151,12 +156,15 @@ def nearest_neighbour(pixels, size=8):
 
 def evaluate():
     """A line of scores for each data set; the last one is drawn."""
+    if run['task'] != 'vlm':
+        fail(f'--eval={eval}: {out_dir} is task={run["task"]}, which has no eyes')
     columns = ('exact match', 'blank picture', 'shuffled pictures', 'nearest pixels')
     if not json:
         print(f'{"data set":26} {"pictures":>8}  ' + '  '.join(f'{c:>17}' for c in columns))
     for name in eval.split(','):
         try:
-            parts = [read_all(n) for n in (run['mix'] if name == 'mix' else [name])]
+            parts = ([read_all(n, run['data_dir']) for n in run['mix']] if name == 'mix' else
+                     [read_all(name, data_dir or run['data_dir'])])
             neighbours = nearest_neighbour(np.concatenate([p for p, _ in parts]))
         except (OSError, ValueError) as error:
             fail(error)

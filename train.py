@@ -95,10 +95,15 @@ config = configure(globals())
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')   # checkpoints are written by one rank
 
 
+bar = None                          # the progress bar, once there is one
+
+
 def fail(message, code):
-    """One line, and out. Every rank would say the same, so the first speaks."""
-    if int(os.environ.get('RANK', 0)) == 0 or code == 1:
-        print(f'train.py: {message}', file=sys.stderr, flush=True)
+    """One line, and out. What is wrong with a setting, every rank would say, so the first speaks."""
+    if bar:
+        bar.close()
+    if int(os.environ.get('RANK', '0')) == 0 or code == 1:
+        print(f'train.py: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
     os._exit(code) if dist.is_initialized() else sys.exit(code)     # a rank must not wait for the others to say goodbye
 
 
@@ -148,6 +153,14 @@ if task == 'siglip' and pair_with == 'batch' and micro_batch != batch_size:
 if sum(x > 0 for x in (max_steps, max_samples, epochs)) != 1 or min(max_steps, max_samples, epochs) < 0:
     fail(f'the run\'s length is one of max_steps={max_steps}, max_samples={max_samples}, epochs={epochs}: '
          'set one above 0 and leave the others at 0', 2)
+if min(lr, min_lr, weight_decay, grad_clip) < 0 or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+    fail(f'lr={lr}, min_lr={min_lr}, weight_decay={weight_decay} and grad_clip={grad_clip} must be at least 0, and '
+         f'betas={betas} two numbers of at least 0 and below 1', 2)
+for regex in [*(rule[0] for rule in groups), *init_skip]:
+    try:
+        re.compile(regex)
+    except (re.error, TypeError) as error:
+        fail(f'groups and init_skip: {regex!r} is not a regular expression ({error})', 2)
 if min(log_every, num_checkpoints) < 1 or min(eval_every, keep_last, workers, warmup, seed) < 0:
     fail(f'log_every={log_every} and num_checkpoints={num_checkpoints} must be at least 1; eval_every={eval_every}, '
          f'keep_last={keep_last}, workers={workers}, warmup={warmup} and seed={seed} at least 0', 2)
@@ -161,8 +174,7 @@ try:
     tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else data.find(tokenizer, data_dir, 'tokenizer'))
     torch.manual_seed(seed)                         # the same weights on every rank
     raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id, pixel_shuffle, pair_scale, pair_bias).to(device)
-    image_tokens = vit.num_patches // pixel_shuffle ** 2
-    processor = data.Processor(tok, vit.image_size, image_tokens, prompt, seq_len, pairs=task == 'siglip')
+    processor = data.Processor(tok, vit.image_size, vit.num_patches // pixel_shuffle ** 2, prompt, seq_len, task)
 except (ValueError, OSError) as error:
     fail(error, 2)
 
@@ -285,10 +297,10 @@ def save_checkpoint():
         os.remove(link)
     os.symlink(name, link)
     os.replace(link, os.path.join(checkpoints, 'latest'))
-    older = [n for n in complete_checkpoints() if n != name]
     if progress['step'] in checkpoint_steps:
-        for n in older:
-            if int(n[5:]) not in checkpoint_steps or keep_last and n in older[keep_last - 1:]:
+        kept = [n for n in complete_checkpoints() if int(n[5:]) in checkpoint_steps][:keep_last or None]
+        for n in complete_checkpoints():
+            if n not in kept:
                 shutil.rmtree(os.path.join(checkpoints, n))
 
 
@@ -310,11 +322,13 @@ def load_newest():
                     raise ValueError(f'{file} has {sizes.get(file, 0)} of {size} bytes')
             old = read_json(os.path.join(path, 'config.json'))
             check_changed(path, old)
-            raw_model.load_state_dict(load_file(os.path.join(path, 'model.safetensors'), device=device))
+            weights = load_file(os.path.join(path, 'model.safetensors'), device=device)
             dcp.load(optimizer_tensors(), storage_reader=dcp.HuggingFaceStorageReader(os.path.join(path, 'state')),
                      no_dist=True)
+            raw_model.load_state_dict(weights)      # last: a damaged checkpoint leaves the model as it was
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
             say(f'{path} is damaged and is skipped: {" ".join(str(error).split())[:200]}')
+            optimizer.state.clear()
             continue
         progress.update({k: saved[k] for k in progress})
         return path
@@ -338,7 +352,10 @@ def load_weights(path):
             break
     else:
         fail(f'init_from={path!r}: no model.safetensors there, nor in checkpoints/latest below it', 2)
-    theirs, ours = load_file(file, device=device), raw_model.state_dict()
+    try:
+        theirs, ours = load_file(file, device=device), raw_model.state_dict()
+    except (OSError, SafetensorError) as error:
+        fail(f'init_from={path!r}: {file} can not be read ({error})', 2)
     skipped = {k for k in ours if any(re.search(regex, k) for regex in init_skip)}
     common = theirs.keys() & ours.keys() - skipped
     for k in sorted(common):
@@ -403,9 +420,9 @@ run = None
 if wandb_project and master:
     import wandb
     id_path = os.path.join(out_dir, 'wandb_id')
-    run_id = open(id_path).read() if os.path.exists(id_path) else wandb.util.generate_id()
-    with open(id_path, 'w') as f:
-        f.write(run_id)
+    if not os.path.exists(id_path):
+        write_json(id_path, os.urandom(4).hex())
+    run_id = read_json(id_path)         # a resumed run goes on under the same id
     run = wandb.init(project=wandb_project, id=run_id, resume='allow', dir=out_dir, config=config)
 
 
@@ -422,9 +439,16 @@ def log(row):
 # what a step costs, and what the machine could do
 
 
+def checked(batch):
+    """The batch, if its shards could be read."""
+    return fail(batch['error'], 1) if 'error' in batch else batch
+
+
 def flops_of_step():
     """Floating point operations of a step: those of one forward pass times three, counted on the first micro-batch."""
-    batch = data.Batches(folders, order, processor)[data.positions_of_step(0, batch_size, micro_batch, rank, world)[0]]
+    batch = checked(data.Batches(folders, order, processor)[np.arange(micro_batch)])
+    if not (batch['targets'] != -100).any():
+        fail(f'nothing can be learned from the first {micro_batch} samples: {(batch["bad"] or ["?"])[0]}', 1)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, autocast:
         raw_model.loss(**data.to_device(batch, device, image_mean, image_std), **fixed)
     return 3 * counter.get_total_flops() * batch_size // micro_batch
@@ -482,11 +506,11 @@ step_flops, peak = flops_of_step(), peak_flops()
 def validate(name, folder):
     """A row with `val_loss` (mean over targets) and, where it is asked for, `exact_match` (share of samples)."""
     model.eval()
-    positions = np.array_split(np.arange(len(folder))[rank::world], max(1, len(folder) // world // micro_batch))
+    positions = np.array_split(np.arange(len(folder))[rank::world], math.ceil(len(folder) / world / micro_batch))
     batches = data.Batches([folder], data.InOrder(folder.shards), processor)
     loss, targets, right, samples = 0.0, 0, 0, 0
     for chunk in positions:
-        batch = batches[chunk]
+        batch = checked(batches[chunk])
         if batch['bad']:
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
         tensors = data.to_device(batch, device, image_mean, image_std)
@@ -507,14 +531,15 @@ def validate(name, folder):
 
 def count_right(batch, tensors):
     """How many rows are answered to the letter, from the picture and its prompt alone."""
-    prompts = torch.where(tensors['blocks'] == 0, tensors['tokens'], tok.pad_id)
-    answers = generate(raw_model, prompts, tensors.get('pixels'), 32, eos_id=tok.eos_id, pad_id=tok.pad_id)
+    learned = (tensors['targets'] != -100).int()
+    prompts = torch.where(learned.cumsum(1) - learned == 0, tensors['tokens'], tok.pad_id)  # up to the first target
+    answers = generate(raw_model, prompts, tensors.get('pixels'), seq_len, eos_id=tok.eos_id, pad_id=tok.pad_id)
     return sum(tok.decode(a) == text for a, text in zip(answers, batch['texts']))
 
 
 def nearest_text(folder, batches):
     """Share of pictures whose own text, among all texts of the data set, lies nearest."""
-    chunks = [batches[c] for c in np.array_split(np.arange(len(folder)), max(1, len(folder) // micro_batch))]
+    chunks = [checked(batches[c]) for c in np.array_split(np.arange(len(folder)), max(1, len(folder) // micro_batch))]
     texts, names, vectors = [], [], []
     for tensors, batch in ((data.to_device(b, device, image_mean, image_std), b) for b in chunks):
         texts.append(raw_model.embed_texts(tensors['tokens'], tensors['segments']))
@@ -547,7 +572,7 @@ since = dict(steps=0, tokens=0, data=0.0, seconds=0.0)
 model.train()
 while progress['step'] < steps:
     t0 = time.perf_counter()
-    micro = [next(feed) for _ in range(accumulation)]
+    micro = [checked(next(feed)) for _ in range(accumulation)]
     for batch in micro:
         for line in batch['bad']:
             print(f'\nbad sample: {line}', file=sys.stderr)
@@ -619,7 +644,7 @@ while progress['step'] < steps:
             try:
                 save_checkpoint()
                 plot()
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 fail(f'step {step}: the checkpoint could not be written ({error}); the last good one is '
                      f'{(complete_checkpoints() or ["none"])[0]}', 1)
         if world > 1:
@@ -634,5 +659,6 @@ if master:
         print(f'{out_dir} is finished: {first} steps of {steps}')
     if run:
         run.finish()
+del feed                                            # closes the workers
 if dist.is_initialized():
     dist.destroy_process_group()

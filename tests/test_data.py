@@ -62,8 +62,8 @@ def test_hash64_broadcasts_depends_on_every_value_and_stays_as_it_is():
 def test_random_is_pinned_keyed_and_uniform():
     assert Random(1, 2, 3).uniform(size=3).tolist() == [0.03142468112206298, 0.07195283435997135, 0.2140216723910111]
     rng, again = Random(4), Random(4)
-    apart = [rng.uniform(-2, 6) for _ in range(3)] + rng.uniform(-2, 6, (2, 2)).ravel().tolist()
-    assert apart == again.uniform(-2, 6, 7).tolist(), 'one stream, however it is asked for'
+    apart = [rng.uniform(-2, 6) for _ in range(3)] + rng.uniform(-2, 6, (2, 2)).ravel().tolist() + [rng.uniform(-2, 6)]
+    assert apart == again.uniform(-2, 6, 8).tolist(), 'one stream, however it is asked for'
     assert isinstance(apart[0], float) and Random(4).uniform(-2, 6, (2, 2)).shape == (2, 2)
     assert len({Random(*key).uniform() for key in [(0,), (1,), (0, 1), (1, 0)]}) == 4
     values = Random(9).uniform(3, 5, 20000)
@@ -654,7 +654,7 @@ def test_a_row_without_a_picture_is_causal_text():
 
 
 def test_pairs_hold_the_caption_alone_and_one_target():
-    processor = Processor(Bytes(), 16, 4, 'prompt', 12, pairs=True)
+    processor = Processor(Bytes(), 16, 4, 'prompt', 12, task='siglip')
     row = processor.row(sample(1, 'dog'))
     assert row[:2] == ([*b'dog', EOS], 0)
     batch = collate([row, None], 6, PAD, pairs=True)
@@ -662,6 +662,11 @@ def test_pairs_hold_the_caption_alone_and_one_target():
     assert batch['segments'].tolist() == [[1] * 4 + [0] * 2, [0] * 6] and len(batch['pixels']) == 1
     with pytest.raises(BadSample, match='no picture'):
         processor.row({'txt': b'dog'})
+
+
+def test_a_language_model_leaves_pictures_out():
+    ids, start, pixels, _ = Processor(Bytes(), 16, 4, 'prompt', 12, task='llm').row({'png': b'broken', 'txt': b'dog'})
+    assert ids == [BOS, *b'dog', EOS] and start == 1 and pixels is None
 
 
 def test_rows_that_can_not_be_are_bad_samples():
@@ -762,6 +767,32 @@ def test_bad_samples_become_rows_that_weigh_nothing(tmp_path):
     assert same(batch, with_workers)
     only = batches[np.arange(1, 6)]
     assert 'pixels' not in only and (only['targets'] == -100).all()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_shard_that_is_gone_or_damaged_is_an_error_that_names_it(tmp_path, workers):
+    path = write_set(tmp_path / 'set', [3, 3])
+    os.truncate(path / '00000001.tar', 700)
+    folder = Folder(str(path))
+    batches = Batches([folder], InOrder(folder.shards), Processor(Bytes(), 16, 4, '', 24))
+    good, cut = data.loader(batches, [np.arange(3), np.arange(2, 5)], workers)
+    assert 'error' not in good and not good['bad']
+    assert '00000001.tar' in cut['error'] and '\n' not in cut['error'], 'a line for the user, not a placeholder'
+    (path / '00000000.tar').unlink()
+    gone = Batches([Folder(str(path))], batches.order, batches.processor)[np.arange(2)]
+    assert '00000000.tar' in gone['error']
+
+
+def test_all_texts_holds_every_text_once(emoji, tmp_path):
+    other = write_set(tmp_path / 'other', [[('a', sample(1)), ('b', sample(2, 'new')), ('c', sample(3, 'name 4'))]])
+    processor = Processor(Bytes(), 16, 4, '', 24, task='siglip')
+    tokens, segments = data.all_texts([Folder(str(emoji)), Folder(str(other))], processor)
+    assert tokens.shape == segments.shape == (16, 24)
+    texts = {Bytes().decode(row[:length - 1].tolist()) for row, length in zip(tokens, segments.sum(1))}
+    assert texts == {f'name {i}' for i in range(15)} | {'new'}
+    os.truncate(other / '00000000.tar', 700)
+    with pytest.raises(ValueError, match='00000000.tar'):
+        data.all_texts([Folder(str(other))], processor)
 
 
 def test_in_order_is_file_order():
