@@ -558,7 +558,10 @@ def shards_between(order, folders, start, end, chunk=1 << 20):
 def open_mix(mix, data_dir, seed, lanes, window):
     """The folders of a mix {data set: weight} and their order."""
     folders = [Folder(find(name, data_dir)) for name in mix]
-    return folders, Order([f.shards for f in folders], list(mix.values()), seed, lanes, window)
+    try:
+        return folders, Order([f.shards for f in folders], list(mix.values()), seed, lanes, window)
+    except ValueError as error:
+        raise ValueError(f'mix={mix}: {error}') from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -42,9 +42,12 @@ class SentencePiece:
         self.bos_id, self.eos_id = self.special['bos'], self.special['eos']
         self.pad_id, self.image_id = self.special['pad'], self.special['image']
         self.vocab_size = size
+        # Where the file knows <image> as a symbol, it is spelled out when it comes as text: letter by letter or bytes.
+        pieces = [(self.model.piece_to_id(chr(b)), self.model.piece_to_id(f'<0x{b:02X}>')) for b in b'<image>']
+        self.spelled = [letter if letter != self.model.unk_id() else byte for letter, byte in pieces]
 
     def encode(self, text):
-        return self.model.encode(text)
+        return [j for i in self.model.encode(text) for j in (self.spelled if i == self.image_id else [i])]
 
     def decode(self, ids):
         hidden = set(self.special.values())
@@ -63,7 +66,13 @@ class Tiktoken:
             raise ValueError(f'tokenizer {path!r}: how text is split before it is encoded is known for files whose '
                              'name begins with gpt2, r50k or p50k')
         with open(path, 'rb') as f:
-            ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in f if line.strip())}
+            rows = [line.split() for line in f if line.strip()]
+        try:
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
+            if len(set(ranks.values())) != len(rows) or not all(bytes([i]) in ranks for i in range(256)):
+                raise ValueError('a rank comes twice, or one of the 256 bytes has none')
+        except ValueError as error:
+            raise ValueError(f'tokenizer {path!r} is no list of "base64 rank" lines: {error}') from None
         self.model = tiktoken.Encoding(name, pat_str=public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
         size = max(ranks.values()) + 1
         self.eos_id = self.bos_id = size        # GPT-2 begins and ends a document with the same token

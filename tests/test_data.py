@@ -505,10 +505,18 @@ def chunk_of(kind, body):
     return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
 
 
+def png(*chunks, size=16):
+    """A PNG of 16 x 16 RGBA pixels, or one that says so."""
+    return (b'\x89PNG\r\n\x1a\n' + chunk_of(b'IHDR', struct.pack('>IIBBBBB', size, size, 8, 6, 0, 0, 0))
+            + b''.join(chunks) + chunk_of(b'IDAT', PIXELS) + chunk_of(b'IEND', b''))
+
+
+PIXELS = zlib.compress(np.random.default_rng(0).bytes(16 * 16 * 4 + 16))
+
+
 def bomb(size):
     """A PNG of a few bytes that says it is size x size pixels."""
-    return (b'\x89PNG\r\n\x1a\n' + chunk_of(b'IHDR', struct.pack('>IIBBBBB', size, size, 8, 6, 0, 0, 0))
-            + chunk_of(b'IDAT', zlib.compress(bytes(1000))) + chunk_of(b'IEND', b''))
+    return png(size=size)
 
 
 def test_pictures_are_decoded_whatever_their_kind():
@@ -526,6 +534,8 @@ def test_pictures_are_decoded_whatever_their_kind():
 def test_pictures_that_can_not_be_decoded_are_bad_samples():
     whole = encode(picture(2))
     for name, content in {'empty': b'', 'text': b'hello', 'cut': whole[:len(whole) // 2], 'header': whole[:20],
+                          'too long a text': png(chunk_of(b'zTXt', b'a\0\0' + zlib.compress(bytes(1 << 23)))),
+                          'bad checksum': png(chunk_of(b'IDAT', PIXELS[:90]), chunk_of(b'IDAT', b'')[:-4] + b'oops'),
                           'bomb': bomb(30000), 'over the bound': bomb(9000)}.items():
         with pytest.raises(BadSample) as error:
             data.decode_picture(content)
@@ -586,11 +596,12 @@ def test_augmentation_never_mirrors_or_turns_a_picture_over():
     rgba = np.zeros((48, 48, 4), np.uint8)
     rgba[..., 3] = 255
     rgba[:22, :30, :3] = 255                            # light in the upper left
+    processor, content = Processor(Bytes(), 48, 36), encode(rgba)
     plain = rgba[8:40, 8:40, 0].astype(float)
     views = [plain, plain[:, ::-1], plain[::-1], plain[::-1, ::-1]]
     seen = []
     for n in range(300):
-        out = augment(rgba, Random(1, 4, n))[8:40, 8:40].astype(float).mean(-1)
+        out = processor.pixels(content, Random(1, 4, n))[8:40, 8:40].astype(float).mean(-1)
         seen.append(int(np.argmax([np.corrcoef(out.ravel(), view.ravel())[0, 1] for view in views])))
     assert seen.count(0) >= 294, np.bincount(seen)      # a hole may hide a corner
 
@@ -685,11 +696,14 @@ def test_tensors_for_the_model():
     assert set(out) == {'tokens', 'targets', 'blocks', 'segments', 'pixels'}
     assert all(out[k].dtype == torch.long and out[k].tolist() == batch[k].tolist() for k in out if k != 'pixels')
     assert out['pixels'].shape == (1, 3, 16, 16) and out['pixels'].dtype == torch.float32
+    close = torch.testing.assert_close
     extremes = data.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu')
-    torch.testing.assert_close(extremes, torch.tensor([-1.0, 1.0, -0.6]).view(1, 3, 1, 1))
+    close(extremes, torch.tensor([-1.0, 1.0, -0.6]).view(1, 3, 1, 1))
+    rows = np.arange(18, dtype=np.uint8).reshape(1, 2, 3, 3)
+    close(data.to_pixels(rows, 'cpu')[0, 1, 1], torch.tensor([10, 13, 16.0]) / 127.5 - 1)     # green of the lower row
     other = data.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu', mean=0.4, std=0.2)
-    torch.testing.assert_close(other, torch.tensor([-2.0, 3.0, -1.0]).view(1, 3, 1, 1))
-    torch.testing.assert_close(data.to_device(batch, 'cpu', 0.4, 0.2)['pixels'], (out['pixels'] + 0.2) / 0.4)
+    close(other, torch.tensor([-2.0, 3.0, -1.0]).view(1, 3, 1, 1))
+    close(data.to_device(batch, 'cpu', 0.4, 0.2)['pixels'], (out['pixels'] + 0.2) / 0.4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
