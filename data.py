@@ -70,7 +70,7 @@ class Random:
 
     def integers(self, low, high):
         """A whole number in [low, high)."""
-        return int(self.uniform(low, high))
+        return low + int(self.uniform(0, high - low))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Order:
     def __init__(self, datasets, weights, seed=0, lanes=64, window=1024):
         self.sizes = [np.array([n for _, n in shards], np.int64) for shards in datasets]
         self.samples = [int(sizes.sum()) for sizes in self.sizes]
-        self.seed, self.lanes, self.window = seed, lanes, window
+        self.weights, self.seed, self.lanes, self.window = list(weights), seed, lanes, window
         if len(weights) != len(datasets) or not datasets:
             raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one weight a data set')
         if lanes < 1 or window < 1:
@@ -114,6 +114,10 @@ class Order:
         self.bounds = np.concatenate([[0], np.cumsum(self.quotas)])
         self.block = functools.lru_cache(64)(self._block)           # 4096 rounds each
         self.shards = functools.lru_cache(2 * len(datasets) + 2)(self._shards)
+
+    def __reduce__(self):       # without its caches, which can not be pickled: workers need not be forked
+        datasets = [list(enumerate(sizes.tolist())) for sizes in self.sizes]
+        return Order, (datasets, self.weights, self.seed, self.lanes, self.window)
 
     def _block(self, block):
         """For each round of the block: its data set, and how many rounds of that data set came before in the block."""
@@ -241,16 +245,20 @@ class Folder:
 
 def read_manifest(path):
     """(shard name without .tar, samples) of each row; an error names the row that is wrong."""
-    with open(path, encoding='utf-8') as f:
+    seen = set()
+    with open(path, 'rb') as f:         # bytes: a row that is not UTF-8 is an error of that row
         for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-                name, count = str(row['shard']).removesuffix('.tar'), row['num_sequences']
+                name, count = row['shard'].removesuffix('.tar'), row['num_sequences']
                 if type(count) is not int or count < 0:
                     raise ValueError(f'num_sequences is {count!r}')
-            except (ValueError, KeyError, TypeError) as error:
+                if name in seen:
+                    raise ValueError(f'shard {name!r} comes twice')
+                seen.add(name)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f'{path}, line {number} is no manifest row ({error}): expected '
                                  '{"shard": "00000000", "num_sequences": 123}') from None
             yield name, count
@@ -258,20 +266,21 @@ def read_manifest(path):
 
 def index_tar(path):
     """Samples of a tar in file order: [(key, {extension: (offset, size)}), ...]. Members of a sample stand together and
-    share the name up to the first dot. A tar that is cut or damaged is an error: tarfile itself ends in silence."""
+    share the name up to the first dot; a name without a dot, or that begins with it, is no sample (as in webdataset).
+    A tar that is cut or damaged is an error: tarfile itself ends in silence."""
     samples, seen, end = [], set(), 0
     with open(path, 'rb') as f:
         try:
-            members = tarfile.open(fileobj=f).getmembers()
+            members = tarfile.open(fileobj=f, mode='r:').getmembers()
         except tarfile.TarError as error:
             raise ValueError(f'{path} is no tar or is damaged ({error}): copy it or make the data set again') from None
         for member in members:
             end = member.offset_data + (member.size + 511) // 512 * 512
-            if not member.isfile():
-                continue
             folder, name = os.path.split(member.name)
             stem, _, ext = name.partition('.')
-            key = os.path.join(folder, stem)
+            if not member.isfile() or not stem or not ext:
+                continue
+            key, ext = os.path.join(folder, stem), ext.lower()
             if not samples or samples[-1][0] != key:
                 if key in seen:
                     raise ValueError(f'{path}: key {key!r} comes twice; make the data set again')
@@ -590,4 +599,9 @@ if __name__ == '__main__':
     for step in range(first, last):
         n = np.arange(step * batch_size, (step + 1) * batch_size)
         for position, d, e, s, i in zip(n.tolist(), *(x.tolist() for x in order.locate(n))):
-            print(step, position, list(mix)[d], e, folders[d].shards[s][0], folders[d].index(s)[i][0], sep='\t')
+            try:
+                key = folders[d].index(s)[i][0]
+            except (ValueError, OSError) as error:
+                print(f'data.py: {error}', file=sys.stderr)
+                sys.exit(1)
+            print(step, position, list(mix)[d], e, folders[d].shards[s][0], key, sep='\t')

@@ -458,10 +458,10 @@ def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top
 
     temperature 0 is greedy; top_k 0 and top_p 1 keep every token; a row ends before its eos_id (-1: never). Every row
     samples from its own random stream (seed, row), so what it gets does not depend on the length of the others."""
+    tokens, segments = left_padded(tokens, pad_id)
     was_training = model.training
     model.eval()
     decoder = getattr(model, 'decoder', model)
-    tokens, segments = left_padded(tokens, pad_id)
     batch, prompt = tokens.shape
     blocks = model.default_blocks(tokens) if isinstance(model, VLM) else torch.ones_like(tokens)
     grown = torch.ones(batch, max_new_tokens, dtype=tokens.dtype, device=tokens.device)     # new tokens: causal
@@ -493,10 +493,10 @@ def left_padded(tokens, pad_id):
 
     Padding is what stands before the first and after the last other token: a pad_id inside a prompt is a token."""
     real = tokens != pad_id
-    first = real.int().argmax(1)
-    length = torch.where(real.any(1), tokens.shape[1] - real.int().flip(1).argmax(1) - first, 0)
-    if (length == 0).any():
+    if not real.any(1).all():
         raise ValueError('generate: a prompt is empty')
+    first = real.int().argmax(1)
+    length = tokens.shape[1] - real.int().flip(1).argmax(1) - first
     index = torch.arange(tokens.shape[1], device=tokens.device)[None] - (tokens.shape[1] - length)[:, None]
     segments = (index >= 0).to(tokens.dtype)
     return tokens.gather(1, (index.clamp(min=0) + first[:, None])).where(segments > 0, pad_id), segments
@@ -513,7 +513,8 @@ def sample(logits, temperature, top_k, top_p, generators):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p                              # the first token always stays
+        beyond = probs.cumsum(-1) - probs >= top_p
+        beyond[:, 0] = False                                                    # the first token always stays
         logits = logits.masked_fill(beyond.gather(1, order.argsort(-1)), -math.inf)
     probs = logits.softmax(-1)
     return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])

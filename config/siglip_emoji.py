@@ -1,29 +1,36 @@
-"""siglip"""
+"""A vision tower learns which of 286 names a picture has: the first stage of config/vlm_emoji.py.
+
+    python prepare/emoji.py && python train.py config/siglip_emoji.py
+"""
 task = 'siglip'
 out_dir = 'out/siglip_emoji'
+
+# five designers draw the same things; a sixth, fluent-emoji-flat, is never trained on
 mix = {f'emoji/{style}': 1.0 for style in ('noto', 'twemoji', 'openmoji', 'noto-v1', 'emojione')}
 val = {'heldout': 'emoji/heldout', 'unseen': 'emoji/fluent-emoji-flat'}
 tokenizer = 'emoji/tokenizer.model'
-image_mean = 1.0
-seq_len = 16
-lanes = 8
+image_mean = 1.0                # white is 0, so that what a convolution pads with is the ground
+seq_len = 12                    # the longest name has 8 tokens
+lanes = 8                       # more and shorter rounds: a batch mixes all five styles
+
 vit.image_size = 64
-vit.patch_size = 16
+vit.patch_size = 16             # 16 patches
 vit.stem = 'conv'
 vit.width = 192
 vit.depth = 2
 vit.num_heads = 3
 vit.mlp_dim = 576
 vit.init_scale = 0.0
-decoder.width = 192
+decoder.width = 192             # the text tower: a name is the mean of its tokens
 decoder.depth = 0
-decoder.num_heads = 1
 pair_with = 'all'
 pair_scale = 20.0
-pair_bias = -5.0
-max_steps = 2000
+pair_bias = -5.0                # about the log-odds of 1 in 286
+
+max_steps = 1800
 batch_size = 64
 lr = 1.5e-3
 betas = (0.9, 0.98)
 weight_decay = 0.05
-eval_every = 500
+eval_every = 600
+num_checkpoints = 3
