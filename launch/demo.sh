@@ -27,7 +27,7 @@ if [ ! -d datasets/emoji/fluent-emoji-flat ]; then
     styles="--mix={'emoji/openmoji':1.0} --val={'heldout':'emoji/heldout'}" eval=mix,emoji/heldout
 fi
 steps() { # max_steps of a config, scaled
-    sed -n 's/^max_steps = \([0-9]*\).*/\1/p' "config/$1.py" | awk -v m="$MINUTES" '{s = int($1 * m / 20); print s > 20 ? s : 20}'
+    sed -n 's/^max_steps = \([0-9]*\).*/\1/p' "config/$1.py" | awk -v m="$MINUTES" '{s = int($1 * m / 20); print (s > 20 ? s : 20)}'
 }
 
 echo; echo "1 of 3: a vision tower learns which picture goes with which name (config/siglip_emoji.py)"
