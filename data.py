@@ -185,13 +185,12 @@ class BadSample(Exception):
 
 
 def find(path, data_dir='', what='data set'):
-    """Where a file or folder of a config is: as it is, in data_dir, or there beside the scripts."""
-    tried = [os.path.join(data_dir, path), os.path.join(HERE, data_dir, path)]
-    for candidate in tried:
+    """Where a file or folder of a config is: in data_dir, there beside the scripts, or just where it says."""
+    for candidate in (os.path.join(data_dir, path), os.path.join(HERE, data_dir, path), path):
         if os.path.exists(candidate):
             return candidate
-    raise FileNotFoundError(f'{what} {path!r} does not exist in {os.path.dirname(tried[0]) or "."}: make it with a '
-                            'script of prepare/ (the config names it) or correct its path')
+    raise FileNotFoundError(f'{what} {path!r} is neither in data_dir={data_dir!r} nor a path of its own: make it with '
+                            'a script of prepare/ (the config names it) or correct it')
 
 
 class Folder:
@@ -209,6 +208,9 @@ class Folder:
             raise ValueError(f'data set {path!r} holds no shards: make it again with its script of prepare/')
         self.max_open, self.max_indexes = max_open, max_indexes
         self.files, self.indexes = OrderedDict(), OrderedDict()     # least recently used first
+
+    def __getstate__(self):
+        return self.__dict__ | {'files': OrderedDict()}             # descriptors mean nothing in another process
 
     def __len__(self):
         return sum(n for _, n in self.shards)
@@ -301,13 +303,15 @@ def index_tar(path):
 
 def decode_picture(data, max_pixels=64 << 20):
     """Encoded bytes -> RGBA uint8 (H, W, 4). Raises BadSample."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         picture = Image.open(io.BytesIO(data))
         if picture.width * picture.height > max_pixels:
             raise BadSample(f'a picture of {picture.width} x {picture.height} pixels is over the bound of {max_pixels}')
         return np.array(picture.convert('RGBA'))
+    except UnidentifiedImageError:
+        raise BadSample('the picture can not be decoded (no known format)') from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadSample(f'the picture can not be decoded ({error})') from None
 

@@ -2,7 +2,7 @@
 
     python sample.py --out_dir=out/vlm_emoji --image=a.png [--prompt=...] [--json=true]
     python sample.py --out_dir=out/vlm_emoji --image='pictures/*.png,other.jpg'         (many at once; a folder, too)
-    python sample.py --out_dir=out/vlm_emoji --eval=mix,emoji/fluent-emoji-flat         (exact match, controls, a grid)
+    python sample.py --out_dir=out/vlm_emoji --eval=mix,fluent-emoji-flat               (exact match, controls, a grid)
     python sample.py --out_dir=out/llm --prompt='Once upon'
 """
 import glob

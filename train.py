@@ -323,8 +323,10 @@ def load_newest():
             old = read_json(os.path.join(path, 'config.json'))
             check_changed(path, old)
             weights = load_file(os.path.join(path, 'model.safetensors'), device=device)
-            dcp.load(optimizer_tensors(), storage_reader=dcp.HuggingFaceStorageReader(os.path.join(path, 'state')),
-                     no_dist=True)
+            state, kept = optimizer_tensors(), read_json(os.path.join(path, 'state', 'model.safetensors.index.json'))
+            fresh = state.keys() - kept['weight_map'].keys()    # of parameters that were frozen until now
+            dcp.load({k: v for k, v in state.items() if k not in fresh}, no_dist=True,
+                     storage_reader=dcp.HuggingFaceStorageReader(os.path.join(path, 'state')))
             raw_model.load_state_dict(weights)      # last: a damaged checkpoint leaves the model as it was
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
             say(f'{path} is damaged and is skipped: {" ".join(str(error).split())[:200]}')

@@ -6,9 +6,10 @@ task = 'siglip'
 out_dir = 'out/siglip_emoji'
 
 # five designers draw the same things; a sixth, fluent-emoji-flat, is never trained on
-mix = {f'emoji/{style}': 1.0 for style in ('noto', 'twemoji', 'openmoji', 'noto-v1', 'emojione')}
-val = {'heldout': 'emoji/heldout', 'unseen': 'emoji/fluent-emoji-flat'}
-tokenizer = 'emoji/tokenizer.model'
+data_dir = 'datasets/emoji'
+mix = {'noto': 1.0, 'twemoji': 1.0, 'openmoji': 1.0, 'noto-v1': 1.0, 'emojione': 1.0}
+val = {'heldout': 'heldout', 'unseen': 'fluent-emoji-flat'}
+tokenizer = 'tokenizer.model'
 image_mean = 1.0                # white is 0, so that what a convolution pads with is the ground
 seq_len = 12                    # the longest name has 8 tokens
 lanes = 8                       # more and shorter rounds: a batch mixes all five styles

@@ -6,9 +6,10 @@ task = 'vlm'
 out_dir = 'out/vlm_emoji'
 init_from = 'out/siglip_emoji'  # its vision tower
 
-mix = {f'emoji/{style}': 1.0 for style in ('noto', 'twemoji', 'openmoji', 'noto-v1', 'emojione')}
-val = {'heldout': 'emoji/heldout', 'unseen': 'emoji/fluent-emoji-flat'}
-tokenizer = 'emoji/tokenizer.model'
+data_dir = 'datasets/emoji'
+mix = {'noto': 1.0, 'twemoji': 1.0, 'openmoji': 1.0, 'noto-v1': 1.0, 'emojione': 1.0}
+val = {'heldout': 'heldout', 'unseen': 'fluent-emoji-flat'}
+tokenizer = 'tokenizer.model'
 image_mean = 1.0
 seq_len = 12                    # 1 image token, bos, newline, up to 8 tokens of a name, eos
 lanes = 8

@@ -21,20 +21,21 @@ echo "$MINUTES" > out/demo_minutes
 "$PY" prepare/emoji.py
 
 
-# Without npm there is one style only, and none that was never trained on.
-styles='' eval=mix,emoji/heldout,emoji/fluent-emoji-flat
+# A short demo takes 64 names. Without npm there is one style only, and none that was never trained on.
+flags= eval=mix,heldout,fluent-emoji-flat
+if [ "$MINUTES" -lt 8 ]; then flags='--data_dir=datasets/emoji_64 --seq_len=14'; fi
 if [ ! -d datasets/emoji/fluent-emoji-flat ]; then
-    styles="--mix={'emoji/openmoji':1.0} --val={'heldout':'emoji/heldout'}" eval=mix,emoji/heldout
+    flags="$flags --mix={'openmoji':1.0} --val={'heldout':'heldout'}" eval=mix,heldout
 fi
 steps() { # max_steps of a config, scaled
     sed -n 's/^max_steps = \([0-9]*\).*/\1/p' "config/$1.py" | awk -v m="$MINUTES" '{s = int($1 * m / 20); print (s > 20 ? s : 20)}'
 }
 
 echo; echo "1 of 3: a vision tower learns which picture goes with which name (config/siglip_emoji.py)"
-"$PY" train.py config/siglip_emoji.py --max_steps="$(steps siglip_emoji)" $styles
+"$PY" train.py config/siglip_emoji.py --max_steps="$(steps siglip_emoji)" $flags
 
 echo; echo "2 of 3: with that tower, a model learns to say the name (config/vlm_emoji.py)"
-"$PY" train.py config/vlm_emoji.py --max_steps="$(steps vlm_emoji)" $styles
+"$PY" train.py config/vlm_emoji.py --max_steps="$(steps vlm_emoji)" $flags
 
 echo; echo "3 of 3: how many names are right to the letter (mix: pictures trained on; fluent-emoji-flat: a style never seen),"
 echo "beside the same model with a blank picture, with another name's picture, and the nearest training picture in 8 x 8 pixels"
