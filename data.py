@@ -189,8 +189,8 @@ def find(path, data_dir='', what='data set'):
     for candidate in (os.path.join(data_dir, path), os.path.join(HERE, data_dir, path), path):
         if os.path.exists(candidate):
             return candidate
-    raise FileNotFoundError(f'{what} {path!r} is neither in data_dir={data_dir!r} nor a path of its own: make it with '
-                            'a script of prepare/ (the config names it) or correct it')
+    raise FileNotFoundError(f'{what} {path!r} does not exist, in data_dir={data_dir!r} or as a path: make it with a '
+                            'script of prepare/ (the config names it) or correct it')
 
 
 class Folder:

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import tiny
+import torch
 from tiny import Process, losses, names, rows, run, same_weights, wait_until, weights
 
 STEPS = 24
@@ -418,6 +419,16 @@ def test_augmentation_is_of_the_position_and_the_seed(short, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # precision, groups, weights from elsewhere
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
+@pytest.mark.parametrize('torchrun', range(min(torch.cuda.device_count(), 2)))
+def test_gpus_train_in_bfloat16(short, tmp_path, torchrun):
+    """One process on one GPU, then NCCL between two where there are two: the loss falls and the checkpoint is fp32."""
+    short('--dtype=bfloat16', '--max_steps=40', torchrun=torchrun * 2, real=True).ok()
+    assert rows(tmp_path / 'run')[-1]['loss'] < rows(tmp_path / 'run')[0]['loss']
+    assert all(w.dtype == np.float32 for w in weights(tmp_path / 'run').values())
 
 
 def test_bfloat16_computes_low_and_keeps_high(short, data, tmp_path):
