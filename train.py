@@ -431,8 +431,11 @@ if wandb_project and master:
 def log(row):
     """A row to log.jsonl and wandb."""
     if master:
-        with open(log_path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(row) + '\n')
+        try:
+            with open(log_path, 'a', encoding='utf-8') as f:
+                f.write(json.dumps(row) + '\n')
+        except OSError as error:
+            fail(f'{log_path} can not be written: {error}', 1)
         if run:
             run.log(row, step=row['step'])
 
@@ -493,7 +496,8 @@ def plot():
         if points:
             axes.plot(*zip(*points), label=label, linewidth=1, marker='o' if label != 'train' else None, markersize=3)
     axes.set(xlabel='step', ylabel='loss (nats a target)', ylim=(0, None), title=os.path.basename(out_dir))
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
     plt.close(figure)
 
@@ -646,8 +650,10 @@ while progress['step'] < steps:
             try:
                 save_checkpoint()
                 plot()
-            except (OSError, SafetensorError) as error:
-                fail(f'step {step}: the checkpoint could not be written ({error}); the last good one is '
+            except (OSError, SafetensorError, dcp.CheckpointException) as error:
+                shutil.rmtree(os.path.join(checkpoints, f'.step_{step:08d}.tmp'), ignore_errors=True)
+                reason = str(error).strip().splitlines()[-1]        # DCP puts a traceback before it
+                fail(f'step {step}: the checkpoint could not be written ({reason}); the last good one is '
                      f'{(complete_checkpoints() or ["none"])[0]}', 1)
         if world > 1:
             dist.barrier()

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -700,3 +701,14 @@ def test_a_language_model_trains_on_words_alone(short, tmp_path):
     short('--task=llm', '--mix={"words": 1}', '--max_steps=12').ok()
     loss = [row['loss'] for row in rows(tmp_path / 'run')]
     assert loss[-1] < 0.7 * loss[0] and not [k for k in weights(tmp_path / 'run') if k.startswith('vit')]
+
+
+def test_a_disk_that_is_full_ends_the_run_in_one_line_and_leaves_no_half_checkpoint(data, tmp_path):
+    command = [sys.executable, str(tiny.ROOT / 'train.py'), *tiny.FLAGS, f'--data_dir={data}', '--mix={"plain": 1}',
+               '--max_steps=8', '--num_checkpoints=2', f'--out_dir={tmp_path / "run"}']
+    full = ['bash', '-c', 'ulimit -f 64; exec "$@"', '-', *command]     # no file may have more than 64 KiB
+    done = subprocess.run(full, env=os.environ | tiny.ENV, capture_output=True, text=True, check=False)
+    tiny.Result(done.returncode, done.stdout, done.stderr).failed('step 4', 'could not be written', 'none')
+    assert os.listdir(tmp_path / 'run' / 'checkpoints') == []
+    run('train.py', *command[2:]).ok()          # with room again, the same command goes through
+    assert names(tmp_path / 'run') == ['step_00000004', 'step_00000008']
