@@ -68,10 +68,6 @@ class Random:
         values = low + (high - low) * (bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
         return float(values[0]) if size is None else values.reshape(size)
 
-    def integers(self, low, high):
-        """A whole number in [low, high)."""
-        return low + int(self.uniform(0, high - low))
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the order of a run

@@ -453,7 +453,7 @@ def flops_of_step():
     """Floating point operations of a step: those of one forward pass times three, counted on the first micro-batch."""
     batch = checked(data.Batches(folders, order, processor)[np.arange(micro_batch)])
     if not (batch['targets'] != -100).any():
-        fail(f'nothing can be learned from the first {micro_batch} samples: {(batch["bad"] or ["?"])[0]}', 2)
+        fail(f'task={task} learns nothing from the first {micro_batch} samples: {(batch["bad"] or ["?"])[0]}', 2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, autocast:
         raw_model.loss(**data.to_device(batch, device, image_mean, image_std), **fixed)
     return 3 * counter.get_total_flops() * batch_size // micro_batch
