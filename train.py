@@ -94,7 +94,6 @@ wandb_project = ''                  # empty: no wandb; WANDB_MODE=offline needs 
 config = configure(globals())
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')   # checkpoints are written by one rank
 
-
 bar = None                          # the progress bar, once there is one
 
 
@@ -516,6 +515,8 @@ def validate(name, folder):
     batches = data.Batches([folder], data.InOrder(folder.shards), processor)
     loss, targets, right, samples = 0.0, 0, 0, 0
     for chunk in positions:
+        if not len(chunk):          # more ranks than samples
+            continue
         batch = checked(batches[chunk])
         if batch['bad']:
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
