@@ -548,7 +548,8 @@ def all_texts(folders, processor):
             rows = batches[np.arange(start, min(start + 1024, len(folder)))]
             if 'error' in rows:
                 raise ValueError(rows['error'])
-            found |= {row.tobytes(): (row, segments) for row, segments in zip(rows['tokens'], rows['segments'])}
+            found |= {row.tobytes(): (row, segments) for row, segments in zip(rows['tokens'], rows['segments'])
+                      if segments.any()}        # a placeholder has no text to compare with
     return tuple(np.stack(x) for x in zip(*found.values()))
 
 

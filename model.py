@@ -403,6 +403,8 @@ class SigLIP(nn.Module):
 
     def __init__(self, config, scale=10.0, bias=-10.0):
         super().__init__()
+        if scale <= 0:
+            raise ValueError(f'pair_scale={scale} must be above 0')
         self.config = config
         self.vit, self.text = ViT(config.vit), Decoder(config.decoder)
         width = config.decoder.width

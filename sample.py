@@ -70,7 +70,7 @@ except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 if run['task'] == 'siglip':
     fail(f'{out_dir} is a vision tower (task=siglip), it has no words: give the run of a vlm or llm')
 normalisation = run['image_mean'], run['image_std']
-image_tokens = parts['vit'].num_patches // run['pixel_shuffle'] ** 2
+image_tokens = model.config.image_tokens if run['task'] == 'vlm' else 0
 processor = data.Processor(tok, parts['vit'].image_size, image_tokens, run['prompt'], run['seq_len'])
 
 

@@ -173,7 +173,8 @@ try:
     tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else data.find(tokenizer, data_dir, 'tokenizer'))
     torch.manual_seed(seed)                         # the same weights on every rank
     raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id, pixel_shuffle, pair_scale, pair_bias).to(device)
-    processor = data.Processor(tok, vit.image_size, vit.num_patches // pixel_shuffle ** 2, prompt, seq_len, task)
+    image_tokens = raw_model.config.image_tokens if task == 'vlm' else 0
+    processor = data.Processor(tok, vit.image_size, image_tokens, prompt, seq_len, task)
 except (ValueError, OSError) as error:
     fail(error, 2)
 
@@ -388,7 +389,7 @@ def cut_log(step):
     os.replace(log_path + '.tmp', log_path)
 
 
-progress = dict(step=0, tokens=0, bad_samples=0, train_seconds=0.0)
+progress = dict(step=0, tokens=0, bad_samples=0)
 try:
     if master:
         os.makedirs(checkpoints, exist_ok=True)
@@ -619,7 +620,6 @@ while progress['step'] < steps:
     progress['step'] += 1
     progress['tokens'] += int(tokens)
     t2 = time.perf_counter()
-    progress['train_seconds'] += t2 - t0
     for key, value in (('steps', 1), ('tokens', tokens), ('data', t1 - t0), ('seconds', t2 - t0)):
         since[key] += value
     step = progress['step']

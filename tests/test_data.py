@@ -795,6 +795,9 @@ def test_all_texts_holds_every_text_once(emoji, tmp_path):
     assert tokens.shape == segments.shape == (16, 24)
     texts = {Bytes().decode(row[:length - 1].tolist()) for row, length in zip(tokens, segments.sum(1))}
     assert texts == {f'name {i}' for i in range(15)} | {'new'}
+    short = Processor(Bytes(), 16, 4, '', 7, task='siglip')          # 'name 10' and on do not fit: placeholders
+    tokens, segments = data.all_texts([Folder(str(emoji))], short)
+    assert len(tokens) == 10 and segments.any(1).all()
     os.truncate(other / '00000000.tar', 700)
     with pytest.raises(ValueError, match='00000000.tar'):
         data.all_texts([Folder(str(other))], processor)

@@ -573,6 +573,7 @@ def test_init_from_what_is_not_there_or_damaged(siglip, short, tmp_path):
     (['--lanes=0'], ['lanes=0']),
     (['--pixel_shuffle=3'], ['pixel_shuffle=3', '2 patches']),
     (['--pixel_shuffle=0'], ['pixel_shuffle=0']),
+    (['--task=siglip', '--pair_scale=0.0'], ['pair_scale=0.0']),
     (['--task=siglip', '--mix={"words": 1}'], ['siglip', 'picture']),
 ], ids=lambda value: ' '.join(value) if value and value[0].startswith('--') else '')
 def test_refusal(short, tmp_path, extra, words):
