@@ -1,11 +1,51 @@
 """Tokenizers behind one small interface: `encode`, `decode`, `vocab_size` and the ids of the special tokens.
 
-`load(name)` reads the name's ending: `bytes` (no file), `x.model` (sentencepiece), `x.tiktoken` (BPE ranks, read from
-the file itself: nothing is downloaded). Every tokenizer has `bos_id`, `eos_id`, `pad_id` and `image_id`, the token that
-marks where a picture goes; those a file lacks get new ids after its own. Text never turns into a special token.
+`load(name)` takes `bytes` (no file), `x.model` (sentencepiece), `x.tiktoken` (BPE ranks), `tokenizer.json` (Hugging
+Face) or a folder that holds one of them; nothing is downloaded. Every tokenizer has `bos_id`, `eos_id`, `pad_id` and
+`image_id`, the token that marks where a picture goes; those a file lacks get new ids after its own. Text never turns
+into one of them. `special('<start_of_turn>')` is the id of the token spelled so, or None; `files`: what was read.
 """
 import base64
+import json
 import os
+import re
+
+GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+          r'|\s+(?!\S)|\s')
+UPPER, LOWER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]', r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+O200K = '|'.join([rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+                  rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+                  r'\p{N}{1,3}', r' ?[^\s\p{L}\p{N}]+[\r\n/]*', r'\s*[\r\n]+', r'\s+(?!\S)', r'\s+'])
+END = '<|endoftext|>'
+# A .tiktoken file's name begins so -> how text is split, least number of ranks of the real file, its special tokens.
+# From tiktoken_ext/openai_public.py, whose functions would download the ranks.
+ENCODINGS = {
+    'gpt2': (GPT2, 50256, {END: 50256}), 'r50k': (GPT2, 50256, {END: 50256}), 'p50k': (GPT2, 50256, {END: 50256}),
+    'cl100k': (CL100K, 100256, {END: 100257, '<|fim_prefix|>': 100258, '<|fim_middle|>': 100259,
+                                '<|fim_suffix|>': 100260, '<|endofprompt|>': 100276}),
+    'o200k': (O200K, 199998, {END: 199999, '<|endofprompt|>': 200018})}
+
+# A role in tokenizer_config.json -> how tokenizers without that file spell the token, the likeliest first.
+ROLES = {'bos_token': ('<s>', '<bos>', '<|begin_of_text|>', '<|startoftext|>', '[CLS]'),
+         'eos_token': ('</s>', '<eos>', END, '<|end_of_text|>', '<|im_end|>', '[SEP]'),
+         'pad_token': ('<pad>', '[PAD]', '<|pad|>'),
+         'image_token': ('<image>', '<image_soft_token>', '<|image_pad|>', '<|image|>')}
+
+
+def complete(own, size):
+    """Ids, with a new one from `size` on for each None, and the size after them."""
+    ids = []
+    for i in own:
+        ids.append(size if i is None else i)
+        size += i is None
+    return ids, size
+
+
+def spell(text, piece_id):
+    """Ids of a text's letters, or of their bytes. piece_id: piece -> id or None."""
+    ids = [[piece_id(c)] if piece_id(c) is not None else [piece_id(f'<0x{b:02X}>') for b in c.encode()] for c in text]
+    return [i for letter in ids for i in letter if i is not None]
 
 
 class Bytes:
@@ -21,6 +61,9 @@ class Bytes:
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode('utf-8', errors='replace')
 
+    def special(self, text):
+        return None
+
 
 class SentencePiece:
     """A sentencepiece model file, as Gemma, PaliGemma and Llama 2 have."""
@@ -32,67 +75,158 @@ class SentencePiece:
             self.model = sentencepiece.SentencePieceProcessor(model_file=path)
         except (OSError, RuntimeError) as error:
             raise ValueError(f'tokenizer {path!r} is not a sentencepiece model: {error}') from None
-        size = self.model.vocab_size()
-        self.special = {}
-        for name, own in (('bos', self.model.bos_id()), ('eos', self.model.eos_id()), ('pad', self.model.pad_id()),
-                          ('image', self.model.piece_to_id('<image>'))):
-            missing = own < 0 or (name == 'image' and own == self.model.unk_id())
-            self.special[name] = size if missing else own
-            size += missing
-        self.bos_id, self.eos_id = self.special['bos'], self.special['eos']
-        self.pad_id, self.image_id = self.special['pad'], self.special['image']
-        self.vocab_size = size
-        # Where the file knows <image> as a symbol, it is spelled out when it comes as text: letter by letter or bytes.
-        pieces = [(self.model.piece_to_id(chr(b)), self.model.piece_to_id(f'<0x{b:02X}>')) for b in b'<image>']
-        self.spelled = [letter if letter != self.model.unk_id() else byte for letter, byte in pieces]
+        self.size = self.model.vocab_size()
+        own = [i if i >= 0 else None for i in (self.model.bos_id(), self.model.eos_id(), self.model.pad_id())]
+        ids, self.vocab_size = complete([*own, self.piece_id('<image>')], self.size)
+        self.bos_id, self.eos_id, self.pad_id, self.image_id = ids
+        # Where the file knows <image> as a "user defined symbol", text turns into it: it is spelled out instead.
+        self.spelled = {i: spell(self.model.id_to_piece(i), self.piece_id) for i in ids if i < self.size}
+
+    def piece_id(self, piece):
+        i = self.model.piece_to_id(piece)
+        return None if i == self.model.unk_id() else i
 
     def encode(self, text):
-        return [j for i in self.model.encode(text) for j in (self.spelled if i == self.image_id else [i])]
+        return [j for i in self.model.encode(text) for j in self.spelled.get(i, [i])]
 
     def decode(self, ids):
-        hidden = set(self.special.values())
-        return self.model.decode([i for i in ids if i not in hidden and i < self.model.vocab_size()])
+        return self.model.decode([i for i in ids if i not in self.spelled and i < self.size])
+
+    def special(self, text):
+        # The library tells control symbols but not user defined ones, so they are looked up in the model's protobuf:
+        # a piece is field 1 its text, 2 its score, 3 its type, where 4 is USER_DEFINED (sentencepiece_model.proto).
+        i, raw = self.piece_id(text), text.encode()
+        row = re.escape(b'\n' + bytes([min(len(raw), 255)]) + raw) + b'(\x15.{4})?\x18\x04'
+        known = i is not None and (self.model.is_control(i)
+                                   or re.search(row, self.model.serialized_model_proto(), re.DOTALL))
+        return i if known else None
 
 
 class Tiktoken:
-    """BPE ranks in tiktoken's text format; the file's name says how text is split: gpt2, r50k or p50k."""
+    """BPE ranks in tiktoken's text format; the file's name says how text is split: see ENCODINGS."""
 
     def __init__(self, path):
         import tiktoken
-        import tiktoken_ext.openai_public as public
         self.files = (path,)
         name = os.path.basename(path)
-        if not name.startswith(('gpt2', 'r50k', 'p50k')):
+        known = next((ENCODINGS[key] for key in ENCODINGS if name.startswith(key)), None)
+        if known is None:
             raise ValueError(f'tokenizer {path!r}: how text is split before it is encoded is known for files whose '
-                             'name begins with gpt2, r50k or p50k')
+                             f'name begins with {", ".join(ENCODINGS)}')
+        pattern, real, self.specials = known
         with open(path, 'rb') as f:
             rows = [line.split() for line in f if line.strip()]
         try:
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in rows}
-            if len(set(ranks.values())) != len(rows) or not all(bytes([i]) in ranks for i in range(256)):
+            self.known = set(ranks.values())
+            if len(self.known) != len(rows) or not all(bytes([i]) in ranks for i in range(256)):
                 raise ValueError('a rank comes twice, or one of the 256 bytes has none')
-        except ValueError as error:
+            self.model = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        except (ValueError, OverflowError) as error:
             raise ValueError(f'tokenizer {path!r} is no list of "base64 rank" lines: {error}') from None
-        self.model = tiktoken.Encoding(name, pat_str=public.r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
-        size = max(ranks.values()) + 1
-        self.eos_id = self.bos_id = size        # GPT-2 begins and ends a document with the same token
-        self.pad_id, self.image_id, self.vocab_size = size + 1, size + 2, size + 3
+        size = max(self.known) + 1
+        if size < real or not self.known.isdisjoint(self.specials.values()):
+            self.specials = {END: size}         # not the real ranks: made for a test, or extended
+        self.eos_id = self.bos_id = self.specials[END]      # GPT-2 begins and ends a document with the same token
+        self.pad_id = max(size, *(i + 1 for i in self.specials.values()))
+        self.image_id, self.vocab_size = self.pad_id + 1, self.pad_id + 2
 
     def encode(self, text):
+        limit = 900_000     # the library's split fails, not by an Exception, on runs of a million spaces
+        if len(text) > limit and any(run.end() - run.start() > limit for run in re.finditer(r'\s+', text)):
+            raise ValueError(f'a text has more than {limit} spaces or line ends in a row, which tiktoken cannot split')
         return self.model.encode_ordinary(text)
 
     def decode(self, ids):
-        return self.model.decode([i for i in ids if i < self.eos_id], errors='replace')
+        return self.model.decode([i for i in ids if i in self.known], errors='replace')
+
+    def special(self, text):
+        return self.specials.get(text)
+
+
+def named_tokens(path):
+    """{role: text} of a tokenizer_config.json or special_tokens_map.json."""
+    try:
+        with open(path, encoding='utf-8') as f:
+            settings = json.load(f)
+        named = {role: settings[role] for role in ROLES if settings.get(role)}
+        return {role: '' + (token['content'] if isinstance(token, dict) else token) for role, token in named.items()}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path!r} does not say which tokens are special: {error!r}') from None
+
+
+class HuggingFace:
+    """A tokenizer.json of the tokenizers library; the files beside it say which tokens are bos, eos, pad and image."""
+
+    def __init__(self, path):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f'tokenizer {path!r} needs a package that is not here: pip install tokenizers') from None
+        try:
+            self.model = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:              # the library raises no narrower one
+            raise ValueError(f'tokenizer {path!r} is not a tokenizer.json: {error}') from None
+        beside = [os.path.join(os.path.dirname(path), n) for n in ('tokenizer_config.json', 'special_tokens_map.json')]
+        self.files = (path, *filter(os.path.isfile, beside))
+        named = {}
+        for file in self.files[:0:-1]:          # tokenizer_config.json has the last word
+            named |= named_tokens(file)
+        added = {token.content: i for i, token in self.model.get_added_tokens_decoder().items()}
+        own = {role: self.model.token_to_id(named[role]) if role in named else
+               next((added[text] for text in usual if text in added), None) for role, usual in ROLES.items()}
+        if own['bos_token'] is None:
+            own['bos_token'] = own['eos_token']             # as GPT-2 has it
+        self.model.add_special_tokens([self.model.id_to_token(i) for i in own.values() if i is not None])
+        self.model.encode_special_tokens = True             # text that looks like a special token is text
+        self.model.no_padding()
+        self.model.no_truncation()
+        if getattr(self.model.model, 'dropout', None):      # random merges, for BPE alone
+            self.model.model.dropout = None
+        size = max(self.model.get_vocab().values(), default=-1) + 1
+        ids, self.vocab_size = complete(own.values(), size)
+        self.bos_id, self.eos_id, self.pad_id, self.image_id = ids
+        added = self.model.get_added_tokens_decoder()
+        self.added = {token.content: i for i, token in added.items()}
+        # A model that has special tokens among its pieces may still find them in text: they are spelled out, except
+        # the one that stands for what is unknown.
+        try:
+            unknown = {token.id for token in self.model.model.tokenize('\U0010ffff')}
+        except Exception:                       # it has none
+            unknown = set()
+        self.spelled = {i: spell(token.content, self.model.token_to_id) for i, token in added.items()
+                        if token.special and i not in unknown}
+
+    def __reduce__(self):       # the library would forget encode_special_tokens on the way to another process
+        return HuggingFace, self.files[:1]
+
+    def encode(self, text):
+        ids = self.model.encode(text, add_special_tokens=False).ids
+        return ids if self.spelled.keys().isdisjoint(ids) else [j for i in ids for j in self.spelled.get(i, [i])]
+
+    def decode(self, ids):
+        return self.model.decode(ids, skip_special_tokens=True)     # nor those that it does not know
+
+    def special(self, text):
+        return self.added.get(text)
 
 
 def load(name):
-    """The tokenizer of a file's name, or `bytes`. Raises ValueError or FileNotFoundError with what to do."""
+    """The tokenizer of a file, of the one file in a folder, or `bytes`. Raises ValueError or FileNotFoundError with
+    what to do."""
     if name == 'bytes':
         return Bytes()
-    kind = {'.model': SentencePiece, '.tiktoken': Tiktoken}.get(os.path.splitext(name)[1])
+    if os.path.isdir(name):
+        found = sorted(f for f in os.listdir(name) if f == 'tokenizer.json' or f.endswith(('.model', '.tiktoken')))
+        chosen = [f for f in ('tokenizer.json', 'tokenizer.model') if f in found][:1] or found
+        if len(chosen) != 1:
+            raise ValueError(f'tokenizer={name!r} is a folder with {" and ".join(found) or "no file"} of the kinds '
+                             'tokenizer.json, .model, .tiktoken: give the path of one file')
+        name = os.path.join(name, chosen[0])
+    kind = {'.model': SentencePiece, '.tiktoken': Tiktoken, '.json': HuggingFace}.get(os.path.splitext(name)[1])
     if kind is None:
-        raise ValueError(f'tokenizer={name!r} is of no known kind: give bytes, a .model file (sentencepiece) or a '
-                         '.tiktoken file')
+        raise ValueError(f'tokenizer={name!r} is of no known kind: give bytes, a .model file (sentencepiece), a '
+                         '.tiktoken file, a tokenizer.json or a folder that holds one')
     if not os.path.isfile(name):
         raise FileNotFoundError(f'tokenizer={name!r} does not exist: make it with the data set (prepare/) or give '
                                 'another path')
