@@ -1,24 +1,20 @@
-"""Data: which sample stands at which position of a run, reading it from tar shards, and turning it into a batch.
+"""Data: which sample stands at which position of a run, reading it from tar shards near or far, and batches.
 
     python data.py out/vlm_emoji/config.json --show_steps=100:103      which samples steps 100, 101 and 102 saw
 
-A data set is a folder of plain .tar shards (webdataset's format) with a `manifest.jsonl`. `Order` is a pure function of
-the position: nothing is recorded to resume, and nothing depends on the number of ranks or workers.
-
-Axes: B rows of a micro-batch, T tokens of a row, I pictures of a micro-batch.
+A data set is a folder of plain .tar shards (webdataset's format), best with a `manifest.jsonl`. `Order` is a pure
+function of the position: nothing is recorded to resume, and nothing depends on the number of ranks or workers.
 """
+import fnmatch
 import functools
-import io
-import json
 import os
 import re
 import sys
-import tarfile
-from collections import OrderedDict
 
 import numpy as np
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+from processor import BadSample, collate, token_rows
+from shards import CACHE, Folder, is_url
 
 # ----------------------------------------------------------------------------------------------------------------------
 # hashing: written out here, so that no order ever changes with a release of numpy or torch
@@ -78,7 +74,7 @@ BLOCK = 4096                    # rounds in which the mixing shares are exact
 class Order:
     """Position n of a run -> (data set, epoch, shard, index in the shard): a pure function.
 
-    datasets: a list of [(shard name, samples), ...]; weights: a number for each data set, of any sum.
+    datasets: a list of [(shard name, samples), ...] or of arrays of samples; weights: a number for each, of any sum.
     1. n = round * lanes + slot. Rank r of W takes the positions congruent to r mod W, so what a batch holds does not
        depend on W; when W divides `lanes`, a rank stays in its own lanes and so in its own shards.
     2. A round belongs to one data set. Each block of 4096 rounds gives every data set its exact share, by largest
@@ -88,7 +84,8 @@ class Order:
        every sample exactly once and the next begins at the very next position."""
 
     def __init__(self, datasets, weights, seed=0, lanes=64, window=1024):
-        self.sizes = [np.array([n for _, n in shards], np.int64) for shards in datasets]
+        self.sizes = [shards if isinstance(shards, np.ndarray) else np.array([n for _, n in shards], np.int64)
+                      for shards in datasets]
         self.samples = [int(sizes.sum()) for sizes in self.sizes]
         self.weights, self.seed, self.lanes, self.window = list(weights), seed, lanes, window
         if len(weights) != len(datasets) or not datasets:
@@ -112,8 +109,7 @@ class Order:
         self.shards = functools.lru_cache(2 * len(datasets) + 2)(self._shards)
 
     def __reduce__(self):       # without its caches, which can not be pickled: workers need not be forked
-        datasets = [list(enumerate(sizes.tolist())) for sizes in self.sizes]
-        return Order, (datasets, self.weights, self.seed, self.lanes, self.window)
+        return Order, (self.sizes, self.weights, self.seed, self.lanes, self.window)
 
     def _block(self, block):
         """For each round of the block: its data set, and how many rounds of that data set came before in the block."""
@@ -128,6 +124,7 @@ class Order:
         """The shards of an epoch in their order, and where each one's samples begin in it (one more: the end)."""
         sizes = self.sizes[dataset]
         order = np.argsort(hash64(self.seed, 2, dataset, epoch, np.arange(len(sizes))), kind='stable')
+        order = order.astype(np.int32)      # half the memory of a million shards
         return order, np.concatenate([[0], np.cumsum(sizes[order])])
 
     def locate(self, n):
@@ -144,338 +141,66 @@ class Order:
             of_round, before = self.block(int(block))
             dataset[here] = of_round[in_block[here]]
             local[here] = block * self.quotas[dataset[here]] + before[in_block[here]]
-        epoch, place = self._place(dataset, local, slot)
+        epoch, place = self._place(dataset, local * self.lanes + slot)
         shard, index = np.empty_like(flat), np.empty_like(flat)
-        for d, e in sorted(set(zip(dataset.tolist(), epoch.tolist()))):
-            here = (dataset == d) & (epoch == e)
-            order, starts = self.shards(d, e)
+        by_epoch = np.lexsort((epoch, dataset))                     # one group for each (data set, epoch)
+        cuts = 1 + np.flatnonzero(np.diff(dataset[by_epoch]) | np.diff(epoch[by_epoch]))
+        for here in np.split(by_epoch, cuts) if len(flat) else ():
+            order, starts = self.shards(int(dataset[here[0]]), int(epoch[here[0]]))
             k = np.searchsorted(starts, place[here], side='right') - 1
             shard[here], index[here] = order[k], place[here] - starts[k]
         return tuple(x.reshape(n.shape) for x in (dataset, epoch, shard, index))
 
-    def _place(self, dataset, local, slot):
-        """Epoch, and the place in the epoch's row of samples, of the `local`-th round of a data set and its slot."""
+    def _lane(self, dataset, p):
+        """Of the p-th samples of data sets: epoch, where their lane begins in the epoch's row of samples, how many it
+        owns, and how many it gave before in this epoch."""
         lanes, samples = self.lanes, np.array(self.samples, np.int64)[dataset]
-        p = local * lanes + slot                                    # the position among those of this data set
-        epoch = p // np.maximum(samples, 1)
+        slot, epoch = p % lanes, p // np.maximum(samples, 1)
         base, extra = samples // lanes, samples % lanes
         # An epoch begins at slot `first`; the lanes first, first + 1, ... (wrapping) own one sample more.
         first = epoch * samples % lanes
         more_before = np.where(first + extra <= lanes, np.clip(slot - first, 0, extra),
                                np.minimum(slot, first + extra - lanes) + np.maximum(slot - first, 0))
-        start = slot * base + more_before
         owned = base + ((slot - first) % lanes < extra)
-        turn = (p - epoch * samples) // lanes                       # how many this lane gave before in this epoch
+        return epoch, slot * base + more_before, owned, (p - epoch * samples) // lanes
+
+    def _place(self, dataset, p):
+        """Epoch, and the place in the epoch's row of samples, of the p-th samples of data sets."""
+        epoch, start, owned, turn = self._lane(dataset, p)
         window = turn // self.window
         size = np.minimum(self.window, owned - window * self.window)
-        key = hash64(self.seed, 3, dataset, epoch, slot, window)
+        key = hash64(self.seed, 3, dataset, epoch, p % self.lanes, window)
         return epoch, start + window * self.window + permute(turn % self.window, size, key)
 
+    def before(self, n, dataset):
+        """How many samples of a data set stand before position n."""
+        rounds, slot = divmod(int(n), self.lanes)
+        of_round = self.block(rounds // BLOCK)[0]
+        here = rounds % BLOCK
+        local = rounds // BLOCK * int(self.quotas[dataset]) + int((of_round[:here] == dataset).sum())
+        return local * self.lanes + (slot if of_round[here] == dataset else 0)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# reading shards
+    def seen(self, dataset, count):
+        """The first `count` samples of a data set: how many whole epochs, and {shard: samples} of the epoch after them.
 
-
-class BadSample(Exception):
-    """A sample that can not be used; the message says why."""
-
-
-def find(path, data_dir='', what='data set'):
-    """Where a file or folder of a config is: in data_dir, there beside the scripts, or just where it says."""
-    for candidate in (os.path.join(data_dir, path), os.path.join(HERE, data_dir, path), path):
-        if os.path.exists(candidate):
-            return candidate
-    raise FileNotFoundError(f'{what} {path!r} does not exist, in data_dir={data_dir!r} or as a path: make it with a '
-                            'script of prepare/ (the config names it) or correct it')
-
-
-class Folder:
-    """A data set on disk: shards, their counts, and random access to samples. Indexes are made on first use."""
-
-    def __init__(self, path, max_open=64, max_indexes=256):
-        self.path = path
-        manifest = os.path.join(path, 'manifest.jsonl')
-        if os.path.exists(manifest):
-            self.shards = list(read_manifest(manifest))
-        else:
-            tars = sorted(f for f in os.listdir(path) if f.endswith('.tar'))
-            self.shards = [(f.removesuffix('.tar'), len(index_tar(os.path.join(path, f)))) for f in tars]
-        if not self.shards:
-            raise ValueError(f'data set {path!r} holds no shards: make it again with its script of prepare/')
-        self.max_open, self.max_indexes = max_open, max_indexes
-        self.files, self.indexes = OrderedDict(), OrderedDict()     # least recently used first
-
-    def __getstate__(self):
-        return self.__dict__ | {'files': OrderedDict()}             # descriptors mean nothing in another process
-
-    def __len__(self):
-        return sum(n for _, n in self.shards)
-
-    def index(self, shard):
-        """The samples of a shard: [(key, {extension: (offset, size)}), ...]."""
-        if shard not in self.indexes:
-            name, count = self.shards[shard]
-            tar = os.path.join(self.path, name + '.tar')
-            index = index_tar(tar)
-            if len(index) != count:
-                raise ValueError(f'{tar} holds {len(index)} samples, the manifest says {count}: make the data set '
-                                 'again, or mend manifest.jsonl')
-            self.indexes[shard] = index
-            if len(self.indexes) > self.max_indexes:
-                self.indexes.popitem(last=False)
-        self.indexes.move_to_end(shard)
-        return self.indexes[shard]
-
-    def read(self, shard, index):
-        """One sample: (key, {extension: bytes}). pread, never mmap: a file cut short must not kill the process."""
-        key, members = self.index(shard)[index]
-        if shard not in self.files:
-            self.files[shard] = os.open(os.path.join(self.path, self.shards[shard][0] + '.tar'), os.O_RDONLY)
-            if len(self.files) > self.max_open:
-                os.close(self.files.popitem(last=False)[1])
-        self.files.move_to_end(shard)
-        sample = {ext: os.pread(self.files[shard], size, offset) for ext, (offset, size) in members.items()}
-        for ext, (_, size) in members.items():
-            if len(sample[ext]) != size:
-                raise BadSample(f'.{ext} has {len(sample[ext])} of {size} bytes')
-        return key, sample
-
-
-def read_manifest(path):
-    """(shard name without .tar, samples) of each row; an error names the row that is wrong."""
-    seen = set()
-    with open(path, 'rb') as f:         # bytes: a row that is not UTF-8 is an error of that row
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name, count = row['shard'].removesuffix('.tar'), row['num_sequences']
-                if type(count) is not int or count < 0:
-                    raise ValueError(f'num_sequences is {count!r}')
-                if name in seen:
-                    raise ValueError(f'shard {name!r} comes twice')
-                seen.add(name)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f'{path}, line {number} is no manifest row ({error}): expected '
-                                 '{"shard": "00000000", "num_sequences": 123}') from None
-            yield name, count
-
-
-def index_tar(path):
-    """Samples of a tar in file order: [(key, {extension: (offset, size)}), ...]. Members of a sample stand together and
-    share the name up to the first dot; a name without a dot, or that begins with it, is no sample (as in webdataset).
-    A tar that is cut or damaged is an error: tarfile itself ends in silence."""
-    samples, seen, end = [], set(), 0
-    with open(path, 'rb') as f:
-        try:
-            members = tarfile.open(fileobj=f, mode='r:').getmembers()
-        except tarfile.TarError as error:
-            raise ValueError(f'{path} is no tar or is damaged ({error}): copy it or make the data set again') from None
-        for member in members:
-            end = member.offset_data + (member.size + 511) // 512 * 512
-            folder, name = os.path.split(member.name)
-            stem, _, ext = name.partition('.')
-            if not member.isfile() or not stem or not ext:
-                continue
-            key, ext = os.path.join(folder, stem), ext.lower()
-            if not samples or samples[-1][0] != key:
-                if key in seen:
-                    raise ValueError(f'{path}: key {key!r} comes twice; make the data set again')
-                seen.add(key)
-                samples.append((key, {}))
-            if ext in samples[-1][1]:
-                raise ValueError(f'{path}: member {member.name!r} comes twice; make the data set again')
-            samples[-1][1][ext] = (member.offset_data, member.size)
-        f.seek(end)
-        if f.read(512) != bytes(512):
-            raise ValueError(f'{path} is cut short or damaged at byte {end}: copy it again or make the data set again')
-    return samples
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# samples to rows
-
-
-def decode_picture(data, max_pixels=64 << 20):
-    """Encoded bytes -> RGBA uint8 (H, W, 4). Raises BadSample."""
-    from PIL import Image, UnidentifiedImageError
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > max_pixels:
-            raise BadSample(f'a picture of {picture.width} x {picture.height} pixels is over the bound of {max_pixels}')
-        return np.array(picture.convert('RGBA'))
-    except UnidentifiedImageError:
-        raise BadSample('the picture can not be decoded (no known format)') from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadSample(f'the picture can not be decoded ({error})') from None
-
-
-def on_background(rgba, colour=(255, 255, 255)):
-    """RGBA uint8 (H, W, 4) over a colour -> RGB uint8 (H, W, 3)."""
-    alpha = rgba[..., 3:].astype(np.uint16)
-    return ((rgba[..., :3] * alpha + np.array(colour, np.uint16) * (255 - alpha) + 127) // 255).astype(np.uint8)
-
-
-def resize(picture, size):
-    """uint8 (H, W, C) -> (size, size, C), bicubic."""
-    if picture.shape[:2] == (size, size):
-        return picture
-    from PIL import Image
-    return np.array(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
-
-
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
-TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
-TO_RGB = np.linalg.inv(TO_YIQ)
-
-
-def augment(rgba, rng):
-    """RGBA uint8 (S, S, 4) -> RGB uint8 (S, S, 3): as another designer might have drawn it. Never mirrored, since left
-    and right arrows are different names; one in ten is left as it is."""
-    from PIL import Image
-    if rng.uniform() < 0.1:
-        return on_background(rgba)
-    size = rgba.shape[0]
-    angle, zoom, aspect, shear, dx, dy, hue, saturation, gain, brightness, *gains = rng.uniform(-1, 1, 13)
-    gray, lines, line_ink, posterize, tones, outline, outline_ink, ground, hole, *hole_box, blur = rng.uniform(size=14)
-
-    # where things are: rotation, zoom, aspect, shear, shift
-    zoom, aspect, angle = np.exp(0.22 * zoom - 0.12), np.exp(0.12 * aspect), 0.3 * angle
-    c, s, m = np.cos(angle) / zoom, np.sin(angle) / zoom, size / 2
-    a, b, d, e = c * aspect, (s + 0.15 * shear * c) * aspect, -s / aspect, (c - 0.15 * shear * s) / aspect
-    dx, dy = m + 0.08 * size * dx, m + 0.08 * size * dy
-    picture = Image.fromarray(rgba).transform((size, size), Image.Transform.AFFINE, (
-        a, b, m - a * dx - b * dy, d, e, m - d * dx - e * dy), Image.Resampling.BILINEAR)
-    x = np.asarray(picture).astype(np.float32) / 255
-    rgb, alpha = x[..., :3], x[..., 3]
-
-    # colour: hue and saturation turn and stretch the chroma plane; gains and brightness
-    turn, stretch = 0.35 * hue, 0.0 if gray < 0.1 else np.exp(0.6 * saturation)
-    chroma = np.eye(3)
-    chroma[1:, 1:] = stretch * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    gains = np.exp(0.3 * gain + 0.15 * np.array(gains))
-    matrix = ((TO_RGB @ chroma @ TO_YIQ) * gains[:, None]).astype(np.float32)
-    rgb = rgb @ matrix.T + np.float32(0.12 * brightness + 0.5 * (1 - gains.mean()))
-
-    # line and tone: dark lines inside, few tones, a dark outline
-    if lines < 0.2:
-        light = rgb @ LUMA
-        edge = abs(np.diff(light, axis=0, append=light[-1:])) + abs(np.diff(light, axis=1, append=light[:, -1:]))
-        rgb = rgb * (1 - np.minimum(2 * edge, 1) * np.float32(0.5 + 0.5 * line_ink))[..., None]
-    if posterize < 0.15:
-        rgb = np.round(rgb * (2 + int(4 * tones))) / (2 + int(4 * tones))
-    rgb = rgb.clip(0, 1)
-    if outline < 0.25:
-        p = np.pad(alpha, 1)
-        grown = np.maximum.reduce([alpha, p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
-        rgb, alpha = rgb * alpha[..., None] + np.float32(0.2 * outline_ink) * (1 - alpha[..., None]), grown
-
-    # the ground is white or a light colour; a piece may be missing; a blur
-    colour = np.ones(3, np.float32) if ground < 0.6 else rng.uniform(0, 1, 3).astype(np.float32) ** 0.5
-    rgb = rgb * alpha[..., None] + colour * (1 - alpha[..., None])
-    if hole < 0.25:
-        top, left, height, width = (np.array(hole_box) * [1, 1, 0.25, 0.25] + [0, 0, 0.12, 0.12]) * size
-        rgb[int(top):int(top + height), int(left):int(left + width)] = colour
-    if blur < 0.15:
-        p = np.pad(rgb, ((1, 1), (1, 1), (0, 0)), mode='edge')
-        p = p[:-2] + 2 * p[1:-1] + p[2:]
-        rgb = (p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]) / 16
-    return (255 * rgb + 0.5).astype(np.uint8)
-
-
-class Processor:
-    """A sample -> one row of tokens, targets, blocks, segments and its picture. PaliGemma's form of a row is
-
-        <image> * image_tokens, bos, prompt, newline | caption, eos      (left of the bar: seen by all, never learned)
-
-    and a sample without a picture is bos, text, eos, causal. task=llm leaves pictures out; a row of task=siglip is the
-    caption alone, and needs a picture."""
-
-    def __init__(self, tokenizer, image_size, image_tokens, prompt='', seq_len=96, task='vlm'):
-        self.tokenizer, self.image_size, self.image_tokens = tokenizer, image_size, image_tokens
-        self.prompt, self.seq_len, self.task = prompt, seq_len, task
-
-    def prefix(self, prompt=None):
-        """Token ids of a picture and its prompt, up to where the answer begins."""
-        t = self.tokenizer
-        return ([t.image_id] * self.image_tokens + [t.bos_id]
-                + t.encode((self.prompt if prompt is None else prompt) + '\n'))
-
-    def row(self, sample, rng=None):
-        """{extension: bytes} -> (tokens, start of what is learned, picture uint8 (H, W, 3) or None, text).
-
-        rng: a Random makes the picture an augmented one. Raises BadSample."""
-        t = self.tokenizer
-        picture = next((sample[ext] for ext in ('png', 'jpg', 'jpeg', 'webp') if ext in sample), None)
-        if self.task == 'llm':
-            picture = None
-        try:
-            text = sample['txt'].decode('utf-8').strip()
-        except KeyError:
-            raise BadSample(f'no .txt among its members ({", ".join(sorted(sample)) or "none"})') from None
-        except UnicodeDecodeError:
-            raise BadSample('.txt is not UTF-8') from None
-        if self.task == 'siglip':
-            if picture is None:
-                raise BadSample('no picture (.png, .jpg, .webp) to pair with the text')
-            prefix, answer = [], t.encode(text) + [t.eos_id]
-        else:
-            prefix, answer = [t.bos_id] if picture is None else self.prefix(), t.encode(text) + [t.eos_id]
-        if len(prefix) + len(answer) > self.seq_len:
-            raise BadSample(f'{len(prefix) + len(answer)} tokens do not fit seq_len={self.seq_len}')
-        return prefix + answer, len(prefix), None if picture is None else self.pixels(picture, rng), text
-
-    def pixels(self, data, rng=None):
-        """Encoded picture -> RGB uint8 (image_size, image_size, 3)."""
-        rgba = resize(decode_picture(data), self.image_size)
-        return on_background(rgba) if rng is None else augment(rgba, rng)
-
-
-def collate(rows, seq_len, pad_id, pairs=False):
-    """Rows of `Processor.row` (None: a placeholder that weighs nothing) -> a batch of small integer arrays:
-    tokens, targets int32, blocks, segments uint8 (B, T), pixels uint8 (I, H, W, 3) or absent, texts."""
-    shape = (len(rows), seq_len)
-    tokens, targets = np.full(shape, pad_id, np.int32), np.full(shape, -100, np.int32)
-    blocks, segments = np.ones(shape, np.uint8), np.zeros(shape, np.uint8)
-    pictures, texts = [], []
-    for i, row in enumerate(rows):
-        texts.append('' if row is None else row[3])
-        if row is None:
-            continue
-        ids, start, picture, _ = row
-        tokens[i, :len(ids)], segments[i, :len(ids)] = ids, 1
-        if pairs:
-            targets[i, 0] = ids[0]      # one target a pair, so that pairs are what the loss is a mean over
-        else:
-            first = max(start, 1)       # the first token has nothing before it to be predicted from
-            targets[i, first - 1:len(ids) - 1] = ids[first:]
-        if picture is not None:
-            blocks[i, :start] = 0
-            pictures.append(picture)
-    batch = dict(tokens=tokens, targets=targets, blocks=blocks, segments=segments, texts=texts)
-    if pictures:
-        batch['pixels'] = np.stack(pictures)
-    return batch
-
-
-def to_device(batch, device, mean=0.5, std=0.5):
-    """A collated batch -> the tensors that the models take."""
-    import torch
-    out = {k: torch.as_tensor(batch[k]).to(device, non_blocking=True).long()
-           for k in ('tokens', 'targets', 'blocks', 'segments')}
-    if 'pixels' in batch:
-        out['pixels'] = to_pixels(batch['pixels'], device, mean, std)
-    return out
-
-
-def to_pixels(pictures, device, mean=0.5, std=0.5):
-    """uint8 (I, H, W, 3) -> fp32 (I, 3, H, W), less the mean, by std; 0.5 and 0.5 give -1 to 1, as SigLIP's."""
-    import torch
-    pixels = torch.as_tensor(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2)
-    return pixels.float().div(255 * std).sub(mean / std)
-
+        Windows that a lane has finished are ranges of the epoch's row, so this takes no time for each sample."""
+        samples, lanes = self.samples[dataset], self.lanes
+        epoch, p = divmod(count, samples)
+        order, starts = self.shards(dataset, epoch)
+        first = np.arange(min(p, lanes))                # the first positions of an epoch are each in another lane
+        turns = -(-(p - first) // lanes)
+        whole = turns // self.window * self.window
+        first += epoch * samples
+        late = np.concatenate([f + lanes * np.arange(w, t) for f, w, t in zip(first, whole, turns)] or [first])
+        place = self._place(np.full_like(late, dataset), late)[1]
+        counts = np.bincount(np.searchsorted(starts, place, side='right') - 1, minlength=len(order))
+        if whole.any():
+            begin, whole = self._lane(np.full_like(first, dataset), first)[1][whole > 0], whole[whole > 0]
+            begin, whole = begin[np.argsort(begin)], whole[np.argsort(begin)]
+            knots = np.stack([begin, begin + whole], 1).ravel()             # finished ranges begin and end here
+            level = np.cumsum(np.stack([0 * whole, whole], 1).ravel())      # finished samples up to there
+            counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
+        return epoch, dict(zip(order[counts > 0].tolist(), counts[counts > 0].tolist()))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # batches
@@ -484,8 +209,8 @@ def to_pixels(pictures, device, mean=0.5, std=0.5):
 class InOrder:
     """The locate of `Order` for a validation pass over one folder: position n is sample n."""
 
-    def __init__(self, shards):
-        self.starts = np.concatenate([[0], np.cumsum([n for _, n in shards])])
+    def __init__(self, sizes):
+        self.starts = np.concatenate([[0], np.cumsum(sizes)])
 
     def locate(self, n):
         n = np.asarray(n, np.int64)
@@ -496,26 +221,75 @@ class InOrder:
 class Batches:
     """Positions -> the batch they stand for; what DataLoader's workers run. `seed=None`: no augmentation.
 
-    A sample that can not be used becomes a row that weighs nothing and a line in the batch's `bad`."""
+    A sample that can not be used becomes an empty row and a line in the batch's `bad`; a shard that is gone or damaged
+    gives {'error': one line}. pack, multiple: see `collate`; documents: see `token_rows`. ahead: how many positions
+    ahead remote shards are fetched."""
 
-    def __init__(self, folders, order, processor, seed=None):
+    def __init__(self, folders, order, processor, seed=None, pack=False, multiple=1, documents=True, ahead=0):
         self.folders, self.order, self.processor, self.seed = folders, order, processor, seed
+        self.pack, self.multiple, self.documents, self.ahead = pack, multiple, documents, ahead
+        for folder in folders:
+            if folder.sequence_length > processor.seq_len + 1:
+                raise ValueError(f'data set {folder.path!r} has sequence_length={folder.sequence_length}: it needs '
+                                 f'seq_len={folder.sequence_length - 1}, not {processor.seq_len}')
+            if folder.vocab_size not in (0, processor.tokenizer.vocab_size):
+                raise ValueError(f'data set {folder.path!r} was made with a tokenizer of {folder.vocab_size} tokens, '
+                                 f'this one has {processor.tokenizer.vocab_size}: give tokenizer the file beside it')
 
     def __getitem__(self, positions):
-        rows, bad = [], []
-        for n, dataset, _, shard, index in zip(positions.tolist(), *(x.tolist() for x in self.order.locate(positions))):
-            folder, key = self.folders[dataset], f'sample {index}'
-            try:
+        try:
+            return self.read(positions)
+        except (OSError, ValueError) as error:          # a shard that is gone or damaged stops the run, in one line
+            return dict(error=str(error))
+
+    def read(self, positions):
+        """The batch. Raises OSError and ValueError."""
+        dataset, _, shard, index = self.order.locate(positions)
+        self.fetch(dataset, shard)
+        if self.ahead:
+            far = self.order.locate(positions + self.ahead)
+            self.fetch(far[0], far[2])
+        bad, ready, pieces = [], [], []
+        for part in np.unique(dataset).tolist():
+            folder, here = self.folders[part], np.flatnonzero(dataset == part)
+            where = shard[here].tolist(), index[here].tolist()
+            if folder.sequence_length:
+                ready.append((*self.sequences(folder, *where, bad), part))
+                continue
+            for s, i, n in zip(*where, positions[here].tolist()):
                 try:
-                    key, sample = folder.read(shard, index)
-                except (OSError, ValueError) as error:      # a shard that is gone or damaged stops the run, in one line
-                    return dict(error=str(error))
-                rows.append(self.processor.row(sample, None if self.seed is None else Random(self.seed, 4, n)))
+                    rng = None if self.seed is None else Random(self.seed, 4, n)
+                    new = self.processor.pieces(folder.read(s, i), rng)
+                    pieces += [(n, piece | {'part': part}) for piece in new]
+                except BadSample as error:
+                    pieces.append((n, None))
+                    bad.append(f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {error}')
+        pieces = [piece for _, piece in sorted(pieces, key=lambda x: x[0])]     # by position
+        return collate(pieces, self.processor, self.pack, self.multiple, ready) | dict(bad=bad, positions=positions)
+
+    def fetch(self, dataset, shard):
+        for part, folder in enumerate(self.folders):
+            if is_url(folder.path):
+                folder.fetch(np.unique(shard[dataset == part]).tolist())
+
+    def sequences(self, folder, shards, indexes, bad):
+        """Rows of tokenized sequences: tokens, targets, segments."""
+        p, failed = self.processor, {}
+        ids = np.empty((len(shards), folder.sequence_length), folder.dtype)
+        padding, size, whole = np.iinfo(folder.dtype).max, ids[0].nbytes, memoryview(ids).cast('B')
+        for row, (s, i) in enumerate(zip(shards, indexes)):
+            try:
+                folder.read_sequence(s, i, whole[row * size:(row + 1) * size])
             except BadSample as error:
-                rows.append(None)
-                bad.append(f'{os.path.join(folder.path, folder.shards[shard][0])}.tar, {key}: {error}')
-        p = self.processor
-        return collate(rows, p.seq_len, p.tokenizer.pad_id, p.task == 'siglip') | dict(bad=bad, positions=positions)
+                failed[row] = error
+                ids[row] = padding
+        for row in np.flatnonzero(((ids >= p.tokenizer.vocab_size) & (ids != padding)).any(1)).tolist():
+            failed[row] = f'token {ids[row].max()} of a tokenizer of {p.tokenizer.vocab_size}: made with another one?'
+            ids[row] = padding
+        for row, error in failed.items():
+            s, i = shards[row], indexes[row]
+            bad.append(f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {error}')
+        return token_rows(ids, p.seq_len, p.tokenizer, self.documents)
 
 
 def positions_of_step(step, batch_size, micro_batch_size, rank=0, world=1):
@@ -543,7 +317,7 @@ def all_texts(folders, processor):
     """Every text of the folders once, as rows of a batch: tokens and segments (N, T)."""
     found = {}
     for folder in folders:
-        batches = Batches([folder], InOrder(folder.shards), processor)
+        batches = Batches([folder], InOrder(folder.sizes), processor)
         for start in range(0, len(folder), 1024):
             rows = batches[np.arange(start, min(start + 1024, len(folder)))]
             if 'error' in rows:
@@ -553,23 +327,22 @@ def all_texts(folders, processor):
     return tuple(np.stack(x) for x in zip(*found.values()))
 
 
-def shards_between(order, folders, start, end, chunk=1 << 20):
-    """Which shards gave how many samples to positions start to end: {data set: {epoch: {shard: samples}}}."""
-    counts = {}
-    for a in range(start, end, chunk):
-        dataset, epoch, shard, _ = order.locate(np.arange(a, min(a + chunk, end)))
-        rows, n = np.unique(np.stack([dataset, epoch, shard]), axis=1, return_counts=True)
-        for d, e, s, k in zip(*rows.tolist(), n.tolist()):
-            shards = counts.setdefault(folders[d].path, {}).setdefault(str(e), {})
-            shards[folders[d].shards[s][0]] = shards.get(folders[d].shards[s][0], 0) + k
-    return counts
+def provenance(order, folders, n):
+    """What the positions below n saw of each data set: {data set: {samples, whole_epochs, shards_of_next_epoch}}."""
+    out = {}
+    for d, folder in enumerate(folders):
+        count = order.before(n, d)
+        epochs, shards = order.seen(d, count) if count else (0, {})
+        out[folder.path] = dict(samples=count, whole_epochs=epochs,
+                                shards_of_next_epoch={folder.name(s): k for s, k in sorted(shards.items())})
+    return out
 
 
-def open_mix(mix, data_dir, seed, lanes, window):
+def open_mix(mix, data_dir, seed, lanes, window, cache_dir=CACHE, cache_gb=100.0):
     """The folders of a mix {data set: weight} and their order."""
-    folders = [Folder(find(name, data_dir)) for name in mix]
+    folders = [Folder(name, data_dir, cache_dir, cache_gb) for name in mix]
     try:
-        return folders, Order([f.shards for f in folders], list(mix.values()), seed, lanes, window)
+        return folders, Order([f.sizes for f in folders], list(mix.values()), seed, lanes, window)
     except ValueError as error:
         raise ValueError(f'mix={mix}: {error}') from None
 
@@ -582,18 +355,21 @@ if __name__ == '__main__':
     # those settings of train.py that the order depends on, with the same defaults
     data_dir = 'datasets'           # where data sets are: here, or there beside the scripts
     mix = {'emoji/noto': 1.0}       # data set -> sampling weight
+    cache_dir = CACHE               # indexes of shards and copies of remote ones
+    cache_gb = 100.0                # of copies
     batch_size = 128                # samples a step
     seed = 0
     lanes = 64                      # parallel streams of the order
     window = 1024                   # samples among which a lane is shuffled
     show_steps = ''                 # a:b prints the samples of steps a to b - 1
+    where = ''                      # only those whose key, shard or data set is this or matches it: cat-*
     configure(globals(), partial=True)
     if not re.fullmatch(r'\d+:\d+', show_steps):
         print(f'data.py: --show_steps={show_steps}: expected a:b, such as --show_steps=100:103', file=sys.stderr)
         sys.exit(2)
     first, last = map(int, show_steps.split(':'))
     try:
-        folders, order = open_mix(mix, data_dir, seed, lanes, window)
+        folders, order = open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
     except (ValueError, OSError) as error:
         print(f'data.py: {error}', file=sys.stderr)
         sys.exit(2)
@@ -601,8 +377,10 @@ if __name__ == '__main__':
         n = np.arange(step * batch_size, (step + 1) * batch_size)
         for position, d, e, s, i in zip(n.tolist(), *(x.tolist() for x in order.locate(n))):
             try:
-                key = folders[d].index(s)[i][0]
+                key = folders[d].key(s, i)
             except (ValueError, OSError) as error:
                 print(f'data.py: {error}', file=sys.stderr)
                 sys.exit(1)
-            print(step, position, list(mix)[d], e, folders[d].shards[s][0], key, sep='\t')
+            row = list(mix)[d], folders[d].name(s), key
+            if not where or where in row or any(fnmatch.fnmatchcase(x, where) for x in row):
+                print(step, position, row[0], e, *row[1:], sep='\t')

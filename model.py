@@ -301,27 +301,29 @@ class Decoder(nn.Module):
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
         return self.unembed(self.features(self.embed(tokens), blocks, segments))
 
-    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None):
-        """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored."""
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum'):
+        """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored.
+
+        reduction='none': not their sum but each, in the order of the targets, row by row."""
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
-        return token_loss(self, self.features(self.embed(tokens), blocks, segments), targets)
+        return token_loss(self, self.features(self.embed(tokens), blocks, segments), targets, reduction=reduction)
 
     forward = loss              # DistributedDataParallel wraps `forward`
 
 
-def token_loss(decoder, x, targets, chunk=4096):
+def token_loss(decoder, x, targets, chunk=4096, reduction='sum'):
     """Cross-entropy at the targets only, in chunks whose logits are recomputed in the backward pass:
-    (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> (sum, count)."""
+    (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> (sum or each, count)."""
     wanted = targets != -100
     x, targets = x[wanted], targets[wanted]                                     # (targets, D), (targets,)
 
     def chunk_loss(x, targets):
-        return F.cross_entropy(decoder.unembed(x).float(), targets, reduction='sum')
+        return F.cross_entropy(decoder.unembed(x).float(), targets, reduction=reduction)
 
     if len(x) <= chunk:
         return chunk_loss(x, targets), wanted.sum()
     parts = [checkpoint(chunk_loss, a, b, use_reentrant=False) for a, b in zip(x.split(chunk), targets.split(chunk))]
-    return torch.stack(parts).sum(), wanted.sum()
+    return torch.stack(parts).sum() if reduction == 'sum' else torch.cat(parts), wanted.sum()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,10 +383,11 @@ class VLM(nn.Module):
         blocks = self.default_blocks(tokens) if blocks is None else blocks
         return self.decoder.unembed(self.decoder.features(self.embed(tokens, pixels), blocks, segments))
 
-    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None):
-        """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored."""
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum'):
+        """As `Decoder.loss`."""
         blocks = self.default_blocks(tokens, targets) if blocks is None else blocks
-        return token_loss(self.decoder, self.decoder.features(self.embed(tokens, pixels), blocks, segments), targets)
+        x = self.decoder.features(self.embed(tokens, pixels), blocks, segments)
+        return token_loss(self.decoder, x, targets, reduction=reduction)
 
     forward = loss
 
@@ -423,16 +426,20 @@ class SigLIP(nn.Module):
         real = (segments > 0)[..., None]
         return F.normalize(self.text_head((x * real).sum(1) / real.sum(1)), dim=-1)
 
-    def loss(self, tokens, targets, pixels, blocks=None, segments=None, texts=None, text_segments=None):
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, texts=None, text_segments=None,
+             reduction='sum'):
         """Sum over pictures of the pairs' sigmoid losses, and the number of pictures. Equal texts are all positives.
 
         texts, text_segments (N, T): what every picture is compared with; without them, the texts of the batch."""
         pairs = (targets != -100).any(1)                                        # a row without targets has no picture
         tokens, segments = tokens[pairs], segments[pairs]
         texts, text_segments = (tokens, segments) if texts is None else (texts, text_segments)
+        if pixels is None:      # no row has a picture
+            pixels = self.scale.new_zeros(0, 3, self.config.vit.image_size, self.config.vit.image_size)
         same = (tokens[:, None] == texts[None]).all(-1)                         # (I, N)
         logits = self.embed_images(pixels) @ self.embed_texts(texts, text_segments).T * self.scale.exp() + self.bias
-        return -F.logsigmoid(torch.where(same, logits, -logits).float()).sum(), pairs.sum()
+        losses = -F.logsigmoid(torch.where(same, logits, -logits).float()).sum(1)                   # (I,)
+        return losses.sum() if reduction == 'sum' else losses, pairs.sum()
 
     forward = loss
 

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import data
+import processor as processors
+import shards
 import tokenizer as tokenizers
 from configurator import configure
 from model import DecoderConfig, ViTConfig, build, generate
@@ -58,20 +60,17 @@ try:
         run = load(f)
     parts = {name: kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
              for name, kind in (('vit', ViTConfig), ('decoder', DecoderConfig))}
-    file = next((f for f in sorted(os.listdir(folder)) if f.startswith('tokenizer.')), None)
-    tok = tokenizers.load(os.path.join(folder, file) if file else run['tokenizer'])
+    tok = tokenizers.load('bytes' if run['tokenizer'] == 'bytes' else folder)
     model = build(run['task'], parts['vit'], parts['decoder'], tok.vocab_size, tok.image_id, run['pixel_shuffle'])
     model.to(device).eval()
     model.load_state_dict(load_file(os.path.join(folder, 'model.safetensors'), device=device))
+    processor = processors.build(run, tok, model.config.image_tokens if run['task'] == 'vlm' else 0)
 except FileNotFoundError as error:
     fail(f'{folder!r} is no checkpoint ({error.filename} is missing): train first, or give --out_dir and --checkpoint')
 except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
     fail(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}')
 if run['task'] == 'siglip':
     fail(f'{out_dir} is a vision tower (task=siglip), it has no words: give the run of a vlm or llm')
-normalisation = run['image_mean'], run['image_std']
-image_tokens = model.config.image_tokens if run['task'] == 'vlm' else 0
-processor = data.Processor(tok, parts['vit'].image_size, image_tokens, run['prompt'], run['seq_len'])
 
 
 def answers(prefixes, pixels):
@@ -82,7 +81,8 @@ def answers(prefixes, pixels):
         tokens = torch.full((len(rows), max(map(len, rows))), tok.pad_id, device=device)
         for i, row in enumerate(rows):
             tokens[i, len(tokens[i]) - len(row):] = torch.tensor(row)
-        pictures = None if pixels is None else data.to_pixels(pixels[a:a + batch_size], device, *normalisation)
+        pictures = None if pixels is None else processors.to_pixels(
+            pixels[a:a + batch_size], device, processor.mean, processor.std)
         out += [tok.decode(ids) for ids in generate(model, tokens, pictures, max_new_tokens, temperature, top_k, top_p,
                                                     tok.eos_id, tok.pad_id, seed + a)]
     return out
@@ -114,7 +114,7 @@ def main():
             try:
                 with open(name, 'rb') as f:
                     pixels.append(processor.pixels(f.read()))
-            except (OSError, data.BadSample) as error:
+            except (OSError, shards.BadSample) as error:
                 fail(f'{name}: {error}', 1)
         texts = answers([processor.prefix(prompt or None)] * len(files), np.stack(pixels))
         for name, text in zip(files, texts):
@@ -133,8 +133,8 @@ def main():
 
 def read_all(name, where):
     """The pictures (uint8, on white) and texts of a data set."""
-    folder = data.Folder(data.find(name, where))
-    rows = data.Batches([folder], data.InOrder(folder.shards), processor)[np.arange(len(folder))]
+    folder = shards.Folder(name, where)
+    rows = data.Batches([folder], data.InOrder(folder.sizes), processor)[np.arange(len(folder))]
     if 'error' in rows or rows['bad']:
         fail(rows.get('error') or rows['bad'][0], 1)
     if len(rows.get('pixels', ())) != len(folder):

@@ -29,6 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
+import processor as processors
+import shards
 import tokenizer as tokenizers
 from configurator import configure
 from model import DecoderConfig, ViTConfig, build, generate
@@ -50,14 +52,26 @@ init_from = ''                      # weights to start from: a run's out_dir or 
 init_skip = []                      # regexes of parameters that init_from leaves as they are
 # data
 data_dir = 'datasets'               # where data sets are: here, or there beside the scripts
-mix = {'emoji/noto': 1.0}           # data set -> sampling weight
+mix = {'emoji/noto': 1.0}           # data set -> sampling weight; a folder, .tar, list of them (.txt), with commas and
+#                                     {000..099} between, local or a URL
 val = {}                            # name -> data set that is validated on, whole
-tokenizer = 'bytes'                 # bytes | a .model (sentencepiece) or .tiktoken file, in data_dir or a path
+cache_dir = shards.CACHE            # indexes of shards, and copies of remote ones
+cache_gb = 100.0                    # of copies
+tokenizer = 'bytes'                 # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file, in data_dir or
+#                                     a path
+processor = 'auto'                  # how a sample is written as tokens: paligemma | text | chat | gemma | llava |
+#                                     smolvlm | a model folder | file.py:function; auto: by task
 prompt = ''                         # vlm: the text between a picture and its answer
 image_mean = 0.5                    # subtracted from pixels of 0 to 1 (1.0: white is 0)
 image_std = 0.5                     # and what they are then divided by
+image_draft = True                  # JPEGs may be decoded at 1/2, 1/4 or 1/8, where that is at least vit.image_size
+action_steps = 0                    # actions of a sample are padded to so many steps
+action_dim = 0                      # of so many numbers,
+proprio_dim = 0                     # and the state to so many
 seq_len = 96                        # tokens a row, patches and padding included
-augment = True                      # pictures change a little every time they are seen
+pack = False                        # several samples share a row, each sees itself alone; micro_batch_size: of rows
+document_attention = True           # tokenized sets: attention stops at a document's end (False: faster, less exact)
+augment = False                     # drawings change a little every time they are seen
 workers = 2                         # processes that read data (0: none but this one)
 lanes = 64                          # parallel streams of the order; fixed for a run
 window = 1024                       # samples among which a lane is shuffled
@@ -65,7 +79,8 @@ max_bad_fraction = 0.001            # more unusable samples than this stop the r
 # length: one of the three
 max_steps = 0
 max_samples = 0
-epochs = 0.0                        # of all the data sets of the mix together
+epochs = 0.0                        # times the samples that the data sets of the mix hold together; each of them goes
+#                                     through epochs of its own, at the pace of its weight
 allow_repeat = True                 # False: refuse a run that would see a sample twice
 # batch
 batch_size = 128                    # samples a step, over all ranks
@@ -125,13 +140,18 @@ def say(message):
         print(message, flush=True)
 
 
+def all_ranks(*values):
+    """Every rank's values, in fp64: (ranks, values)."""
+    t = torch.zeros(world, len(values), dtype=torch.float64, device=device)
+    t[rank] = torch.tensor(values, dtype=torch.float64)
+    if world > 1:
+        dist.all_reduce(t)
+    return t
+
+
 def all_sum(*values):
     """Sums over the ranks, in fp64."""
-    if world == 1:
-        return values
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t)
-    return tuple(t.tolist())
+    return all_ranks(*values).sum(0).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,6 +166,8 @@ if batch_size < 1 or micro_batch_size < 0 or batch_size % (world * (micro_batch_
     fail(f'batch_size={batch_size} is not a multiple of {world} ranks x micro_batch_size={micro_batch_size or 1}: '
          f'{max(batch_size // unit, 1) * unit} or {(max(batch_size, 0) // unit + 1) * unit} would fit', 2)
 micro_batch = micro_batch_size or batch_size // world
+if task == 'siglip' and pack:
+    fail('pack=True: rows of task=siglip are compared one by one, they can not be shared', 2)
 if task == 'siglip' and pair_with == 'batch' and micro_batch != batch_size:
     fail(f'pair_with=batch compares all pairs of a batch, so batch_size={batch_size} must be one micro-batch on one '
          f'rank (here: {world} ranks, micro_batch_size={micro_batch}): take pair_with=all', 2)
@@ -168,22 +190,27 @@ if min(log_every, num_checkpoints) < 1 or min(eval_every, keep_last, workers, wa
 # data, tokenizer, model
 
 try:
-    folders, order = data.open_mix(mix, data_dir, seed, lanes, window)
-    val_folders = {name: data.Folder(data.find(path, data_dir)) for name, path in val.items()}
-    tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else data.find(tokenizer, data_dir, 'tokenizer'))
+    folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
+    val_folders = {name: shards.Folder(path, data_dir, cache_dir, cache_gb) for name, path in val.items()}
+    tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else shards.find(tokenizer, data_dir, 'tokenizer'))
     torch.manual_seed(seed)                         # the same weights on every rank
     raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id, pixel_shuffle, pair_scale, pair_bias).to(device)
     image_tokens = raw_model.config.image_tokens if task == 'vlm' else 0
-    processor = data.Processor(tok, vit.image_size, image_tokens, prompt, seq_len, task)
+    rows_of = processors.build(config, tok, image_tokens)
+    train_data = data.Batches(folders, order, rows_of, seed if augment else None, pack, micro_batch if pack else 1,
+                              document_attention, window * lanes)
+    # answers can be told apart only where each has a row of its own
+    val_data = {name: data.Batches([f], data.InOrder(f.sizes), rows_of, pack=pack and not (task == 'vlm' and
+                                   exact_match), documents=document_attention) for name, f in val_folders.items()}
 except (ValueError, OSError) as error:
     fail(error, 2)
 
 fixed = {}                                          # inputs that are the same for every batch
 if task == 'siglip' and pair_with == 'all':
     fixed = {k: torch.as_tensor(v).to(device).long()
-             for k, v in zip(('texts', 'text_segments'), data.all_texts(folders, processor))}
+             for k, v in zip(('texts', 'text_segments'), data.all_texts(folders, rows_of))}
 
-dataset_samples = sum(order.samples)
+dataset_samples = sum(n for n, weight in zip(order.samples, order.weights) if weight)
 steps = max_steps or math.ceil((max_samples or epochs * dataset_samples) / batch_size)
 warmup_steps = round(warmup * steps) if warmup < 1 else int(warmup)
 if warmup_steps > steps:
@@ -191,10 +218,11 @@ if warmup_steps > steps:
 if num_checkpoints > steps:
     fail(f'num_checkpoints={num_checkpoints}, but the run has {steps} steps', 2)
 if not allow_repeat:
-    final = np.arange(max(0, steps * batch_size - data.BLOCK * lanes), steps * batch_size)
-    for d in np.unique(order.locate(final)[0][order.locate(final)[1] > 0]):
-        fail(f'allow_repeat=False, but {steps * batch_size} samples are more than one epoch of {list(mix)[d]!r} '
-             f'({order.samples[d]} samples): make the run shorter or the data set\'s weight smaller', 2)
+    for d, name in enumerate(mix):
+        if order.before(steps * batch_size, d) > order.samples[d]:
+            fail(f'allow_repeat=False, but a run of {steps * batch_size} samples takes '
+                 f'{order.before(steps * batch_size, d)} of {name!r}, which has {order.samples[d]}: make the run '
+                 'shorter or its weight smaller', 2)
 checkpoint_steps = {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -280,9 +308,10 @@ def save_checkpoint():
     # safetensors instead of DCP's own format, whose metadata is a pickle
     dcp.save(optimizer_tensors(), storage_writer=dcp.HuggingFaceStorageWriter(os.path.join(new, 'state')), no_dist=True)
     write_json(os.path.join(new, 'config.json'), config)
-    write_json(os.path.join(new, 'shards.json'), data.shards_between(order, folders, 0, progress['step'] * batch_size))
+    write_json(os.path.join(new, 'shards.json'), data.provenance(order, folders, progress['step'] * batch_size))
     for path in tok.files:
-        shutil.copyfile(path, os.path.join(new, 'tokenizer' + os.path.splitext(path)[1]))
+        name_of_copy = 'tokenizer.json' if path == tok.files[0] and path.endswith('.json') else os.path.basename(path)
+        shutil.copyfile(path, os.path.join(new, name_of_copy))
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     write_json(os.path.join(new, 'progress.json'), progress | dict(world=world, versions=versions, files=files_of(new)))
     for root, _, names in os.walk(new):
@@ -449,13 +478,17 @@ def checked(batch):
     return fail(batch['error'], 1) if 'error' in batch else batch
 
 
+def to_device(batch):
+    return processors.to_device(batch, device, rows_of.mean, rows_of.std)
+
+
 def flops_of_step():
     """Floating point operations of a step: those of one forward pass times three, counted on the first micro-batch."""
-    batch = checked(data.Batches(folders, order, processor)[np.arange(micro_batch)])
-    if not (batch['targets'] != -100).any():
+    batch = checked(train_data[np.arange(micro_batch)])
+    if not batch['num_targets']:
         fail(f'task={task} learns nothing from the first {micro_batch} samples: {(batch["bad"] or ["?"])[0]}', 2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, autocast:
-        raw_model.loss(**data.to_device(batch, device, image_mean, image_std), **fixed)
+        raw_model.loss(**to_device(batch), **fixed)
     return 3 * counter.get_total_flops() * batch_size // micro_batch
 
 
@@ -513,25 +546,28 @@ def validate(name, folder):
     """A row with `val_loss` (mean over targets) and, where it is asked for, `exact_match` (share of samples)."""
     model.eval()
     positions = np.array_split(np.arange(len(folder))[rank::world], math.ceil(len(folder) / world / micro_batch))
-    batches = data.Batches([folder], data.InOrder(folder.shards), processor)
     loss, targets, right, samples = 0.0, 0, 0, 0
     for chunk in positions:
         if not len(chunk):          # more ranks than samples
             continue
-        batch = checked(batches[chunk])
+        batch = checked(val_data[name][chunk])
         if batch['bad']:
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
-        tensors = data.to_device(batch, device, image_mean, image_std)
-        with autocast:
-            loss_sum, count = raw_model.loss(**tensors, **fixed)
-            if task == 'vlm' and exact_match:
-                right += count_right(batch, tensors)
-        loss, targets, samples = loss + loss_sum.item(), targets + count.item(), samples + len(chunk)
+        for part in processors.split(batch, micro_batch):
+            tensors = to_device(part)
+            with autocast:
+                loss_sum, count = raw_model.loss(**tensors, **fixed)
+                if task == 'vlm' and exact_match:
+                    right += count_right(part, tensors)
+            loss, targets = loss + loss_sum.item(), targets + count.item()
+        samples += len(chunk)
     model.train()
     loss, targets, right, samples = all_sum(loss, targets, right, samples)
     row = dict(step=progress['step'], val=name, val_loss=loss / max(targets, 1))
+    if folder.num_bytes and task == 'llm':
+        row['bits_per_byte'] = loss / math.log(2) / folder.num_bytes
     if task == 'siglip':
-        row['exact_match'] = nearest_text(folder, batches)
+        row['exact_match'] = nearest_text(folder, val_data[name])
     elif task == 'vlm' and exact_match:
         row['exact_match'] = right / samples
     return row
@@ -549,7 +585,7 @@ def nearest_text(folder, batches):
     """Share of pictures whose own text, among all texts of the data set, lies nearest."""
     chunks = [checked(batches[c]) for c in np.array_split(np.arange(len(folder)), max(1, len(folder) // micro_batch))]
     texts, names, vectors = [], [], []
-    for tensors, batch in ((data.to_device(b, device, image_mean, image_std), b) for b in chunks):
+    for tensors, batch in ((to_device(b), b) for b in chunks):
         texts.append(raw_model.embed_texts(tensors['tokens'], tensors['segments']))
         vectors.append(raw_model.embed_images(tensors['pixels']))
         names += batch['texts']
@@ -565,9 +601,9 @@ for number in (signal.SIGTERM, signal.SIGINT):      # finish the step, save, exi
     signal.signal(number, lambda got, frame: stop.update(signal=got))
 
 first = progress['step']
-todo = (p for k in range(first, steps) for p in data.positions_of_step(k, batch_size, micro_batch, rank, world))
-batches = data.Batches(folders, order, processor, seed if augment else None)
-feed = iter(data.loader(batches, todo, workers))
+at_once = batch_size // world if pack else micro_batch      # samples that are read, and packed, together
+todo = (p for k in range(first, steps) for p in data.positions_of_step(k, batch_size, at_once, rank, world))
+feed = iter(data.loader(train_data, todo, workers))
 accumulation = batch_size // world // micro_batch
 if master:
     from tqdm import tqdm
@@ -580,15 +616,18 @@ since = dict(steps=0, tokens=0, data=0.0, seconds=0.0)
 model.train()
 while progress['step'] < steps:
     t0 = time.perf_counter()
-    micro = [checked(next(feed)) for _ in range(accumulation)]
-    for batch in micro:
-        for line in batch['bad']:
-            print(f'\nbad sample: {line}', file=sys.stderr)
+    read = [checked(next(feed)) for _ in range(batch_size // world // at_once)]
+    for line in (line for batch in read for line in batch['bad']):
+        print(f'\nbad sample: {line}', file=sys.stderr)
+    micro = [part for batch in read for part in processors.split(batch, micro_batch)]
     t1 = time.perf_counter()
     # Counted over all ranks before the backward pass: the gradient is of one mean, however the batch is cut.
-    targets, tokens, bad, stopping = all_sum(
-        sum(int((b['targets'] != -100).sum()) for b in micro), sum(int(b['segments'].sum()) for b in micro),
-        sum(len(b['bad']) for b in micro), stop['signal'])
+    counts = all_ranks(sum(b['num_targets'] for b in read), sum(b['num_tokens'] for b in read),
+                       sum(len(b['bad']) for b in read), stop['signal'], len(micro))
+    targets, tokens, bad, stopping, _ = counts.sum(0).tolist()
+    # Where texts are long or packed a rank may have fewer rows than another: it goes through empty ones.
+    passes = int(counts[:, -1].max())
+    micro += [processors.collate([], rows_of)] * (passes - len(micro))
     progress['bad_samples'] += int(bad)
     seen = (progress['step'] + 1) * batch_size
     if progress['bad_samples'] > max(1, max_bad_fraction * max(seen, dataset_samples)):
@@ -600,16 +639,19 @@ while progress['step'] < steps:
     for group in optimizer.param_groups:
         group['lr'] = lr_at(progress['step']) * group['lr_scale']
     torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))   # dropout's, by the step
-    loss = torch.zeros((), device=device)
+    by_part = torch.zeros(2, len(mix), dtype=torch.float64)         # of each data set, losses and targets
     for i, batch in enumerate(micro):
         if world > 1:
-            model.require_backward_grad_sync = i == accumulation - 1     # gradients travel once a step
+            model.require_backward_grad_sync = i == passes - 1      # gradients travel once a step
         with autocast:
-            loss_sum, _ = model(**data.to_device(batch, device, image_mean, image_std), **fixed)
-        (loss_sum * (world / targets)).backward()   # DDP divides by world
-        loss += loss_sum.detach()
+            losses, _ = model(**to_device(batch), **fixed, reduction='none')
+        (losses.sum() * (world / targets)).backward()               # DDP divides by world
+        part = torch.as_tensor(batch['parts'])[torch.as_tensor(batch['targets']) != -100].long()
+        by_part += torch.stack((torch.bincount(part, losses.detach().double().cpu(), len(mix)),
+                                torch.bincount(part, minlength=len(mix))))
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf).item()
-    loss = all_sum(loss.item())[0] / targets
+    by_part = torch.tensor(all_sum(*by_part.flatten().tolist())).view(2, -1)
+    loss = by_part[0].sum().item() / targets
     if not math.isfinite(loss) or not math.isfinite(grad_norm):
         fail(f'step {progress["step"]}: loss {loss}, gradient norm {grad_norm}. Its samples: python data.py '
              f'{out_dir}/config.json --show_steps={progress["step"]}:{progress["step"] + 1}. Last good checkpoint: '
@@ -633,7 +675,11 @@ while progress['step'] < steps:
             tokens_per_sec=round(since['tokens'] / seconds, 1),
             tokens_per_sec_per_gpu=round(since['tokens'] / seconds / world, 1),
             mfu=round(step_flops * n / seconds / peak, 4), data_time=round(since['data'] / n, 5),
-            step_time=round(seconds / n, 5), mem_gb=memory_gb(), bad_samples=progress['bad_samples']))
+            step_time=round(seconds / n, 5), mem_gb=memory_gb(), bad_samples=progress['bad_samples']) | {
+                key: value for d, name in enumerate(mix if len(mix) > 1 else ()) for key, value in (
+                    (f'loss/{name}', (by_part[0, d] / by_part[1, d]).item()),
+                    (f'epoch/{name}', round(order.before(step * batch_size, d) / order.samples[d], 4)))
+                if value == value})     # no target of this data set in the step: nan
         since = dict.fromkeys(since, 0)
     if master:
         bar.set_postfix_str(f'loss {loss:.4f}, {batch_size / (t2 - t0):.0f} samples/s', refresh=False)

@@ -27,6 +27,7 @@ out_dir = 'out/siglip_emoji'
 # five designers draw the same things; a sixth, fluent-emoji-flat, is never trained on
 data_dir = 'datasets/emoji'
 mix = {'noto': 1.0, 'twemoji': 1.0, 'openmoji': 1.0, 'noto-v1': 1.0, 'emojione': 1.0}
+augment = True
 val = {'heldout': 'heldout', 'unseen': 'fluent-emoji-flat'}
 tokenizer = 'tokenizer.model'
 image_mean = 1.0                # white is 0, so that what a convolution pads with is the ground

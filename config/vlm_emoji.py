@@ -15,6 +15,7 @@ init_from = 'out/siglip_emoji'  # its vision tower
 
 data_dir = 'datasets/emoji'
 mix = {'noto': 1.0, 'twemoji': 1.0, 'openmoji': 1.0, 'noto-v1': 1.0, 'emojione': 1.0}
+augment = True
 val = {'heldout': 'heldout', 'unseen': 'fluent-emoji-flat'}
 tokenizer = 'tokenizer.model'
 image_mean = 1.0

@@ -8,6 +8,7 @@ out_dir = 'out/vlm_emoji_full'
 
 data_dir = 'datasets/emoji_full'
 mix = {'noto': 1.0, 'twemoji': 1.0, 'openmoji': 1.0, 'noto-v1': 1.0, 'emojione': 1.0}
+augment = True
 val = {'heldout': 'heldout', 'unseen': 'fluent-emoji-flat'}
 tokenizer = 'tokenizer.model'
 image_mean = 1.0

@@ -1,11 +1,16 @@
 """What the tests share: the repo's root on sys.path, one thread, tiny pictures and tiny data sets."""
+import atexit
 import io
 import json
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp(prefix='cache')     # not the user's
+atexit.register(shutil.rmtree, os.environ['XDG_CACHE_HOME'], ignore_errors=True)
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

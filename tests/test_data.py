@@ -21,13 +21,21 @@ import webdataset
 from conftest import ROOT, encode, picture, sample, write_set, write_tar
 
 import data
-from data import BadSample, Batches, Folder, InOrder, Order, Processor, Random, augment, collate, hash64, permute
+import processor as processors
+import shards
+from data import Batches, InOrder, Order, Random, hash64, permute
+from processor import Processor, augment, collate
+from shards import BadSample, Folder
 from tokenizer import Bytes
 
 BOS, EOS, PAD, IMAGE = 256, 257, 258, 259
 
 
 GOLDEN = '2d9e3accdd8410e33fffe867cc649faa1e5189eae0a846b8b03639f9c2055c76'
+
+
+def list_of(folder):
+    return list(zip([name.decode() for name in folder.names.tolist()], folder.sizes.tolist()))
 
 
 def shards_of(sizes):
@@ -293,13 +301,11 @@ def test_a_manifest_of_100_000_shards_is_quick_and_small():
     assert held < 60 * len(shards) and peak < 120 * len(shards), 'some dozen bytes a shard'
 
 
-def test_shards_between_is_quick_for_a_small_set_seen_often():
+def test_what_was_seen_is_counted_without_going_through_it():
     order = Order([shards_of([100, 186])], [1.0])
-    folders = [type('Stub', (), {'path': 'p', 'shards': shards_of([100, 186])})]
-    began = time.process_time()
-    counts = data.shards_between(order, folders, 0, 286 * 1000)
-    assert time.process_time() - began < 15
-    assert counts == {'p': {str(e): {'00000000': 100, '00000001': 186} for e in range(1000)}}
+    assert order.seen(0, 286 * 10 ** 9) == (10 ** 9, {})
+    epoch, counts = order.seen(0, 286 * 10 ** 9 + 100)
+    assert epoch == 10 ** 9 and sum(counts.values()) == 100
 
 
 def test_the_order_never_changes():
@@ -328,10 +334,10 @@ def test_a_folder_reads_what_webdataset_reads(emoji, tmp_path):
     (bare / 'notes.md').write_text('not a shard')
     for path in (emoji, bare):
         folder = Folder(str(path))
-        assert folder.shards == shards_of([5, 7, 3]) and len(folder) == 15
-        for s, (name, count) in enumerate(folder.shards):
+        assert list_of(folder) == shards_of([5, 7, 3]) and len(folder) == 15
+        for s, (name, count) in enumerate(list_of(folder)):
             theirs = list(webdataset.WebDataset(str(path / f'{name}.tar'), shardshuffle=False))
-            ours = [folder.read(s, i) for i in range(count)]
+            ours = [(folder.key(s, i), folder.read(s, i)) for i in range(count)]
             assert [key for key, _ in ours] == [row['__key__'] for row in theirs]
             assert [members for _, members in ours] == [{k: row[k] for k in ('png', 'txt')} for row in theirs]
 
@@ -348,12 +354,12 @@ def test_names_that_webdataset_groups_in_its_own_way(tmp_path):
     theirs = [{k: v for k, v in row.items() if k not in ('__url__', '__local_path__')}
               for row in webdataset.WebDataset(str(tmp_path / '0.tar'), shardshuffle=False)]
     folder = Folder(str(tmp_path))
-    ours = [folder.read(0, i) for i in range(len(folder))]
+    ours = [(folder.key(0, i), folder.read(0, i)) for i in range(len(folder))]
     assert [{'__key__': key, **members} for key, members in ours] == theirs
 
 
 def test_few_open_files_and_indexes_are_enough(emoji):
-    whole, narrow = Folder(str(emoji)), Folder(str(emoji), max_open=1, max_indexes=1)
+    whole, narrow = Folder(str(emoji)), Folder(str(emoji), max_open=1, max_index_bytes=1)
     before = len(os.listdir('/proc/self/fd'))
     for i in range(12):
         assert narrow.read(i % 3, i % 3) == whole.read(i % 3, i % 3)
@@ -365,7 +371,7 @@ def refused(path, *words):
     """Opening the set and reading its first shard is refused, by an error that holds the words."""
     with pytest.raises((ValueError, OSError)) as error:
         folder = Folder(str(path))
-        for s in range(len(folder.shards)):
+        for s in range(len(folder.names)):
             folder.index(s)
     assert all(word in str(error.value) for word in words), str(error.value)
 
@@ -420,11 +426,18 @@ def test_a_compressed_tar_is_refused(tmp_path):
     refused(path.parent, '00000000.tar')
 
 
-def test_repeated_keys_and_members_are_refused(tmp_path):
-    write_set(tmp_path / 'apart', [[('a', sample(1)), ('b', sample(2)), ('a', sample(3))]])
-    refused(tmp_path / 'apart', '00000000.tar', "'a'", 'twice')
-    write_set(tmp_path / 'beside', [[('a', sample(1)), ('b', sample(2)), ('b', sample(3))]])
-    refused(tmp_path / 'beside', '00000000.tar', "'b.", 'twice')
+def test_repeated_members_are_placeholders_and_interleaved_ones_find_together(tmp_path):
+    again = Folder(str(write_set(tmp_path / 'apart', [[('a', sample(1)), ('b', sample(2)), ('a', sample(3))]])))
+    assert again.read(0, 0) == sample(1) and again.read(0, 1) == sample(2) and again.key(0, 2) == 'a'
+    with pytest.raises(BadSample, match='twice'):
+        again.read(0, 2)
+    beside = Folder(str(write_set(tmp_path / 'beside', [[('b', sample(2)), ('b', sample(3))]], manifest=False)))
+    assert len(beside) == 1
+    with pytest.raises(BadSample, match='twice'):
+        beside.read(0, 0)
+    mixed = [('a', {'png': b'1'}), ('b', {'png': b'2'}), ('a', {'txt': b'3'}), ('b', {'txt': b'4'})]
+    mixed = Folder(str(write_set(tmp_path / 'mixed', [mixed], manifest=False)))
+    assert [mixed.read(0, i) for i in range(2)] == [{'png': b'1', 'txt': b'3'}, {'png': b'2', 'txt': b'4'}]
 
 
 @pytest.mark.parametrize('line', ['{"shard": "00000001"', '{"shard": "00000001"}', '{"num_sequences": 3}', '[1, 2]',
@@ -447,8 +460,8 @@ def test_a_shard_stands_in_the_manifest_once(tmp_path):
 
 def test_the_manifest_may_say_tar_and_more(tmp_path):
     folder = write_set(tmp_path / 'set', [4])
-    (folder / 'manifest.jsonl').write_text('\n{"shard": "00000000.tar", "num_sequences": 4, "sequence_length": 9}\n\n')
-    assert Folder(str(folder)).shards == [('00000000', 4)] and Folder(str(folder)).read(0, 3)[0] == '000003'
+    (folder / 'manifest.jsonl').write_text('\n{"shard": "00000000.tar", "num_sequences": 4, "more": 9}\n\n')
+    assert list_of(Folder(str(folder))) == [('00000000', 4)]
 
 
 def test_a_wrong_count_a_missing_shard_and_an_empty_folder(tmp_path):
@@ -467,25 +480,26 @@ def test_a_wrong_count_a_missing_shard_and_an_empty_folder(tmp_path):
 def test_a_file_cut_short_after_it_was_indexed_gives_bad_samples(tmp_path):
     path = write_set(tmp_path / 'set', [4])
     folder = Folder(str(path))
-    (_, members), size = folder.index(0)[2], os.path.getsize(path / '00000000.tar')
-    os.truncate(path / '00000000.tar', members['png'][0] + 5)
-    assert folder.read(0, 1)[0] == '000001'
+    members = {ext: offset for ext, offset, _, _ in folder.index(0).members(2)}
+    size = os.path.getsize(path / '00000000.tar')
+    os.truncate(path / '00000000.tar', members['png'] + 5)
+    assert folder.read(0, 1) == sample(1)
     with pytest.raises(BadSample, match='5 of'):
         folder.read(0, 2)
     with pytest.raises(BadSample, match='0 of'):
         folder.read(0, 3)
-    assert size > members['png'][0]
+    assert size > members['png']
 
 
 def test_find_looks_in_data_dir_and_beside_the_scripts(emoji, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'here').mkdir()
-    assert data.find('here') == 'here'
-    assert data.find('toy', str(emoji.parent)) == str(emoji)
-    assert data.find(str(emoji), 'elsewhere') == str(emoji)
-    assert os.path.samefile(data.find('test_data.py', 'tests'), __file__), 'beside the scripts, from any folder'
+    assert shards.find('here') == 'here'
+    assert shards.find('toy', str(emoji.parent)) == str(emoji)
+    assert shards.find(str(emoji), 'elsewhere') == str(emoji)
+    assert os.path.samefile(shards.find('test_data.py', 'tests'), __file__), 'beside the scripts, from any folder'
     with pytest.raises(FileNotFoundError, match='nothing'):
-        data.find('nothing', 'datasets')
+        shards.find('nothing', 'datasets')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,14 +524,18 @@ def bomb(size):
     return png(size=size)
 
 
+def rgba_of(content):
+    return np.array(processors.open_picture(content).convert('RGBA'))
+
+
 def test_pictures_are_decoded_whatever_their_kind():
     rgba = picture(1)
-    assert (data.decode_picture(encode(rgba)) == rgba).all() and data.decode_picture(png()).any()
-    assert (data.decode_picture(encode(rgba, 'WEBP', lossless=True, exact=True)) == rgba).all()
+    assert (rgba_of(encode(rgba)) == rgba).all() and rgba_of(png()).any()
+    assert (rgba_of(encode(rgba, 'WEBP', lossless=True, exact=True)) == rgba).all()
     smooth = np.full((16, 16, 3), (200, 100, 50), np.uint8)
-    jpeg = data.decode_picture(encode(smooth, 'JPEG', quality=95)).astype(int)
+    jpeg = rgba_of(encode(smooth, 'JPEG', quality=95)).astype(int)
     assert jpeg.shape == (16, 16, 4) and np.abs(jpeg[..., :3] - smooth).max() < 6 and (jpeg[..., 3] == 255).all()
-    grey = data.decode_picture(encode(rgba[..., 0]))
+    grey = rgba_of(encode(rgba[..., 0]))
     assert (grey[..., :3] == rgba[..., :1]).all() and (grey[..., 3] == 255).all()
 
 
@@ -529,10 +547,8 @@ def test_pictures_that_can_not_be_decoded_are_bad_samples():
                           'bad chunk': png(chunk_of(b'IDAT', PIXELS[:50]), chunk_of(b'\0\1\2\3', b'')),
                           'bomb': bomb(30000), 'over the bound': bomb(9000)}.items():
         with pytest.raises(BadSample) as error:
-            data.decode_picture(content)
+            rgba_of(content)
         assert 'picture' in str(error.value), name
-    with pytest.raises(BadSample, match='over the bound'):
-        data.decode_picture(whole, max_pixels=16 * 16 - 1)
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -547,7 +563,7 @@ def test_a_damaged_picture_is_a_bad_sample_or_a_picture():
             for _ in range(rng.integers(1, 4)):
                 damaged[rng.integers(0, min(len(damaged), 120))] = rng.integers(0, 256)
             try:
-                out = data.decode_picture(bytes(damaged), max_pixels=1 << 20)
+                out = rgba_of(bytes(damaged))
             except BadSample:
                 continue
             assert out.dtype == np.uint8 and out.shape[2] == 4
@@ -557,22 +573,30 @@ def test_on_background_blends_by_alpha():
     rgba = np.zeros((1, 3, 4), np.uint8)
     rgba[0, :, :3] = (250, 0, 9)
     rgba[0, :, 3] = (255, 0, 51)
-    assert data.on_background(rgba).tolist() == [[[250, 0, 9], [255, 255, 255], [254, 204, 206]]]
-    assert data.on_background(rgba, (0, 100, 255)).tolist() == [[[250, 0, 9], [0, 100, 255], [50, 80, 206]]]
+    assert processors.on_background(rgba).tolist() == [[[250, 0, 9], [255, 255, 255], [254, 204, 206]]]
+    assert processors.on_background(rgba, (0, 100, 255)).tolist() == [[[250, 0, 9], [0, 100, 255], [50, 80, 206]]]
     value, alpha = np.meshgrid(np.arange(256), np.arange(256))
     for colour in (0, 77, 255):
-        blended = data.on_background(np.stack([value, value, value, alpha], -1).astype(np.uint8), (colour,) * 3)
+        blended = processors.on_background(np.stack([value, value, value, alpha], -1).astype(np.uint8), (colour,) * 3)
         exact = value / 255 * alpha + colour * (1 - alpha / 255)
         assert np.abs(blended - exact[..., None]).max() <= 0.5
 
 
-def test_resize_fills_the_square():
-    wide = np.zeros((10, 40, 4), np.uint8)
+def test_pixels_fill_the_square():
+    wide = np.zeros((10, 40, 3), np.uint8)
     wide[:, 20:] = 255
-    out = data.resize(wide, 8)
-    assert out.shape == (8, 8, 4) and (out[:, :2] == 0).all() and (out[:, 6:] == 255).all()
+    out = Processor(Bytes(), 8, 1).pixels(encode(wide))
+    assert out.shape == (8, 8, 3) and (out[:, :2] == 0).all() and (out[:, 6:] == 255).all()
     same = picture(4)
-    assert (data.resize(same, 16) == same).all()
+    assert (Processor(Bytes(), 16, 1).pixels(encode(same)) == processors.on_background(same)).all()
+
+
+def test_a_jpeg_may_be_decoded_small():
+    rgb = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), np.ones((40, 40, 1), np.uint8))
+    content = encode(rgb, 'JPEG', quality=95)
+    small, whole = (Processor(Bytes(), 40, 1, draft=draft).pixels(content).astype(int) for draft in (True, False))
+    assert small.shape == whole.shape == (40, 40, 3) and 0 < np.abs(small - whole).mean() < 6
+    assert processors.open_picture(content, 40).size == (40, 40), '1/8 of 320'
 
 
 def test_augmentation_is_keyed_by_seed_and_position():
@@ -601,7 +625,7 @@ def test_augmentation_is_not_too_strong_and_not_nothing():
     rgba = picture(6, 32)
     rgba[...] = 0
     rgba[10:22, 10:22] = (200, 60, 30, 255)
-    plain, moved = data.on_background(rgba), [augment(rgba, Random(2, 4, n)) for n in range(200)]
+    plain, moved = processors.on_background(rgba), [augment(rgba, Random(2, 4, n)) for n in range(200)]
     assert 0 < sum((out == plain).all() for out in moved) < 50, 'some are left as they are'
     assert len({tuple(out[0, 0]) for out in moved}) > 30, 'the ground changes colour'
     assert len({tuple(out[16, 16]) for out in moved}) > 100, 'and the picture'
@@ -622,23 +646,27 @@ class PadIsEos(Bytes):
         self.pad_id = self.eos_id
 
 
+def batch_of(processor, *samples, **options):
+    """A batch of samples, {extension: bytes}; None is a placeholder."""
+    pieces = [p | {'part': 0} if p else None for m in samples for p in (processor.pieces(m) if m else [None])]
+    return collate(pieces, processor, **options)
+
+
 def test_a_row_is_picture_bos_prompt_newline_then_caption_eos():
-    processor = Processor(Bytes(), 16, 4, 'en', 24)
-    ids, start, pixels, text = processor.row({'png': encode(picture(1)), 'txt': b' cat\n'})
-    assert ids == [IMAGE] * 4 + [BOS, *b'en\n', *b'cat', EOS] and start == 8 and text == 'cat'
+    processor = Processor(Bytes(), 16, 4, 'en', 16)
+    ids = [IMAGE] * 4 + [BOS, *b'en\n', *b'cat', EOS]
     assert processor.prefix() == ids[:8] and processor.prefix('x') == [IMAGE] * 4 + [BOS, *b'x\n']
-    assert (pixels == data.on_background(picture(1))).all(), 'on white, not changed'
-    batch = collate([(ids, start, pixels, text)], 16, PAD)
+    batch = batch_of(processor, {'png': encode(picture(1)), 'txt': b' cat\n'})
     assert batch['tokens'].tolist() == [ids + [PAD] * 4]
     assert batch['targets'].tolist() == [[-100] * 7 + [*b'cat', EOS] + [-100] * 5], 'shifted; the answer and its end'
     assert batch['blocks'].tolist() == [[0] * 8 + [1] * 8] and batch['segments'].tolist() == [[1] * 12 + [0] * 4]
     assert batch['texts'] == ['cat'] and batch['pixels'].shape == (1, 16, 16, 3) and batch['pixels'].dtype == np.uint8
+    assert (batch['pixels'][0] == processors.on_background(picture(1))).all(), 'on white, not changed'
+    assert batch['num_tokens'] == 12 and batch['num_targets'] == 4
 
 
 def test_the_end_is_learned_where_pad_and_end_are_one_token():
-    t = PadIsEos()
-    row = Processor(t, 16, 4, '', 24).row(sample(1, 'ab'))
-    batch = collate([row], 12, t.pad_id)
+    batch = batch_of(Processor(PadIsEos(), 16, 4, '', 12), sample(1, 'ab'))
     assert batch['tokens'].tolist() == [[IMAGE] * 4 + [BOS, *b'\nab', EOS] + [EOS] * 3]
     assert batch['targets'].tolist() == [[-100] * 5 + [*b'ab', EOS] + [-100] * 4]
     assert batch['segments'].tolist() == [[1] * 9 + [0] * 3]
@@ -646,55 +674,57 @@ def test_the_end_is_learned_where_pad_and_end_are_one_token():
 
 def test_a_row_without_a_picture_is_causal_text():
     processor = Processor(Bytes(), 16, 4, 'prompt', 12)
-    ids, start, pixels, _ = processor.row({'txt': 'zoë'.encode()})
-    assert ids == [BOS, *'zoë'.encode(), EOS] and pixels is None
-    batch = collate([(ids, start, pixels, 'zoë')], 8, PAD)
-    assert batch['targets'].tolist() == [[*'zoë'.encode(), EOS, -100, -100, -100]]
-    assert batch['blocks'].tolist() == [[1] * 8] and 'pixels' not in batch
-    mixed = collate([(ids, start, pixels, 'zoë'), Processor(Bytes(), 16, 4, '', 12).row(sample(1, 'q'))], 12, PAD)
+    batch = batch_of(processor, {'txt': 'zoë'.encode()})
+    assert batch['tokens'][0, :6].tolist() == [BOS, *'zoë'.encode(), EOS]
+    assert batch['targets'].tolist() == [[*'zoë'.encode(), EOS] + [-100] * 7]
+    assert 'blocks' not in batch and 'pixels' not in batch
+    mixed = batch_of(Processor(Bytes(), 16, 4, '', 12), {'txt': b'zoe'}, sample(1, 'q'))
     assert mixed['pixels'].shape[0] == 1 and mixed['blocks'][1].tolist() == [0] * 6 + [1] * 6
+    assert mixed['blocks'][0].tolist() == [1] * 12 and mixed['pictures'].tolist() == [0, 1]
 
 
 def test_pairs_hold_the_caption_alone_and_one_target():
-    processor = Processor(Bytes(), 16, 4, 'prompt', 12, task='siglip')
-    row = processor.row(sample(1, 'dog'))
-    assert row[:2] == ([*b'dog', EOS], 0)
-    batch = collate([row, None], 6, PAD, pairs=True)
+    processor = Processor(Bytes(), 16, 0, 'prompt', 6, form='pair')
+    batch = batch_of(processor, sample(1, 'dog'), None)
+    assert batch['tokens'].tolist() == [[*b'dog', EOS, PAD, PAD], [PAD] * 6]
     assert (batch['targets'] != -100).sum(1).tolist() == [1, 0]
     assert batch['segments'].tolist() == [[1] * 4 + [0] * 2, [0] * 6] and len(batch['pixels']) == 1
-    with pytest.raises(BadSample, match='no picture'):
-        processor.row({'txt': b'dog'})
+    with pytest.raises(BadSample, match='0 pictures'):
+        processor.pieces({'txt': b'dog'})
 
 
 def test_a_language_model_leaves_pictures_out():
-    ids, start, pixels, _ = Processor(Bytes(), 16, 4, 'prompt', 12, task='llm').row({'png': b'broken', 'txt': b'dog'})
-    assert ids == [BOS, *b'dog', EOS] and start == 1 and pixels is None
+    processor = Processor(Bytes(), form='text', pictures=False, seq_len=12)
+    batch = batch_of(processor, {'png': b'broken', 'txt': b'dog'})
+    assert batch['tokens'][0, :5].tolist() == [BOS, *b'dog', EOS] and 'pixels' not in batch
 
 
 def test_rows_that_can_not_be_are_bad_samples():
     processor = Processor(Bytes(), 16, 4, '', 12)
-    for members, word in [({'png': b'1'}, 'txt'), ({}, 'none'), ({'png': encode(picture(1)), 'txt': b'\xff'}, 'UTF-8'),
-                          (sample(1, 'seven77'), '14 tokens'), ({'png': b'x', 'txt': b'a'}, 'decoded')]:
+    for members, word in [({'png': b'1'}, 'empty'), ({}, 'none'),
+                          ({'png': encode(picture(1)), 'txt': b'\xff'}, 'UTF-8'),
+                          (sample(1, 'seven77'), '14 tokens'), ({'png': b'x', 'txt': b'a'}, 'decoded'),
+                          ({'json': b'{'}, 'json'), ({'json': b'[1]'}, 'object'), ({'json': b'[' * 100_000}, 'json'),
+                          ({'json': b'{"text": 3}'}, 'text'), ({'json': b'{"text": "\\ud800"}'}, 'surrogate')]:
         with pytest.raises(BadSample, match=word):
-            processor.row(members)
-    ids, *_ = processor.row(sample(1, 'fives'))
-    assert len(ids) == 12, 'as long as it may be'
+            processor.pieces(members)
+    assert len(processor.pieces(sample(1, 'fives'))[0]['tokens']) == 12, 'as long as it may be'
 
 
 def test_tensors_for_the_model():
-    batch = collate([Processor(Bytes(), 16, 4, '', 12).row(sample(1, 'q'))], 12, PAD)
-    out = data.to_device(batch, 'cpu')
+    batch = batch_of(Processor(Bytes(), 16, 4, '', 12), sample(1, 'q'))
+    out = processors.to_device(batch, 'cpu')
     assert set(out) == {'tokens', 'targets', 'blocks', 'segments', 'pixels'}
     assert all(out[k].dtype == torch.long and out[k].tolist() == batch[k].tolist() for k in out if k != 'pixels')
     assert out['pixels'].shape == (1, 3, 16, 16) and out['pixels'].dtype == torch.float32
     close = torch.testing.assert_close
-    extremes = data.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu')
+    extremes = processors.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu')
     close(extremes, torch.tensor([-1.0, 1.0, -0.6]).view(1, 3, 1, 1))
     rows = np.arange(18, dtype=np.uint8).reshape(1, 2, 3, 3)
-    close(data.to_pixels(rows, 'cpu')[0, 1, 1], torch.tensor([10, 13, 16.0]) / 127.5 - 1)     # green of the lower row
-    other = data.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu', mean=0.4, std=0.2)
+    close(processors.to_pixels(rows, 'cpu')[0, 1, 1], torch.tensor([10, 13, 16.0]) / 127.5 - 1)  # green, lower row
+    other = processors.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu', mean=0.4, std=0.2)
     close(other, torch.tensor([-2.0, 3.0, -1.0]).view(1, 3, 1, 1))
-    close(data.to_device(batch, 'cpu', 0.4, 0.2)['pixels'], (out['pixels'] + 0.2) / 0.4)
+    close(processors.to_device(batch, 'cpu', 0.4, 0.2)['pixels'], (out['pixels'] + 0.2) / 0.4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -703,7 +733,7 @@ def test_tensors_for_the_model():
 
 def toy(emoji, seed=7, prompt=''):
     folder = Folder(str(emoji))
-    order = Order([folder.shards], [1.0], seed=1, lanes=4, window=8)
+    order = Order([folder.sizes], [1.0], seed=1, lanes=4, window=8)
     return Batches([folder], order, Processor(Bytes(), 16, 4, prompt, 24), seed)
 
 
@@ -744,12 +774,12 @@ def test_a_position_seen_again_in_the_next_epoch_is_augmented_anew(emoji):
 
 def test_a_batch_holds_what_the_order_says(emoji):
     batches = toy(emoji, None)
-    names = {(s, i): folder_row[1]['txt'].decode() for s, n in enumerate((5, 7, 3)) for i in range(n)
+    names = {(s, i): folder_row['txt'].decode() for s, n in enumerate((5, 7, 3)) for i in range(n)
              for folder_row in [batches.folders[0].read(s, i)]}
     batch = batches[np.arange(30, 45)]
     assert batch['texts'] == [names[row[2:]] for row in located(batches.order, np.arange(30, 45))]
     numbers = [int(text.split()[1]) for text in batch['texts']]
-    assert all((data.on_background(picture(k)) == pixels).all() for k, pixels in zip(numbers, batch['pixels']))
+    assert all((processors.on_background(picture(k)) == pixels).all() for k, pixels in zip(numbers, batch['pixels']))
 
 
 @pytest.mark.filterwarnings('ignore')
@@ -759,7 +789,7 @@ def test_bad_samples_become_rows_that_weigh_nothing(tmp_path):
            'long': sample(1, 'a caption of more than its share')}
     samples = [('good0', sample(0)), *bad.items(), ('good1', sample(1))]
     folder = Folder(str(write_set(tmp_path / 'set', [samples])))
-    batches = Batches([folder], InOrder(folder.shards), Processor(Bytes(), 16, 4, '', 24))
+    batches = Batches([folder], InOrder(folder.sizes), Processor(Bytes(), 16, 4, '', 24))
     batch = batches[np.arange(7)]
     assert len(batch['bad']) == 5
     assert all('00000000.tar' in line and key in line for key, line in zip(bad, batch['bad']))
@@ -779,7 +809,7 @@ def test_a_shard_that_is_gone_or_damaged_is_an_error_that_names_it(tmp_path, wor
     path = write_set(tmp_path / 'set', [3, 3])
     os.truncate(path / '00000001.tar', 700)
     folder = Folder(str(path))
-    batches = Batches([folder], InOrder(folder.shards), Processor(Bytes(), 16, 4, '', 24))
+    batches = Batches([folder], InOrder(folder.sizes), Processor(Bytes(), 16, 4, '', 24))
     good, cut = data.loader(batches, [np.arange(3), np.arange(2, 5)], workers)
     assert 'error' not in good and not good['bad']
     assert '00000001.tar' in cut['error'] and '\n' not in cut['error'], 'a line for the user, not a placeholder'
@@ -790,12 +820,12 @@ def test_a_shard_that_is_gone_or_damaged_is_an_error_that_names_it(tmp_path, wor
 
 def test_all_texts_holds_every_text_once(emoji, tmp_path):
     other = write_set(tmp_path / 'other', [[('a', sample(1)), ('b', sample(2, 'new')), ('c', sample(3, 'name 4'))]])
-    processor = Processor(Bytes(), 16, 4, '', 24, task='siglip')
+    processor = Processor(Bytes(), 16, 4, '', 24, form='pair')
     tokens, segments = data.all_texts([Folder(str(emoji)), Folder(str(other))], processor)
     assert tokens.shape == segments.shape == (16, 24)
     texts = {Bytes().decode(row[:length - 1].tolist()) for row, length in zip(tokens, segments.sum(1))}
     assert texts == {f'name {i}' for i in range(15)} | {'new'}
-    short = Processor(Bytes(), 16, 4, '', 7, task='siglip')          # 'name 10' and on do not fit: placeholders
+    short = Processor(Bytes(), 16, 4, '', 7, form='pair')          # 'name 10' and on do not fit: placeholders
     tokens, segments = data.all_texts([Folder(str(emoji))], short)
     assert len(tokens) == 10 and segments.any(1).all()
     os.truncate(other / '00000000.tar', 700)
@@ -805,23 +835,26 @@ def test_all_texts_holds_every_text_once(emoji, tmp_path):
 
 def test_in_order_is_file_order():
     n = np.array([0, 4, 5, 11, 12, 14])
-    assert located(InOrder(shards_of([5, 7, 3])), n) == [(0, 0, 0, 0), (0, 0, 0, 4), (0, 0, 1, 0), (0, 0, 1, 6),
+    assert located(InOrder([5, 7, 3]), n) == [(0, 0, 0, 0), (0, 0, 0, 4), (0, 0, 1, 0), (0, 0, 1, 6),
                                                          (0, 0, 2, 0), (0, 0, 2, 2)]
-    assert located(InOrder(shards_of([2, 0, 1])), [1, 2]) == [(0, 0, 0, 1), (0, 0, 2, 0)]
+    assert located(InOrder([2, 0, 1]), [1, 2]) == [(0, 0, 0, 1), (0, 0, 2, 0)]
 
 
-def test_shards_between_counts_every_sample(emoji, tmp_path):
-    other = write_set(tmp_path / 'other', [4, 2])
+@pytest.mark.parametrize('lanes, window', [(4, 8), (1, 1), (7, 3), (64, 1024), (16, 2)])
+def test_provenance_counts_every_sample(emoji, tmp_path, lanes, window):
+    other = write_set(tmp_path / 'other', [4, 0, 2])
     folders = [Folder(str(emoji)), Folder(str(other))]
-    order = Order([f.shards for f in folders], [2, 1], lanes=4, window=8)
-    expected = {}
-    for d, e, s, _ in located(order, np.arange(37, 211)):
-        shards = expected.setdefault(folders[d].path, {}).setdefault(str(e), {})
-        shards[folders[d].shards[s][0]] = shards.get(folders[d].shards[s][0], 0) + 1
-    assert data.shards_between(order, folders, 37, 211) == expected
-    assert data.shards_between(order, folders, 37, 211, chunk=10) == expected
-    assert data.shards_between(order, folders, 5, 5) == {}
-    json.dumps(expected)
+    order = Order([f.sizes for f in folders], [2, 1], lanes=lanes, window=window)
+    for end in (0, 1, 5, 37, 211, 900, 5000):
+        rows = located(order, np.arange(end))
+        counts = data.provenance(order, folders, end)
+        assert json.loads(json.dumps(counts)) == counts
+        for d, folder in enumerate(folders):
+            ours = [row for row in rows if row[0] == d]
+            found = counts[folder.path]
+            assert found['samples'] == len(ours) and found['whole_epochs'] == len(ours) // len(folder)
+            late = [folder.name(row[2]) for row in ours if row[1] == found['whole_epochs']]
+            assert found['shards_of_next_epoch'] == {name: late.count(name) for name in sorted(set(late))}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -847,8 +880,8 @@ def test_show_steps_prints_what_the_order_gives(config, emoji, tmp_path):
     out = show(config, '--show_steps=7:10', cwd=tmp_path)
     assert out.returncode == 0 and out.stderr == ''
     folders = [Folder(str(emoji)), Folder(str(tmp_path / 'other'))]
-    order = Order([f.shards for f in folders], [2, 1], seed=3, lanes=4, window=8)
-    expected = [[str(n // 6), str(n), folders[d].path, str(e), folders[d].shards[s][0], folders[d].read(s, i)[0]]
+    order = Order([f.sizes for f in folders], [2, 1], seed=3, lanes=4, window=8)
+    expected = [[str(n // 6), str(n), folders[d].path, str(e), folders[d].name(s), folders[d].key(s, i)]
                 for n, (d, e, s, i) in zip(range(42, 60), located(order, np.arange(42, 60)))]
     assert [line.split('\t') for line in out.stdout.splitlines()] == expected
     flags = show(config, '--show_steps=7:10', '--batch_size=3', '--seed=4', cwd=tmp_path).stdout.splitlines()

@@ -3,11 +3,12 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import data
+import processor
 from model import (
     VLM,
     ConvStem,
@@ -31,6 +32,7 @@ from model import (
     sample,
     token_loss,
 )
+from tokenizer import Bytes
 
 IMAGE, PAD, EOS, V = 5, 0, 1, 50
 VIT = ViTConfig(image_size=16, patch_size=8, width=24, depth=2, mlp_dim=48, num_heads=3)
@@ -477,8 +479,12 @@ def test_default_blocks_are_prefix_lm_up_to_the_first_target_or_causal():
 
 def test_default_blocks_are_those_of_collate():
     tokens, targets, pixels, segments = vlm_batch()
-    rows = [(tokens[i, :n].tolist(), P + 2, pixels[i].numpy(), '') for i, n in enumerate(segments.sum(1).tolist())]
-    batch = data.collate(rows, tokens.shape[1], PAD)
+    pieces = [dict(tokens=tokens[i, :n].numpy(), targets=targets[i, :n].numpy(), pictures=[pixels[i].numpy()], text='',
+                   blocks=(np.arange(n) >= P + 2).astype(np.uint8), part=0)
+              for i, n in enumerate(segments.sum(1).tolist())]
+    tok = Bytes()
+    tok.pad_id = PAD
+    batch = processor.collate(pieces, processor.Processor(tok, seq_len=tokens.shape[1]))
     assert (torch.tensor(batch['targets']) == targets).all() and (torch.tensor(batch['tokens']) == tokens).all()
     real = segments > 0
     assert (torch.tensor(batch['blocks'])[real] == vlm().default_blocks(tokens, targets)[real]).all()

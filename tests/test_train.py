@@ -85,7 +85,9 @@ def show_steps(out, steps):
 
 def test_log_rows(base):
     found = rows(base)
-    assert all(set(row) == tiny.ROW_KEYS for row in found)
+    parts = {f'{key}/{name}' for key in ('loss', 'epoch') for name in ('plain', 'dark', 'long')}
+    assert all(set(row) >= tiny.ROW_KEYS and set(row) - tiny.ROW_KEYS <= parts for row in found)
+    assert set().union(*found) == tiny.ROW_KEYS | parts
     assert [row['step'] for row in found] == list(range(1, STEPS + 1))
     assert [row['samples'] for row in found] == [12 * row['step'] for row in found]
     assert all(row['epoch'] == pytest.approx(row['samples'] / 49, abs=1e-4) for row in found)     # 12 + 12 + 25 samples
@@ -141,9 +143,14 @@ def test_shards_json_counts_what_was_read(base, data):
         expected = {}
         for seen in show_steps(base, f'0:{steps}').values():
             for _, dataset, epoch, shard, _ in seen:
-                shards = expected.setdefault(str(data / dataset), {}).setdefault(str(epoch), {})
-                shards[shard] = shards.get(shard, 0) + 1
-        assert json.loads((base / 'checkpoints' / name / 'shards.json').read_text()) == expected
+                expected.setdefault(dataset, []).append((int(epoch), shard))
+        found = json.loads((base / 'checkpoints' / name / 'shards.json').read_text())
+        assert found.keys() == expected.keys()
+        for dataset, seen in expected.items():
+            whole = found[dataset]['whole_epochs']
+            assert found[dataset]['samples'] == len(seen) and whole == len(seen) // len(tiny.SETS[dataset])
+            late = [shard for epoch, shard in seen if epoch == whole]
+            assert found[dataset]['shards_of_next_epoch'] == {shard: late.count(shard) for shard in sorted(set(late))}
 
 
 def test_loss_png_is_a_picture_of_something(base):
@@ -177,18 +184,21 @@ def make_model(library, config, seed=None):
 def one_by_one(library, built, folder, keys=None):
     """Losses in nats, targets and greedy answers of the samples of a data set, each on its own; {key: (...)}."""
     torch, data, model, tok = library
+    import processor as processors
     folder, built = data.Folder(str(folder)), built.eval()
-    processor = data.Processor(tok, 16, 4, '', 64)
+    rows_of = processors.Processor(tok, 16, 4, '', 64)
     found = {}
-    for shard in range(len(folder.shards)):
-        for index in range(folder.shards[shard][1]):
-            key, sample = folder.read(shard, index)
+    for shard, count in enumerate(folder.sizes.tolist()):
+        for index in range(count):
+            key, sample = folder.key(shard, index), folder.read(shard, index)
             if keys is not None and key not in keys:
                 continue
-            ids, start, picture, text = processor.row(sample)
+            text = sample['txt'].decode().strip()
+            ids = (rows_of.prefix() if 'png' in sample else [tok.bos_id]) + tok.encode(text) + [tok.eos_id]
+            start = len(ids) - len(tok.encode(text)) - 1
             tokens, targets = torch.tensor([ids]), torch.full((1, len(ids)), -100)
             targets[0, start - 1:-1] = tokens[0, start:]
-            pixels = None if picture is None else data.to_pixels(picture[None], 'cpu')
+            pixels = (processors.to_pixels(rows_of.pixels(sample['png'])[None], 'cpu') if 'png' in sample else None)
             with torch.no_grad():
                 loss, count = built.loss(tokens, targets, pixels)
                 answer = tok.decode(model.generate(built, tokens[:, :start], pixels, eos_id=tok.eos_id,
@@ -555,7 +565,7 @@ def test_init_from_what_is_not_there_or_damaged(siglip, short, tmp_path):
     (['--warmup=9'], ['warmup=9', '9 steps', 'run has 8']),
     (['--num_checkpoints=9'], ['num_checkpoints=9', '8 steps']),
     (['--num_checkpoints=0'], ['num_checkpoints=0', 'at least 1']),
-    (['--allow_repeat=false', '--max_steps=2'], ['allow_repeat', '24 samples', "'plain'", '12 samples']),
+    (['--allow_repeat=false', '--max_steps=2'], ['allow_repeat', '24', "'plain'", 'has 12']),
     (["--groups=[['^vit', {}]]"], ['groups', 'no rule matches', '.*']),
     (["--groups=[['.*', {}], ['^vit', {'lr_scale': 2.0}]]"], ['groups', '^vit', 'no parameter']),
     (["--groups=[['^vit', {'lr': 2.0}], ['.*', {}]]"], ['groups', "'lr'", 'lr_scale']),

@@ -28,7 +28,7 @@ MODEL = ['--vit.image_size=16', '--vit.patch_size=8', '--vit.width=32', '--vit.d
          '--vit.num_heads=2', '--decoder.width=32', '--decoder.depth=2', '--decoder.mlp_dim=64',
          '--decoder.num_heads=2', '--decoder.head_dim=16']
 FLAGS = [*MODEL, '--device=cpu', '--tokenizer=bytes', '--seq_len=64', '--batch_size=12', '--lanes=8', '--window=4',
-         '--workers=0', '--log_every=1', '--warmup=0.2', '--lr=5e-3']
+         '--workers=0', '--augment=true', '--log_every=1', '--warmup=0.2', '--lr=5e-3']
 ROW_KEYS = set('step samples tokens epoch loss lr grad_norm samples_per_sec samples_per_sec_per_gpu tokens_per_sec '
                'tokens_per_sec_per_gpu mfu data_time step_time mem_gb bad_samples'.split())
 

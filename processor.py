@@ -1,0 +1,625 @@
+"""Processors: a sample of a shard becomes pieces of rows (tokens, what is learned, who sees whom, pictures, actions),
+and pieces become a batch.
+
+A form says how a sample is written as tokens. It is one plain function: it gets what the sample holds (`fields`) and
+the Processor, and gives [(item, role), ...]. An item is text, `Markup`, a token id or an encoded picture; the role is
+    SEEN    not learned, seen by everything in its SEEN stretch (the prefix of a prefix-LM)
+    READ    not learned, causal
+    LEARNED learned, causal
+`processor = 'paligemma'` in a config names one of FORMS, `'mine.py:my_form'` a function of your own:
+
+    def my_form(sample, p):
+        return [(picture, SEEN) for picture in sample['pictures']] + [(p.tokenizer.bos_id, SEEN),
+                (sample['question'] + '\\n', SEEN), (sample['answer'], LEARNED), (p.tokenizer.eos_id, LEARNED)]
+
+Axes: B rows of a batch, T tokens of a row, I pictures of a batch, A samples with actions.
+"""
+import importlib.util
+import io
+import json
+import os
+import re
+import zipfile
+
+import numpy as np
+
+from shards import BadSample
+
+SEEN, READ, LEARNED = 0, 1, 2
+HERE = os.path.dirname(os.path.abspath(__file__))
+PICTURES = ('jpg', 'jpeg', 'png', 'webp')
+MAX_PIXELS = 64 << 20           # of one picture; more is a bad sample
+MAX_ARRAYS = 64 << 20           # bytes that a .npz may unpack to
+
+
+class Markup(str):
+    """Text of a form in which <|im_end|> and the like become the special tokens that the tokenizer has."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a sample holds
+
+
+def fields(members, pictures=True, lowdim=False):
+    """{extension: bytes} -> the keys of .json, and pictures (a list of bytes, in the order of their names),
+    picture_names, text (.txt), lowdim (arrays). Raises BadSample."""
+    sample = {}
+    if 'json' in members:
+        try:
+            sample = json.loads(members['json'])
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f'.json can not be read ({error})') from None
+        if not isinstance(sample, dict):
+            raise BadSample('.json is no object')
+    if 'txt' in members:
+        try:
+            sample['text'] = members['txt'].decode('utf-8')
+        except UnicodeDecodeError:
+            raise BadSample('.txt is not UTF-8') from None
+    for key in ('text', 'prefix', 'suffix', 'instruction'):
+        if not isinstance(sample.get(key, ''), str):
+            raise BadSample(f'.json: {key} is no text')
+        try:
+            sample.get(key, '').encode('utf-8')
+        except UnicodeEncodeError:
+            raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
+    found = sorted((ext.rpartition('.')[0], ext) for ext in members if ext.rpartition('.')[2] in PICTURES)
+    sample['picture_names'] = [name for name, _ in found] if pictures else []
+    sample['pictures'] = [members[ext] for _, ext in found] if pictures else []
+    if lowdim and 'lowdim.npz' in members:
+        sample['lowdim'] = read_lowdim(members['lowdim.npz'])
+    if not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages', 'instruction'}:
+        raise BadSample(f'neither text nor pictures among its members ({", ".join(sorted(members)) or "none"})')
+    return sample
+
+
+def read_lowdim(data):
+    """Bytes of a .npz -> dict of actions fp32 (H, A), is_pad bool (H,), proprio fp32 (P,). Raises BadSample."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as z:
+            if sum(info.file_size for info in z.infolist()) > MAX_ARRAYS:
+                raise BadSample(f'.lowdim.npz unpacks to more than {MAX_ARRAYS} bytes')
+        with np.load(io.BytesIO(data), allow_pickle=False) as z:
+            out = {k: z[k] for k in ('actions', 'is_pad', 'proprio') if k in z}
+        actions = out['actions'].astype(np.float32)
+        out = dict(actions=actions, is_pad=out.get('is_pad', np.zeros(len(actions))).astype(bool),
+                   proprio=out.get('proprio', np.zeros(0)).astype(np.float32))
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise BadSample(f'.lowdim.npz can not be read ({error})') from None
+    if actions.ndim != 2 or out['is_pad'].shape != actions.shape[:1] or out['proprio'].ndim != 1:
+        raise BadSample(f'.lowdim.npz: actions {actions.shape}, is_pad {out["is_pad"].shape}, proprio '
+                        f'{out["proprio"].shape}: expected (steps, size), (steps,), (size,)')
+    out['actions'] = np.where(out['is_pad'][:, None], 0, actions)       # a padded action may hold anything
+    for key in ('actions', 'proprio'):
+        if not np.isfinite(out[key]).all():
+            raise BadSample(f'.lowdim.npz: {key} holds a value that is not finite')
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# forms
+
+
+def document(sample, p):
+    """bos, text, eos: all of it learned, cut into as many rows as it takes."""
+    return [(p.tokenizer.bos_id, READ), (sample['text'], LEARNED), (p.tokenizer.eos_id, LEARNED)]
+
+
+def paligemma(sample, p):
+    """<image>..., bos, prefix, newline | suffix, eos: left of the bar seen by all (arXiv 2407.07726)."""
+    prefix, suffix = question(sample, p)
+    return [*((picture, SEEN) for picture in sample['pictures']), (p.tokenizer.bos_id, SEEN), (prefix + '\n', SEEN),
+            (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
+
+
+def text(sample, p):
+    """bos, prefix | suffix, eos, all causal. Pictures come first."""
+    prefix, suffix = question(sample, p)
+    return [(p.tokenizer.bos_id, READ), *((picture, READ) for picture in sample['pictures']), (prefix, READ),
+            (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
+
+
+def pair(sample, p):
+    """The caption alone: what SigLIP compares with the picture."""
+    if len(sample['pictures']) != 1:
+        raise BadSample(f'{len(sample["pictures"])} pictures (.png, .jpg, .webp): a pair has one')
+    return [(sample['pictures'][0], SEEN), (question(sample, p)[1], LEARNED), (p.tokenizer.eos_id, LEARNED)]
+
+
+def question(sample, p):
+    """(prefix, suffix) of a sample: its own, or the prompt of the settings and the caption; actions have no answer."""
+    prefix = sample.get('prefix', sample.get('instruction', p.prompt))
+    answer = sample.get('suffix', sample.get('text', '') if 'prefix' not in sample else None)
+    if answer is None or not answer and 'instruction' not in sample and not sample.get('asking'):
+        raise BadSample('no suffix: nothing to answer' if answer is None else 'its text is empty')
+    return prefix, answer.strip()
+
+
+# form -> bos?, what opens the conversation, a turn's opening by role, what ends a turn, what follows it, what stands
+# before and after the tokens of a picture, what stands before a turn's text where no picture does
+CHATS = {
+    'chat': (False, '', {role: f'<|im_start|>{role}\n' for role in ('system', 'user', 'assistant')},
+             '<|im_end|>', '\n', ('', '\n'), ''),                                       # ChatML: SmolLM2, Qwen
+    'gemma': (True, '', {'system': '<start_of_turn>user\n', 'user': '<start_of_turn>user\n',
+                         'assistant': '<start_of_turn>model\n'}, '<end_of_turn>', '\n', ('', '\n'), ''),
+    'llava': (True, '', {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}, '</s>', ' ', ('', '\n'), ''),
+    'smolvlm': (False, '<|im_start|>', {'system': 'System:', 'user': 'User:', 'assistant': 'Assistant:'},
+                '<end_of_utterance>', '\n',
+                ('<fake_token_around_image><global-img>', '<fake_token_around_image>'), ' '),
+}
+CHATS['idefics3'] = CHATS['smolvlm']
+
+
+def chat(sample, p):
+    """A conversation: `messages` of {role, content}, or one question and its answer. Answers alone are learned, with
+    the token that ends them. Content is text or a list of {type: text, text: ...} and {type: image}; pictures that no
+    message places stand at the start of the first user's turn."""
+    bos, start, opening, end, after, around, gap = CHATS[p.form]
+    if end.startswith('<') and p.tokenizer.special(end) is None:
+        end = p.tokenizer.eos_id        # a tokenizer without that token ends an answer with its own
+    parts = [(p.tokenizer.bos_id, READ)] if bos else []
+    parts.append((Markup(start), READ))
+    pictures = iter(sample['pictures'])
+    for role, content in turns(sample, p):
+        learned = LEARNED if role == 'assistant' else READ
+        parts.append((Markup(opening[role]), READ))
+        for i, item in enumerate(content):
+            if item is None:
+                picture = next(pictures, None)
+                if picture is None:
+                    raise BadSample('its messages place more pictures than there are')
+                parts += [(Markup(around[0]), READ), (picture, READ), (Markup(around[1]), READ)]
+            else:
+                parts += [(gap * (i == 0), READ), (item, learned)]
+        if role == 'assistant' and sample.get('asking'):
+            break
+        if role == 'assistant' or p.form != 'llava':
+            parts.append((end if isinstance(end, int) else Markup(end), learned))
+        parts.append((after, READ))
+    if next(pictures, None) is not None:
+        raise BadSample('its messages leave pictures without a place')
+    return parts
+
+
+def turns(sample, p):
+    """[(role, [text or None for a picture, ...]), ...] of a conversation."""
+    if 'messages' not in sample:
+        prefix, suffix = question(sample, p)
+        return [('user', [None] * len(sample['pictures']) + [prefix]), ('assistant', [suffix])]
+    out = []
+    try:
+        for message in sample['messages']:
+            content = message['content']
+            if isinstance(content, str):
+                content = [{'type': 'text', 'text': content}]
+            items = [None if item['type'] == 'image' else item['text'] for item in content]
+            if message['role'] not in CHATS['chat'][2] or not all(isinstance(x, str | None) for x in items):
+                raise TypeError
+            out.append((message['role'], items))
+    except (KeyError, TypeError):
+        raise BadSample('messages: expected [{"role": "system|user|assistant", "content": "..."}, ...]') from None
+    if not any(role == 'assistant' for role, _ in out):
+        raise BadSample('messages hold no answer')
+    if not any(item is None for _, items in out for item in items):
+        first = next((items for role, items in out if role == 'user'), [])
+        first[:0] = [None] * len(sample['pictures'])
+    return out
+
+
+FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair} | dict.fromkeys(CHATS, chat)
+
+
+def load_form(name):
+    """The function of a form: one of FORMS, or `file.py:function`."""
+    if name in FORMS:
+        return FORMS[name]
+    path, _, function = name.rpartition(':')
+    path = path if os.path.isfile(path) else os.path.join(HERE, path)
+    if not path.endswith('.py') or not os.path.isfile(path):
+        raise ValueError(f'processor={name!r}: expected one of {", ".join(FORMS)}, a model folder, or file.py:function')
+    spec = importlib.util.spec_from_file_location('user_processor', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f'processor={name!r}: {path} has no function {function!r}')
+    return getattr(module, function)
+
+
+def read_model_folder(folder):
+    """What the processor files of a model folder say: form, image_size, image_tokens (0: not said), image_mean,
+    image_std. The classes that are known are PaliGemma's, SigLIP's, Idefics3's and Llava's."""
+    config = {}
+    for name in ('preprocessor_config.json', 'processor_config.json'):
+        if os.path.exists(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), encoding='utf-8') as f:
+                config |= json.load(f)
+    config = config.get('image_processor', {}) | config
+    kind = config.get('processor_class') or config.get('image_processor_type', '')
+    forms = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava', 'Siglip': 'pair'}
+    form = next((form for start, form in forms.items() if kind.startswith(start)), None)
+    if form is None:
+        raise ValueError(f'processor={folder!r}: its processor_class is {kind or "not given"}, known are those of '
+                         f'{", ".join(forms)}')
+    size = config.get('size', {})
+    sides = {size.get(k, size.get('height')) for k in ('height', 'width', 'longest_edge', 'shortest_edge') if k in size}
+    if len(sides) != 1:
+        raise ValueError(f'processor={folder!r}: size is {size}, expected a square')
+    return dict(form=form, image_size=sides.pop(), image_tokens=config.get('image_seq_length', 0),
+                image_mean=config.get('image_mean', [0.5] * 3), image_std=config.get('image_std', [0.5] * 3))
+
+
+def build(config, tokenizer, image_tokens):
+    """The Processor of a run, from its flat config. Raises ValueError and OSError."""
+    form = config.get('processor', 'auto')
+    if form == 'auto':
+        form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair'}[config['task']]
+    mean, std, size = config['image_mean'], config['image_std'], config['vit.image_size']
+    if os.path.isdir(form):
+        files = read_model_folder(form)
+        for key, ours in (('image_size', size), ('image_tokens', image_tokens)):
+            if files[key] not in (0, ours) and config['task'] != 'llm':
+                raise ValueError(f'processor={form!r} wants {key} {files[key]}, the model has {ours}: change '
+                                 'vit.image_size, vit.patch_size or pixel_shuffle')
+        form, mean, std = files['form'], files['image_mean'], files['image_std']
+    lowdim = tuple(config.get(key, 0) for key in ('action_steps', 'action_dim', 'proprio_dim'))
+    return Processor(tokenizer, size, image_tokens, config['prompt'], config['seq_len'], form, config['task'] != 'llm',
+                     lowdim, config.get('image_draft', True), mean, std)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pictures
+
+
+def open_picture(data, size=0):
+    """Encoded bytes -> a PIL picture, RGBA where it is transparent, else RGB. Raises BadSample.
+
+    size > 0: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both sides stay at least `size`."""
+    from PIL import Image, UnidentifiedImageError
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    try:
+        picture = Image.open(io.BytesIO(data), formats=('JPEG', 'PNG', 'WEBP'))
+        if picture.width * picture.height > MAX_PIXELS:
+            raise BadSample(f'a picture of {picture.width} x {picture.height} pixels is over the bound of {MAX_PIXELS}')
+        if size and picture.format == 'JPEG':
+            picture.draft(None, (size, size))
+        return picture.convert('RGBA' if picture.has_transparency_data else 'RGB')
+    except UnidentifiedImageError:
+        raise BadSample('the picture can not be decoded (no JPEG, PNG or WebP)') from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadSample(f'the picture can not be decoded ({error})') from None
+
+
+def on_background(rgba, colour=(255, 255, 255)):
+    """RGBA uint8 (H, W, 4) over a colour -> RGB uint8 (H, W, 3)."""
+    alpha = rgba[..., 3:].astype(np.uint16)
+    return ((rgba[..., :3] * alpha + np.array(colour, np.uint16) * (255 - alpha) + 127) // 255).astype(np.uint8)
+
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]], np.float32)
+TO_RGB = np.linalg.inv(TO_YIQ)
+
+
+def augment(rgba, rng):
+    """RGBA uint8 (S, S, 4) -> RGB uint8 (S, S, 3): as another designer might have drawn it. Never mirrored, since left
+    and right arrows are different names; one in ten is left as it is."""
+    from PIL import Image
+    if rng.uniform() < 0.1:
+        return on_background(rgba)
+    size = rgba.shape[0]
+    angle, zoom, aspect, shear, dx, dy, hue, saturation, gain, brightness, *gains = rng.uniform(-1, 1, 13)
+    gray, lines, line_ink, posterize, tones, outline, outline_ink, ground, hole, *hole_box, blur = rng.uniform(size=14)
+
+    # where things are: rotation, zoom, aspect, shear, shift
+    zoom, aspect, angle = np.exp(0.22 * zoom - 0.12), np.exp(0.12 * aspect), 0.3 * angle
+    c, s, m = np.cos(angle) / zoom, np.sin(angle) / zoom, size / 2
+    a, b, d, e = c * aspect, (s + 0.15 * shear * c) * aspect, -s / aspect, (c - 0.15 * shear * s) / aspect
+    dx, dy = m + 0.08 * size * dx, m + 0.08 * size * dy
+    picture = Image.fromarray(rgba).transform((size, size), Image.Transform.AFFINE, (
+        a, b, m - a * dx - b * dy, d, e, m - d * dx - e * dy), Image.Resampling.BILINEAR)
+    x = np.asarray(picture).astype(np.float32) / 255
+    rgb, alpha = x[..., :3], x[..., 3]
+
+    # colour: hue and saturation turn and stretch the chroma plane; gains and brightness
+    turn, stretch = 0.35 * hue, 0.0 if gray < 0.1 else np.exp(0.6 * saturation)
+    chroma = np.eye(3)
+    chroma[1:, 1:] = stretch * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    gains = np.exp(0.3 * gain + 0.15 * np.array(gains))
+    matrix = ((TO_RGB @ chroma @ TO_YIQ) * gains[:, None]).astype(np.float32)
+    rgb = rgb @ matrix.T + np.float32(0.12 * brightness + 0.5 * (1 - gains.mean()))
+
+    # line and tone: dark lines inside, few tones, a dark outline
+    if lines < 0.2:
+        light = rgb @ LUMA
+        edge = abs(np.diff(light, axis=0, append=light[-1:])) + abs(np.diff(light, axis=1, append=light[:, -1:]))
+        rgb = rgb * (1 - np.minimum(2 * edge, 1) * np.float32(0.5 + 0.5 * line_ink))[..., None]
+    if posterize < 0.15:
+        rgb = np.round(rgb * (2 + int(4 * tones))) / (2 + int(4 * tones))
+    rgb = rgb.clip(0, 1)
+    if outline < 0.25:
+        p = np.pad(alpha, 1)
+        grown = np.maximum.reduce([alpha, p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
+        rgb, alpha = rgb * alpha[..., None] + np.float32(0.2 * outline_ink) * (1 - alpha[..., None]), grown
+
+    # the ground is white or a light colour; a piece may be missing; a blur
+    colour = np.ones(3, np.float32) if ground < 0.6 else rng.uniform(0, 1, 3).astype(np.float32) ** 0.5
+    rgb = rgb * alpha[..., None] + colour * (1 - alpha[..., None])
+    if hole < 0.25:
+        top, left, height, width = (np.array(hole_box) * [1, 1, 0.25, 0.25] + [0, 0, 0.12, 0.12]) * size
+        rgb[int(top):int(top + height), int(left):int(left + width)] = colour
+    if blur < 0.15:
+        p = np.pad(rgb, ((1, 1), (1, 1), (0, 0)), mode='edge')
+        p = p[:-2] + 2 * p[1:-1] + p[2:]
+        rgb = (p[:, :-2] + 2 * p[:, 1:-1] + p[:, 2:]) / 16
+    return (255 * rgb + 0.5).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# samples to pieces: a piece is a stretch of one row
+
+
+class Processor:
+    """What turns a sample into pieces of rows.
+
+    form: a name of FORMS or `file.py:function`; image_tokens: how many tokens a picture takes (0: it has no place in
+    the text); pictures=False leaves pictures out; lowdim: (steps, action size, proprio size) that actions are padded
+    to, zeros leave them out; draft: JPEGs may be decoded small; mean, std: what `to_pixels` is to be given."""
+
+    def __init__(self, tokenizer, image_size=0, image_tokens=0, prompt='', seq_len=96, form='paligemma', pictures=True,
+                 lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5):
+        self.mean, self.std = mean, std
+        self.tokenizer, self.image_size, self.image_tokens, self.prompt = tokenizer, image_size, image_tokens, prompt
+        self.seq_len, self.form, self.with_pictures, self.lowdim, self.draft = seq_len, form, pictures, lowdim, draft
+        self.function = load_form(form)
+        if self.function is pair:
+            self.image_tokens = 0
+
+    def __getstate__(self):             # a user's function lives in a module that only this process has loaded
+        return {k: v for k, v in self.__dict__.items() if k != 'function'}
+
+    def __setstate__(self, state):
+        self.__dict__ = state | {'function': load_form(state['form'])}
+
+    def prefix(self, prompt=None, pictures=1):
+        """Token ids of pictures and a prompt, up to where the answer begins."""
+        parts = self.function(dict(pictures=[b''] * pictures, prefix=self.prompt if prompt is None else prompt,
+                                   suffix='', asking=True), self)
+        ids = []
+        for item, role in parts:
+            if role == LEARNED:
+                break
+            ids += self.encode(item)
+        return ids
+
+    def encode(self, item):
+        """Token ids of an item of a form: text, Markup, an id, or a picture (bytes)."""
+        if isinstance(item, bytes):
+            return [self.tokenizer.image_id] * self.image_tokens
+        if isinstance(item, Markup):
+            ids = []
+            for part in re.split(r'(<[^<>\s]+>)', item):
+                special = self.tokenizer.special(part) if part.startswith('<') else None
+                ids += self.tokenizer.encode(part) if special is None else [special]
+            return ids
+        if not isinstance(item, str):
+            return [int(item)]
+        try:
+            return self.tokenizer.encode(item)
+        except ValueError as error:
+            raise BadSample(str(error)) from None
+
+    def pieces(self, members, rng=None):
+        """{extension: bytes} -> pieces: dicts of tokens, targets, blocks (arrays of one length), pictures [uint8
+        (H, W, 3)], text and lowdim. One piece, or several of a text that is longer than a row. rng: a Random makes the
+        pictures augmented ones. Raises BadSample."""
+        for ext in ('tokens.npy', 'tokens.bin'):
+            if ext in members:
+                return self.cut(read_tokens(members[ext], ext))
+        sample = fields(members, self.with_pictures, any(self.lowdim))
+        asked = sample['pictures'] or sample.keys() & {'prefix', 'suffix', 'messages', 'instruction'}
+        known = self.function in FORMS.values() and self.function is not pair
+        parts = (document if known and not asked else self.function)(sample, self)
+        ids, learned, blocks = [], [], []
+        for item, role in parts:
+            new = self.encode(item)
+            ids += new
+            learned += [role == LEARNED] * len(new)
+            blocks += [role != SEEN] * len(new)
+        ids = np.array(ids, np.int32)
+        targets = np.where(learned, ids, -100)[1:]
+        if len(parts) == 3 and parts[1][1] == LEARNED and len(ids) > self.seq_len and not sample['pictures']:
+            return self.cut(ids)
+        if len(ids) > self.seq_len:
+            raise BadSample(f'{len(ids)} tokens do not fit seq_len={self.seq_len}')
+        piece = dict(tokens=ids, targets=np.append(targets, -100).astype(np.int32), blocks=np.array(blocks, np.uint8),
+                     text=sample.get('suffix', sample.get('text', '')).strip(),
+                     pictures=[self.pixels(item, rng) for item, _ in parts if isinstance(item, bytes)])
+        if 'lowdim' in sample:
+            piece['lowdim'] = self.pad_lowdim(**sample['lowdim'])
+        return [piece]
+
+    def cut(self, ids):
+        """A text of any length -> pieces of seq_len tokens at most; every token but the first is a target once."""
+        t = self.tokenizer
+        if ids.max(initial=0) >= t.vocab_size:
+            raise BadSample(f'token {ids.max()} of a tokenizer with {t.vocab_size}: it was made with another one')
+        targets = np.append(ids[1:], -100)
+        targets[ids == (t.eos_id if t.eos_id != t.bos_id else -1)] = -100       # a document does not foretell the next
+        return [dict(tokens=ids[a:a + self.seq_len], targets=targets[a:a + self.seq_len], pictures=[], text='',
+                     blocks=np.ones(len(ids[a:a + self.seq_len]), np.uint8))
+                for a in range(0, max(len(ids) - 1, 1), self.seq_len)]
+
+    def pixels(self, data, rng=None):
+        """Encoded picture -> RGB uint8 (image_size, image_size, 3), bicubic, on white."""
+        from PIL import Image
+        size = self.image_size
+        picture = open_picture(data, size if self.draft else 0)
+        if picture.size != (size, size):
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+        if rng is not None:
+            return augment(np.array(picture.convert('RGBA')), rng)
+        return on_background(np.array(picture)) if picture.mode == 'RGBA' else np.array(picture)
+
+    def pad_lowdim(self, actions, is_pad, proprio):
+        """Actions of one sample at the sizes of the settings, with masks of what is real."""
+        steps, size, proprio_size = self.lowdim
+        if len(actions) > steps or actions.shape[1] > size or len(proprio) > proprio_size:
+            raise BadSample(f'actions {actions.shape} and proprio {proprio.shape} are larger than '
+                            f'action_steps={steps}, action_dim={size}, proprio_dim={proprio_size}')
+        short = steps - len(actions)
+        return dict(actions=np.pad(actions, ((0, short), (0, size - actions.shape[1]))),
+                    is_pad=np.pad(is_pad, (0, short), constant_values=True),
+                    action_mask=np.arange(size) < actions.shape[1],
+                    proprio=np.pad(proprio, (0, proprio_size - len(proprio))),
+                    proprio_mask=np.arange(proprio_size) < len(proprio))
+
+
+def read_tokens(data, ext):
+    """Bytes of a .tokens.npy, or the array of a .tokens.bin -> int32 (tokens,). Raises BadSample."""
+    try:
+        ids = data if ext == 'tokens.bin' else np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BadSample(f'.{ext} can not be read ({error})') from None
+    if ids.dtype not in (np.uint16, np.uint32, np.int32, np.int64) or ids.ndim != 1:
+        raise BadSample(f'.{ext} is {ids.dtype} {ids.shape}: expected a row of uint16 or uint32')
+    ids = ids[ids != np.iinfo(ids.dtype).max]           # which marks padding
+    if not len(ids) or ids.min() < 0:
+        raise BadSample(f'.{ext} holds no tokens')
+    return ids.astype(np.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# pieces to a batch
+
+
+def token_rows(ids, seq_len, tokenizer, documents=True):
+    """Sequences of a tokenized data set, int (B, L), L <= seq_len + 1 -> tokens, targets, segments (B, seq_len).
+
+    The last of seq_len + 1 tokens is a target only. The largest value of the type marks padding. A segment begins at
+    each bos, and after each eos; documents=False: attention does not stop there."""
+    pad = np.iinfo(ids.dtype).max
+    ids = ids.astype(np.int32) if ids.dtype == np.uint16 else ids.astype(np.int64)
+    real, bos, eos = ids != pad, tokenizer.bos_id, tokenizer.eos_id
+    n = min(ids.shape[1], seq_len)
+    tokens = np.full((len(ids), seq_len), tokenizer.pad_id, np.int32)
+    targets, segments = np.full((len(ids), seq_len), -100, np.int32), np.zeros((len(ids), seq_len), np.int16)
+    tokens[:, :n] = np.where(real, ids, tokenizer.pad_id)[:, :n]
+    last = ids.shape[1] - 1
+    # a document does not foretell the next
+    learned = real[:, 1:] if bos == eos else real[:, 1:] & (ids[:, :-1] != eos)
+    targets[:, :last] = np.where(learned, ids[:, 1:], -100)
+    if documents:
+        starts = ids[:, :n] == bos
+        starts[:, 0] = True
+        if bos != eos:
+            starts[:, 1:] |= ids[:, :n - 1] == eos
+        segments[:, :n] = np.cumsum(starts, 1)
+    else:
+        segments[:, :n] = 1
+    segments[:, :n][~real[:, :n]] = 0
+    return tokens, targets, segments
+
+
+def fill_rows(lengths, seq_len):
+    """Pieces into as few rows as first-fit-decreasing finds: a list of lists of piece numbers, none of them cut."""
+    rows, room = [], np.zeros(0, np.int64)
+    for i in np.argsort(-np.asarray(lengths), kind='stable').tolist():
+        fits = np.flatnonzero(room >= lengths[i])
+        if len(fits):
+            rows[fits[0]].append(i)
+            room[fits[0]] -= lengths[i]
+        else:
+            rows.append([i])
+            room = np.append(room, seq_len - lengths[i])
+    return rows
+
+
+def collate(pieces, p, pack=False, multiple=1, ready=()):
+    """Pieces (None: a placeholder, an empty row) -> a batch, a dict of small arrays:
+
+    tokens, targets int32, blocks uint8, segments int16, parts int16 (whose data set a target is) (B, T); pixels uint8
+    (I, H, W, 3), and pictures (B,), how many of them each row has; lowdim: a dict of arrays (A, ...), with `rows` (A,);
+    texts, one a row; num_tokens, num_targets. blocks and segments are left out where a row is just causal.
+
+    pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is one; empty ones fill
+    up. ready: rows of `token_rows` with their data set, [(tokens, targets, segments, part), ...], which come first."""
+    if pack:
+        pieces = [piece for piece in pieces if piece]
+        rows = fill_rows([len(piece['tokens']) for piece in pieces], p.seq_len)
+    else:
+        rows = [[i] if piece else [] for i, piece in enumerate(pieces)]
+    first = sum(len(r[0]) for r in ready)
+    shape = (-(-max(first + len(rows), 1) // multiple) * multiple, p.seq_len)
+    tokens, targets = np.full(shape, p.tokenizer.pad_id, np.int32), np.full(shape, -100, np.int32)
+    blocks, segments, parts = np.ones(shape, np.uint8), np.zeros(shape, np.int16), np.zeros(shape, np.int16)
+    a = 0
+    for row in ready:
+        b = a + len(row[0])
+        tokens[a:b], targets[a:b], segments[a:b], parts[a:b] = row
+        a = b
+    pictures, counts, texts, lowdim = [], np.zeros(shape[0], np.int32), [''] * shape[0], []
+    for i, row in enumerate(rows, first):
+        a = 0
+        for number, piece in enumerate(pieces[j] for j in row):
+            here = slice(a, a + len(piece['tokens']))
+            tokens[i, here], targets[i, here], blocks[i, here] = piece['tokens'], piece['targets'], piece['blocks']
+            segments[i, here], parts[i, here] = number + 1, piece['part']
+            pictures += piece['pictures']
+            counts[i] += len(piece['pictures'])
+            lowdim += [piece['lowdim'] | {'rows': np.int64(i)}] if 'lowdim' in piece else []
+            texts[i] = piece['text']
+            a = here.stop
+    if p.function is pair:              # one target a pair, so that pairs are what the loss is a mean over
+        targets[:, 1:] = -100
+        targets[:, 0] = np.where(counts > 0, tokens[:, 0], -100)
+    batch = dict(tokens=tokens, targets=targets, blocks=blocks, segments=segments, parts=parts, pictures=counts,
+                 texts=texts, num_tokens=int((segments > 0).sum()), num_targets=int((targets != -100).sum()))
+    if pictures:
+        batch['pixels'] = np.stack(pictures)
+    elif (blocks == 1).all():
+        del batch['blocks']
+    if (segments == 1).all():
+        del batch['segments']
+    if lowdim:
+        batch['lowdim'] = {key: np.stack([x[key] for x in lowdim]) for key in lowdim[0]}
+    return batch
+
+
+def split(batch, size):
+    """A batch in batches of `size` rows, each with its own pictures and actions."""
+    n = len(batch['tokens'])
+    if n <= size:
+        return [batch]
+    out, ends = [], np.concatenate([[0], np.cumsum(batch['pictures'])])
+    for a in range(0, n, size):
+        b = min(a + size, n)
+        part = {k: v[a:b] for k, v in batch.items() if k in ('tokens', 'targets', 'blocks', 'segments', 'parts',
+                                                            'pictures', 'texts')}
+        if ends[b] > ends[a]:
+            part['pixels'] = batch['pixels'][ends[a]:ends[b]]
+        if 'lowdim' in batch:
+            here = (batch['lowdim']['rows'] >= a) & (batch['lowdim']['rows'] < b)
+            if here.any():
+                part['lowdim'] = {k: v[here] for k, v in batch['lowdim'].items()}
+                part['lowdim']['rows'] = part['lowdim']['rows'] - a
+        out.append(part)
+    return out
+
+
+def to_device(batch, device, mean=0.5, std=0.5):
+    """A collated batch -> the tensors that the models' `loss` takes."""
+    import torch
+    out = {k: torch.as_tensor(batch[k]).to(device, non_blocking=True).long()
+           for k in ('tokens', 'targets', 'blocks', 'segments') if k in batch}
+    if 'pixels' in batch:
+        out['pixels'] = to_pixels(batch['pixels'], device, mean, std)
+    return out
+
+
+def to_pixels(pictures, device, mean=0.5, std=0.5):
+    """uint8 (I, H, W, 3) -> fp32 (I, 3, H, W), less the mean, by std (numbers, or one a channel); 0.5 and 0.5 give -1
+    to 1, as SigLIP's."""
+    import torch
+    mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
+    pixels = torch.as_tensor(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return pixels.float().div(255 * std).sub(mean / std)
