@@ -351,7 +351,10 @@ def open_mix(mix, data_dir, seed, lanes, window, cache_dir=CACHE, cache_gb=100.0
 # which samples did a step see?
 
 if __name__ == '__main__':
+    import signal
+
     from configurator import configure
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # ... | head ends in silence
     # those settings of train.py that the order depends on, with the same defaults
     data_dir = 'datasets'           # where data sets are: here, or there beside the scripts
     mix = {'emoji/noto': 1.0}       # data set -> sampling weight
