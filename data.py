@@ -245,10 +245,11 @@ class Batches:
     def read(self, positions):
         """The batch. Raises OSError and ValueError."""
         dataset, _, shard, index = self.order.locate(positions)
-        self.fetch(dataset, shard)
-        if self.ahead:
-            far = self.order.locate(positions + self.ahead)
-            self.fetch(far[0], far[2])
+        if any(is_url(folder.path) for folder in self.folders):
+            self.fetch(dataset, shard)
+            if self.ahead:
+                far = self.order.locate(positions + self.ahead)
+                self.fetch(far[0], far[2])
         bad, ready, pieces = [], [], []
         for part in np.unique(dataset).tolist():
             folder, here = self.folders[part], np.flatnonzero(dataset == part)

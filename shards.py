@@ -21,6 +21,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'nanofoundry')
 MAX_MEMBER = 64 << 20           # bytes of a member that is read whole; more is a bad sample
 DOWNLOADS = threading.Semaphore(8)
+# a forked worker has none of its parent's threads, which may hold it
+os.register_at_fork(after_in_child=lambda: globals().update(DOWNLOADS=threading.Semaphore(8)))
 
 
 class BadSample(Exception):
@@ -61,7 +63,9 @@ class Remote:
         import fsspec
         for attempt in range(self.retries + 1):
             try:
-                return action(*fsspec.url_to_fs(url))
+                fs, path = fsspec.url_to_fs(url)
+                fs.invalidate_cache()           # what it listed before may have changed
+                return action(fs, path)
             except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
                 raise OSError(f'{url} can not be read: {error!r}') from None    # trying again would not help
             except Exception as error:          # each kind of storage has errors of its own
@@ -75,10 +79,7 @@ class Remote:
 
     def fingerprint(self, url):
         """Changes when the file does: size and ETag or time of change, where the storage tells them."""
-        def look(fs, path):
-            fs.invalidate_cache()
-            return fs.ukey(path), fs.size(path)
-        return self.patiently(url, look)
+        return self.patiently(url, lambda fs, path: (fs.ukey(path), fs.size(path)))
 
     def fetch(self, url):
         """The local copy of a shard."""
@@ -138,6 +139,7 @@ class Folder:
         self.max_open, self.max_index_bytes = max_open, max_index_bytes
         self.files, self.indexes = OrderedDict(), OrderedDict()     # least recently used first
         self.local, self.coming = {}, {}                            # shard -> path; shard -> thread that fetches it
+        self.contents = {}                                          # shard -> what names the content of its file
         parts = [part for part in self.listing(spec, data_dir) if len(part[1])]
         if not parts:
             raise ValueError(f'data set {spec!r} holds no shards: make it again with its script of prepare/')
@@ -241,25 +243,37 @@ class Folder:
                 self.coming[shard] = threading.Thread(target=run, args=(shard,), daemon=True)
                 self.coming[shard].start()
 
+    def copy(self, shard):
+        """Path of a remote shard's copy on this node. Raises OSError."""
+        for _ in range(3):      # it may be removed from a cache that is too small just before it is opened
+            self.fetch([shard])
+            if shard in self.coming:
+                self.coming.pop(shard).join()
+            path = self.local.get(shard, '')        # none where a forked worker took over another's thread
+            if isinstance(path, OSError):
+                del self.local[shard]
+                raise path
+            if os.path.exists(path):
+                return path
+            self.local.pop(shard, None)
+        raise OSError(f'{self.base}{self.name(shard)}.tar is removed from {self.remote.folder} before it can be read: '
+                      'raise cache_gb')
+
     def open(self, shard):
         """A descriptor of a shard."""
         if shard not in self.files:
             path = self.base + self.name(shard) + '.tar'
-            if is_url(path):
-                for _ in range(3):      # it may be removed from a cache that is too small just before it is opened
-                    self.fetch([shard])
-                    if shard in self.coming:
-                        self.coming.pop(shard).join()
-                    path = self.local[shard]
-                    if isinstance(path, OSError):
-                        del self.local[shard]
-                        raise path
-                    if os.path.exists(path):
-                        break
-                    del self.local[shard]
+            remote = is_url(path)
+            path = self.copy(shard) if remote else os.path.abspath(path)
             self.files[shard] = os.open(path, os.O_RDONLY)
             if len(self.files) > self.max_open:
                 os.close(self.files.popitem(last=False)[1])
+            # a copy has another name for each content, and its time says when it was used
+            stat = os.fstat(self.files[shard])
+            content = f'{path} {stat.st_size} {"" if remote else stat.st_mtime_ns}'
+            if self.contents.setdefault(shard, content) != content:     # it changed since it was open before
+                self.contents[shard] = content
+                self.indexes.pop(shard, None)
         self.files.move_to_end(shard)
         return self.files[shard]
 
@@ -267,10 +281,7 @@ class Folder:
         """The Index of a shard: made when the shard is first opened, then kept in the cache folder."""
         if shard not in self.indexes:
             path, fd = self.base + self.name(shard) + '.tar', self.open(shard)
-            stat = os.fstat(fd)
-            # a copy of a remote shard has its own name for each content
-            what = os.path.abspath(path) if not is_url(path) else self.local[shard]
-            cached = self.cached(f'{what} {stat.st_size} {stat.st_mtime_ns if not is_url(path) else ""}', '.npy')
+            cached = self.cached(self.contents[shard], '.npy')
             try:
                 table = np.load(cached)
             except (OSError, ValueError, EOFError):
@@ -292,9 +303,8 @@ class Folder:
 
     def read(self, shard, index):
         """One sample: {extension: bytes}. pread, never mmap: a file cut short must not kill the process."""
-        members, fd = self.index(shard).members(index), self.open(shard)
-        sample = {}
-        for ext, offset, size, repeated in members:
+        fd, sample = self.open(shard), {}       # before its index, which it may make void
+        for ext, offset, size, repeated in self.index(shard).members(index):
             if repeated:
                 raise BadSample(f'.{ext} comes twice in its shard')
             if size > MAX_MEMBER:
@@ -310,8 +320,8 @@ class Folder:
 
     def read_sequence(self, shard, index, row):
         """One sequence into `row`, a writable buffer of its size."""
-        offset = self.index(shard).offset(index)
-        if os.preadv(self.open(shard), [row], offset) != len(row):
+        fd = self.open(shard)
+        if os.preadv(fd, [row], self.index(shard).offset(index)) != len(row):
             raise BadSample('its sequence is cut short')
 
 
