@@ -7,13 +7,14 @@ function of the position: nothing is recorded to resume, and nothing depends on 
 """
 import fnmatch
 import functools
+import itertools
 import os
 import re
 import sys
 
 import numpy as np
 
-from processor import BadSample, collate, token_rows
+from processor import BadSample, collate
 from shards import CACHE, Folder, is_url
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -42,9 +43,11 @@ def permute(index, size, key, rounds=32):
     Swap-or-not (Hoang, Morris, Rogaway 2012): each round pairs every x with key - x and swaps the pair or does not, by
     a bit that both share. A bijection for any size, point by point, so no permutation is ever held."""
     x, size = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(size, np.uint64))
+    key = hash64(key)
     for i in range(rounds):
-        round_key = hash64(key, i)
-        partner = (round_key % size + size - x) % size
+        round_key = splitmix64(key ^ np.uint64(i))
+        partner = round_key % size - x
+        partner += (partner > size) * size          # below 0 it wrapped around
         swap = splitmix64(round_key ^ np.maximum(x, partner)) >> np.uint64(63) == 1
         x = np.where(swap, partner, x)
     return x.astype(np.int64)
@@ -222,12 +225,12 @@ class Batches:
     """Positions -> the batch they stand for; what DataLoader's workers run. `seed=None`: no augmentation.
 
     A sample that can not be used becomes an empty row and a line in the batch's `bad`; a shard that is gone or damaged
-    gives {'error': one line}. pack, multiple: see `collate`; documents: see `token_rows`. ahead: how many positions
-    ahead remote shards are fetched."""
+    gives {'error': one line}. pack, multiple: see `collate`. ahead: how many positions ahead remote shards are
+    fetched."""
 
-    def __init__(self, folders, order, processor, seed=None, pack=False, multiple=1, documents=True, ahead=0):
+    def __init__(self, folders, order, processor, seed=None, pack=False, multiple=1, ahead=0):
         self.folders, self.order, self.processor, self.seed = folders, order, processor, seed
-        self.pack, self.multiple, self.documents, self.ahead = pack, multiple, documents, ahead
+        self.pack, self.multiple, self.ahead = pack, multiple, ahead
         for folder in folders:
             if folder.sequence_length > processor.seq_len + 1:
                 raise ValueError(f'data set {folder.path!r} has sequence_length={folder.sequence_length}: it needs '
@@ -237,25 +240,26 @@ class Batches:
                                  f'this one has {processor.tokenizer.vocab_size}: give tokenizer the file beside it')
 
     def __getitem__(self, positions):
+        """An array of positions, or a pair of it and what order.locate says of them."""
+        positions, where = positions if isinstance(positions, tuple) else (positions, self.order.locate(positions))
         try:
-            return self.read(positions)
+            return self.read(positions, *where)
         except (OSError, ValueError) as error:          # a shard that is gone or damaged stops the run, in one line
             return dict(error=str(error))
 
-    def read(self, positions):
+    def read(self, positions, dataset, epoch, shard, index):
         """The batch. Raises OSError and ValueError."""
-        dataset, _, shard, index = self.order.locate(positions)
         if any(is_url(folder.path) for folder in self.folders):
             self.fetch(dataset, shard)
             if self.ahead:
                 far = self.order.locate(positions + self.ahead)
                 self.fetch(far[0], far[2])
         bad, ready, pieces = [], [], []
-        for part in np.unique(dataset).tolist():
-            folder, here = self.folders[part], np.flatnonzero(dataset == part)
+        for part in sorted(set(dataset.tolist())):
+            folder, here = self.folders[part], dataset == part
             where = shard[here].tolist(), index[here].tolist()
             if folder.sequence_length:
-                ready.append((*self.sequences(folder, *where, bad), part))
+                ready.append((self.sequences(folder, *where, bad), part))
                 continue
             for s, i, n in zip(*where, positions[here].tolist()):
                 try:
@@ -274,23 +278,24 @@ class Batches:
                 folder.fetch(np.unique(shard[dataset == part]).tolist())
 
     def sequences(self, folder, shards, indexes, bad):
-        """Rows of tokenized sequences: tokens, targets, segments."""
-        p, failed = self.processor, {}
-        ids = np.empty((len(shards), folder.sequence_length), folder.dtype)
-        padding, size, whole = np.iinfo(folder.dtype).max, ids[0].nbytes, memoryview(ids).cast('B')
-        for row, (s, i) in enumerate(zip(shards, indexes)):
+        """Tokenized sequences, an array (samples, sequence_length) of the type they are stored in."""
+        p, rows, failed = self.processor, [], {}
+        for s, i in zip(shards, indexes):
             try:
-                folder.read_sequence(s, i, whole[row * size:(row + 1) * size])
+                rows.append(folder.read_sequence(s, i))
             except BadSample as error:
-                failed[row] = error
+                failed[len(rows)] = error
+                rows.append(bytes([255]) * folder.sequence_bytes)       # which is padding
+        ids = np.frombuffer(bytearray().join(rows), folder.dtype).reshape(len(rows), -1)
+        padding = np.iinfo(folder.dtype).max
+        if ids.max() >= p.tokenizer.vocab_size:         # padding is, too
+            for row in np.flatnonzero(((ids >= p.tokenizer.vocab_size) & (ids != padding)).any(1)).tolist():
+                failed[row] = (f'token {ids[row][ids[row] != padding].max()} of a tokenizer of '
+                               f'{p.tokenizer.vocab_size}: made with another one?')
                 ids[row] = padding
-        for row in np.flatnonzero(((ids >= p.tokenizer.vocab_size) & (ids != padding)).any(1)).tolist():
-            failed[row] = f'token {ids[row].max()} of a tokenizer of {p.tokenizer.vocab_size}: made with another one?'
-            ids[row] = padding
-        for row, error in failed.items():
-            s, i = shards[row], indexes[row]
-            bad.append(f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {error}')
-        return token_rows(ids, p.seq_len, p.tokenizer, self.documents)
+        bad += [f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {failed[row]}'
+                for row, (s, i) in enumerate(zip(shards, indexes)) if row in failed]
+        return ids
 
 
 def positions_of_step(step, batch_size, micro_batch_size, rank=0, world=1):
@@ -299,11 +304,31 @@ def positions_of_step(step, batch_size, micro_batch_size, rank=0, world=1):
                     batch_size // world // micro_batch_size)
 
 
+def located(order, positions, many=64):
+    """Position arrays -> pairs of them and what `order.locate` says, asked for `many` arrays at a time."""
+    positions = iter(positions)
+    while chunk := list(itertools.islice(positions, many)):
+        cuts = np.cumsum([len(p) for p in chunk])[:-1]
+        yield from zip(chunk, zip(*(np.split(x, cuts) for x in order.locate(np.concatenate(chunk)))))
+
+
 def loader(batches, positions, workers=0):
     """Batches for an iterable of position arrays, in its order, read by `workers` processes (0: in this one)."""
     from torch.utils.data import DataLoader
-    return DataLoader(batches, batch_size=None, sampler=positions, num_workers=workers,
-                      prefetch_factor=4 if workers else None, worker_init_fn=quiet_worker)
+    return DataLoader(batches, batch_size=None, sampler=located(batches.order, positions), num_workers=workers,
+                      prefetch_factor=4 if workers else None, worker_init_fn=quiet_worker,
+                      collate_fn=share if workers else as_it_is)
+
+
+def as_it_is(batch):
+    return batch
+
+
+def share(batch):
+    """Large arrays as tensors, which travel through shared memory; below 512 KB a pipe is quicker (bench/data.py)."""
+    import torch
+    return {k: share(v) if isinstance(v, dict) else torch.from_numpy(v) if isinstance(v, np.ndarray) and
+            v.nbytes >= 1 << 19 else v for k, v in batch.items()}
 
 
 def quiet_worker(_):

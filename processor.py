@@ -263,7 +263,7 @@ def build(config, tokenizer, image_tokens):
         form, mean, std = files['form'], files['image_mean'], files['image_std']
     lowdim = tuple(config.get(key, 0) for key in ('action_steps', 'action_dim', 'proprio_dim'))
     return Processor(tokenizer, size, image_tokens, config['prompt'], config['seq_len'], form, config['task'] != 'llm',
-                     lowdim, config.get('image_draft', True), mean, std)
+                     lowdim, config.get('image_draft', True), mean, std, config.get('document_attention', True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,11 +363,12 @@ class Processor:
 
     form: a name of FORMS or `file.py:function`; image_tokens: how many tokens a picture takes (0: it has no place in
     the text); pictures=False leaves pictures out; lowdim: (steps, action size, proprio size) that actions are padded
-    to, zeros leave them out; draft: JPEGs may be decoded small; mean, std: what `to_pixels` is to be given."""
+    to, zeros leave them out; draft: JPEGs may be decoded small; mean, std: what `to_pixels` is to be given; documents:
+    attention stops at the end of a document of a tokenized set."""
 
     def __init__(self, tokenizer, image_size=0, image_tokens=0, prompt='', seq_len=96, form='paligemma', pictures=True,
-                 lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5):
-        self.mean, self.std = mean, std
+                 lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5, documents=True):
+        self.mean, self.std, self.documents = mean, std, documents
         self.tokenizer, self.image_size, self.image_tokens, self.prompt = tokenizer, image_size, image_tokens, prompt
         self.seq_len, self.form, self.with_pictures, self.lowdim, self.draft = seq_len, form, pictures, lowdim, draft
         self.function = load_form(form)
@@ -493,31 +494,41 @@ def read_tokens(data, ext):
 
 
 def token_rows(ids, seq_len, tokenizer, documents=True):
-    """Sequences of a tokenized data set, int (B, L), L <= seq_len + 1 -> tokens, targets, segments (B, seq_len).
+    """Sequences of a tokenized data set, unsigned (B, L), L <= seq_len + 1 -> tokens, targets, segments int64
+    (B, seq_len), tensors on the same device.
 
     The last of seq_len + 1 tokens is a target only. The largest value of the type marks padding. A segment begins at
     each bos, and after each eos; documents=False: attention does not stop there."""
-    pad = np.iinfo(ids.dtype).max
-    ids = ids.astype(np.int32) if ids.dtype == np.uint16 else ids.astype(np.int64)
-    real, bos, eos = ids != pad, tokenizer.bos_id, tokenizer.eos_id
-    n = min(ids.shape[1], seq_len)
-    tokens = np.full((len(ids), seq_len), tokenizer.pad_id, np.int32)
-    targets, segments = np.full((len(ids), seq_len), -100, np.int32), np.zeros((len(ids), seq_len), np.int16)
-    tokens[:, :n] = np.where(real, ids, tokenizer.pad_id)[:, :n]
-    last = ids.shape[1] - 1
-    # a document does not foretell the next
-    learned = real[:, 1:] if bos == eos else real[:, 1:] & (ids[:, :-1] != eos)
-    targets[:, :last] = np.where(learned, ids[:, 1:], -100)
-    if documents:
-        starts = ids[:, :n] == bos
-        starts[:, 0] = True
-        if bos != eos:
-            starts[:, 1:] |= ids[:, :n - 1] == eos
-        segments[:, :n] = np.cumsum(starts, 1)
-    else:
-        segments[:, :n] = 1
-    segments[:, :n][~real[:, :n]] = 0
-    return tokens, targets, segments
+    import torch
+    from torch.nn.functional import pad
+    padding = torch.iinfo(ids.dtype).max
+    ids = ids.view({2: torch.int16, 4: torch.int32}[ids.itemsize]).long() & padding     # unsigned types can do little
+    n, room, bos, eos = min(ids.shape[1], seq_len), (0, seq_len + 1 - ids.shape[1]), tokenizer.bos_id, tokenizer.eos_id
+    real = ids != padding
+    learned = real[:, 1:]
+    if bos != eos:
+        learned = learned & (ids[:, :-1] != eos)        # a document does not foretell the next
+    targets = pad(ids[:, 1:].where(learned, -100), room, value=-100)
+    ids, real = ids[:, :n], real[:, :n]
+    starts = ids == bos
+    if bos != eos:
+        starts[:, 1:] |= ids[:, :-1] == eos
+    starts[:, 0] = True
+    segments = starts.cumsum(1) if documents else torch.ones_like(ids)
+    room = (0, seq_len - n)
+    return pad(ids.where(real, tokenizer.pad_id), room, value=tokenizer.pad_id), targets, pad(segments * real, room)
+
+
+def count_tokens(ids, seq_len, tokenizer, documents=True):
+    """What `token_rows` will give of an array, counted: tokens, targets, and how many rows are not just causal."""
+    bos, eos, n = tokenizer.bos_id, tokenizer.eos_id, min(ids.shape[1], seq_len)
+    padding = np.iinfo(ids.dtype).max
+    ended = np.zeros_like(ids[:, 1:], bool) if bos == eos else ids[:, :-1] == eos
+    cut = documents and (ended | (ids[:, 1:] == bos))[:, :n - 1].any() or n < seq_len
+    if ids.max(initial=0) != padding:
+        return len(ids) * n, ended.size - np.count_nonzero(ended), bool(cut)
+    real = ids != padding
+    return np.count_nonzero(real[:, :n]), np.count_nonzero(real[:, 1:] & ~ended), True
 
 
 def fill_rows(lengths, seq_len):
@@ -537,25 +548,31 @@ def fill_rows(lengths, seq_len):
 def collate(pieces, p, pack=False, multiple=1, ready=()):
     """Pieces (None: a placeholder, an empty row) -> a batch, a dict of small arrays:
 
-    tokens, targets int32, blocks uint8, segments int16, parts int16 (whose data set a target is) (B, T); pixels uint8
-    (I, H, W, 3), and pictures (B,), how many of them each row has; lowdim: a dict of arrays (A, ...), with `rows` (A,);
-    texts, one a row; num_tokens, num_targets. blocks and segments are left out where a row is just causal.
+    tokens, targets int32, blocks uint8, segments int16 (B, T); parts int16 (B, T) or (B, 1), whose data set a target
+    is; pixels uint8 (I, H, W, 3), and pictures (B,), how many of them each row has; lowdim: a dict of arrays (A, ...),
+    with `rows` (A,); texts, one a row; num_tokens, num_targets. blocks and segments are left out where a row is just
+    causal. A batch of nothing but sequences of one type has `ids` (B, L) instead, of which `token_rows` makes tokens,
+    targets and segments on the device, and `cut`: whether it needs the segments.
 
     pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is one; empty ones fill
-    up. ready: rows of `token_rows` with their data set, [(tokens, targets, segments, part), ...], which come first."""
+    up. ready: sequences and their data set, [(ids, part), ...], which come first."""
+    if ready and not pieces and len({(ids.dtype, ids.shape[1]) for ids, _ in ready}) == 1:
+        return collate_sequences(ready, p, multiple)
     if pack:
         pieces = [piece for piece in pieces if piece]
         rows = fill_rows([len(piece['tokens']) for piece in pieces], p.seq_len)
     else:
         rows = [[i] if piece else [] for i, piece in enumerate(pieces)]
-    first = sum(len(r[0]) for r in ready)
+    first = sum(len(ids) for ids, _ in ready)
     shape = (-(-max(first + len(rows), 1) // multiple) * multiple, p.seq_len)
     tokens, targets = np.full(shape, p.tokenizer.pad_id, np.int32), np.full(shape, -100, np.int32)
-    blocks, segments, parts = np.ones(shape, np.uint8), np.zeros(shape, np.int16), np.zeros(shape, np.int16)
+    blocks, segments = np.ones(shape, np.uint8), np.zeros(shape, np.int16)
+    parts = np.zeros(shape if pack else (shape[0], 1), np.int16)
     a = 0
-    for row in ready:
-        b = a + len(row[0])
-        tokens[a:b], targets[a:b], segments[a:b], parts[a:b] = row
+    for ids, part in ready:
+        b = a + len(ids)
+        tokens[a:b], targets[a:b], segments[a:b] = token_rows(as_tensor(ids), p.seq_len, p.tokenizer, p.documents)
+        parts[a:b] = part
         a = b
     pictures, counts, texts, lowdim = [], np.zeros(shape[0], np.int32), [''] * shape[0], []
     for i, row in enumerate(rows, first):
@@ -563,7 +580,7 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
         for number, piece in enumerate(pieces[j] for j in row):
             here = slice(a, a + len(piece['tokens']))
             tokens[i, here], targets[i, here], blocks[i, here] = piece['tokens'], piece['targets'], piece['blocks']
-            segments[i, here], parts[i, here] = number + 1, piece['part']
+            segments[i, here], parts[i, here if pack else 0] = number + 1, piece['part']
             pictures += piece['pictures']
             counts[i] += len(piece['pictures'])
             lowdim += [piece['lowdim'] | {'rows': np.int64(i)}] if 'lowdim' in piece else []
@@ -585,16 +602,29 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     return batch
 
 
+def collate_sequences(ready, p, multiple):
+    """The batch of sequences of one type, see `collate`."""
+    ids, parts = ready[0][0], np.repeat([part for _, part in ready], [len(ids) for ids, _ in ready])
+    short = -len(parts) % multiple
+    if len(ready) > 1 or short:
+        empty = np.full((short, ids.shape[1]), np.iinfo(ids.dtype).max, ids.dtype)
+        ids, parts = np.concatenate([*(ids for ids, _ in ready), empty]), np.pad(parts, (0, short))
+    num_tokens, num_targets, cut = count_tokens(ids, p.seq_len, p.tokenizer, p.documents)
+    return dict(ids=ids, cut=cut, parts=parts.astype(np.int16)[:, None], pictures=np.zeros(len(ids), np.int32),
+                texts=[''] * len(ids), num_tokens=num_tokens, num_targets=num_targets)
+
+
 def split(batch, size):
     """A batch in batches of `size` rows, each with its own pictures and actions."""
-    n = len(batch['tokens'])
+    n = len(batch['parts'])
     if n <= size:
         return [batch]
     out, ends = [], np.concatenate([[0], np.cumsum(batch['pictures'])])
     for a in range(0, n, size):
         b = min(a + size, n)
-        part = {k: v[a:b] for k, v in batch.items() if k in ('tokens', 'targets', 'blocks', 'segments', 'parts',
+        part = {k: v[a:b] for k, v in batch.items() if k in ('ids', 'tokens', 'targets', 'blocks', 'segments', 'parts',
                                                             'pictures', 'texts')}
+        part |= {'cut': batch['cut']} if 'cut' in batch else {}
         if ends[b] > ends[a]:
             part['pixels'] = batch['pixels'][ends[a]:ends[b]]
         if 'lowdim' in batch:
@@ -606,20 +636,27 @@ def split(batch, size):
     return out
 
 
-def to_device(batch, device, mean=0.5, std=0.5):
+def to_device(batch, device, p):
     """A collated batch -> the tensors that the models' `loss` takes."""
-    import torch
-    out = {k: torch.as_tensor(batch[k]).to(device, non_blocking=True).long()
+    out = {k: as_tensor(batch[k]).to(device, non_blocking=True).long()
            for k in ('tokens', 'targets', 'blocks', 'segments') if k in batch}
+    if 'ids' in batch:
+        ids = as_tensor(batch['ids']).to(device, non_blocking=True)
+        rows = token_rows(ids, p.seq_len, p.tokenizer, p.documents)
+        out |= dict(zip(('tokens', 'targets', 'segments')[:2 + batch['cut']], rows))
     if 'pixels' in batch:
-        out['pixels'] = to_pixels(batch['pixels'], device, mean, std)
+        out['pixels'] = to_pixels(batch['pixels'], device, p.mean, p.std)
     return out
+
+
+def as_tensor(array):
+    import torch
+    return torch.as_tensor(array)
 
 
 def to_pixels(pictures, device, mean=0.5, std=0.5):
     """uint8 (I, H, W, 3) -> fp32 (I, 3, H, W), less the mean, by std (numbers, or one a channel); 0.5 and 0.5 give -1
     to 1, as SigLIP's."""
-    import torch
-    mean, std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
-    pixels = torch.as_tensor(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    mean, std = (as_tensor(x).to(device).view(-1, 1, 1) for x in (mean, std))
+    pixels = as_tensor(pictures).to(device, non_blocking=True).permute(0, 3, 1, 2)
     return pixels.float().div(255 * std).sub(mean / std)

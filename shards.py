@@ -147,6 +147,7 @@ class Folder:
             raise ValueError(f'data set {spec!r}: its parts differ in sequence_length, dtype or vocab_size')
         self.base, self.names, self.sizes, (self.sequence_length, self.dtype, self.vocab_size), _ = parts[0]
         self.num_bytes = sum(part[4] for part in parts)
+        self.sequence_bytes = self.sequence_length * np.dtype(self.dtype).itemsize
         if len(parts) > 1:
             self.base, self.sizes = '', np.concatenate([part[2] for part in parts])
             self.names = np.concatenate([np.char.add(base.encode(), names) for base, names, *_ in parts])
@@ -318,11 +319,13 @@ class Folder:
             sample['tokens.bin'] = np.frombuffer(sample['tokens.bin'], self.dtype)
         return sample
 
-    def read_sequence(self, shard, index, row):
-        """One sequence into `row`, a writable buffer of its size."""
+    def read_sequence(self, shard, index):
+        """The bytes of one sequence."""
         fd = self.open(shard)
-        if os.preadv(fd, [row], self.index(shard).offset(index)) != len(row):
+        data = os.pread(fd, self.sequence_bytes, self.index(shard).offset(index))
+        if len(data) != self.sequence_bytes:
             raise BadSample('its sequence is cut short')
+        return data
 
 
 def to_names(names):

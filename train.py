@@ -198,10 +198,10 @@ try:
     image_tokens = raw_model.config.image_tokens if task == 'vlm' else 0
     rows_of = processors.build(config, tok, image_tokens)
     train_data = data.Batches(folders, order, rows_of, seed if augment else None, pack, micro_batch if pack else 1,
-                              document_attention, window * lanes)
+                              window * lanes)
     # answers can be told apart only where each has a row of its own
     val_data = {name: data.Batches([f], data.InOrder(f.sizes), rows_of, pack=pack and not (task == 'vlm' and
-                                   exact_match), documents=document_attention) for name, f in val_folders.items()}
+                                   exact_match)) for name, f in val_folders.items()}
 except (ValueError, OSError) as error:
     fail(error, 2)
 
@@ -479,7 +479,7 @@ def checked(batch):
 
 
 def to_device(batch):
-    return processors.to_device(batch, device, rows_of.mean, rows_of.std)
+    return processors.to_device(batch, device, rows_of)
 
 
 def flops_of_step():
@@ -643,12 +643,14 @@ while progress['step'] < steps:
     for i, batch in enumerate(micro):
         if world > 1:
             model.require_backward_grad_sync = i == passes - 1      # gradients travel once a step
+        tensors = to_device(batch)
         with autocast:
-            losses, _ = model(**to_device(batch), **fixed, reduction='none')
+            losses, _ = model(**tensors, **fixed, reduction='none')
         (losses.sum() * (world / targets)).backward()               # DDP divides by world
-        part = torch.as_tensor(batch['parts'])[torch.as_tensor(batch['targets']) != -100].long()
-        by_part += torch.stack((torch.bincount(part, losses.detach().double().cpu(), len(mix)),
-                                torch.bincount(part, minlength=len(mix))))
+        part = torch.as_tensor(batch['parts']).to(device).long().expand_as(tensors['targets'])
+        part = part[tensors['targets'] != -100]
+        by_part += torch.stack((torch.bincount(part, losses.detach().double(), len(mix)),
+                                torch.bincount(part, minlength=len(mix)))).cpu()
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf).item()
     by_part = torch.tensor(all_sum(*by_part.flatten().tolist())).view(2, -1)
     loss = by_part[0].sum().item() / targets

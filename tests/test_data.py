@@ -713,7 +713,7 @@ def test_rows_that_can_not_be_are_bad_samples():
 
 def test_tensors_for_the_model():
     batch = batch_of(Processor(Bytes(), 16, 4, '', 12), sample(1, 'q'))
-    out = processors.to_device(batch, 'cpu')
+    out = processors.to_device(batch, 'cpu', Processor(Bytes(), 16, 4, '', 12))
     assert set(out) == {'tokens', 'targets', 'blocks', 'segments', 'pixels'}
     assert all(out[k].dtype == torch.long and out[k].tolist() == batch[k].tolist() for k in out if k != 'pixels')
     assert out['pixels'].shape == (1, 3, 16, 16) and out['pixels'].dtype == torch.float32
@@ -724,7 +724,8 @@ def test_tensors_for_the_model():
     close(processors.to_pixels(rows, 'cpu')[0, 1, 1], torch.tensor([10, 13, 16.0]) / 127.5 - 1)  # green, lower row
     other = processors.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu', mean=0.4, std=0.2)
     close(other, torch.tensor([-2.0, 3.0, -1.0]).view(1, 3, 1, 1))
-    close(processors.to_device(batch, 'cpu', 0.4, 0.2)['pixels'], (out['pixels'] + 0.2) / 0.4)
+    p = Processor(Bytes(), 16, 4, '', 12, mean=0.4, std=0.2)
+    close(processors.to_device(batch, 'cpu', p)['pixels'], (out['pixels'] + 0.2) / 0.4)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

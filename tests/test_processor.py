@@ -127,7 +127,7 @@ def test_a_packed_batch_has_the_losses_and_gradients_of_its_samples():
     for batches in ([batch_of(p, *samples, pack=True, multiple=4)], [batch_of(p, s) for s in samples],
                     split(batch_of(p, *samples, pack=True), 2)):
         m.zero_grad()
-        losses = [m.loss(**processors.to_device(batch, 'cpu'))[0] for batch in batches]
+        losses = [m.loss(**processors.to_device(batch, 'cpu', p))[0] for batch in batches]
         sum(losses).backward()
         sums.append((sum(losses).item(), m.embedding.weight.grad.clone()))
     for loss, grad in sums[1:]:
@@ -145,7 +145,7 @@ def test_rows_are_filled_well_and_nothing_is_cut():
 
 
 def test_token_rows():
-    ids = np.array([[BOS, 1, 2, EOS, BOS, 3, 4], [5, EOS, BOS, 6, EOS, 65535, 65535]], np.uint16)
+    ids = torch.tensor([[BOS, 1, 2, EOS, BOS, 3, 4], [5, EOS, BOS, 6, EOS, 65535, 65535]], dtype=torch.uint16)
     tokens, targets, segments = token_rows(ids, 6, Bytes())
     assert tokens.tolist() == [[BOS, 1, 2, EOS, BOS, 3], [5, EOS, BOS, 6, EOS, PAD]]
     assert targets.tolist() == [[1, 2, EOS, -100, 3, 4], [EOS, -100, 6, EOS, -100, -100]]
@@ -157,8 +157,36 @@ def test_token_rows():
         def __init__(self):
             super().__init__()
             self.bos_id = self.eos_id = 257
-    tokens, targets, segments = token_rows(np.array([[257, 1, 2, 257, 3]], np.uint16), 4, Gpt())
+    tokens, targets, segments = token_rows(torch.tensor([[257, 1, 2, 257, 3]], dtype=torch.uint16), 4, Gpt())
     assert targets.tolist() == [[1, 2, 257, 3]] and segments.tolist() == [[1, 1, 1, 2]]
+
+
+@pytest.mark.parametrize('dtype', ['uint16', 'uint32'])
+@pytest.mark.parametrize('documents', [True, False])
+@pytest.mark.parametrize('seq_len', [8, 11])
+@pytest.mark.parametrize('padded', [0, 0.4])
+@pytest.mark.parametrize('bos', [BOS, EOS])
+def test_sequences_alone_and_beside_other_samples_are_the_same_rows(dtype, documents, seq_len, padded, bos):
+    rng = np.random.default_rng(0)
+    tok = Bytes()
+    tok.bos_id = bos
+    p = Processor(tok, seq_len=seq_len, form='text', documents=documents)
+    for low in (250, 254, 256, 257):
+        ids = rng.integers(low, 258, (5, 9)).astype(dtype)
+        for row in ids:
+            if rng.uniform() < padded:
+                row[rng.integers(1, 9):] = np.iinfo(dtype).max
+        alone = collate([], p, multiple=3, ready=[(ids[:3], 0), (ids[3:], 1)])
+        beside = collate([None], p, ready=[(ids[:3], 0), (ids[3:], 1)])
+        assert 'ids' in alone and 'ids' not in beside and len(alone['ids']) == 6
+        assert all(alone[k] == beside[k] for k in ('num_tokens', 'num_targets', 'texts'))
+        assert alone['parts'].tolist() == beside['parts'].tolist()
+        a, b = (processors.to_device(batch, 'cpu', p) for batch in (alone, beside))
+        assert all(torch.equal(a[k], b[k]) and a[k].shape == (6, seq_len) for k in ('tokens', 'targets'))
+        assert alone['cut'] and torch.equal(a['segments'], b['segments']), 'for the empty row'
+        whole = collate([], p, ready=[(ids, 0)])
+        assert whole['cut'] == (not torch.equal(token_rows(torch.as_tensor(ids), seq_len, tok, documents)[2],
+                                                torch.ones(5, seq_len)))
 
 
 @pytest.mark.parametrize('form, dtype', [('bin', 'uint16'), ('bin', 'uint32'), ('npy', 'uint16')])
@@ -176,8 +204,9 @@ def test_sequences_that_share_a_member(tmp_path, form, dtype):
     (folder / 'manifest.jsonl').write_text(json.dumps(row))
     opened = Folder(str(folder))
     batch = Batches([opened], InOrder(opened.sizes), Processor(Bytes(), seq_len=8, form='text'))[np.arange(7)]
-    assert batch['tokens'].tolist() == ids[:, :8].tolist() and batch['targets'].tolist() == ids[:, 1:].tolist()
-    assert 'segments' not in batch and 'blocks' not in batch, 'just causal'
+    tensors = processors.to_device(batch, 'cpu', Processor(Bytes(), seq_len=8))
+    assert set(tensors) == {'tokens', 'targets'} and not batch['cut'], 'just causal'
+    assert tensors['tokens'].tolist() == ids[:, :8].tolist() and tensors['targets'].tolist() == ids[:, 1:].tolist()
     assert [opened.key(0, i) for i in (0, 3, 4)] == ['a[0]', 'a[3]', 'b[0]']
     with pytest.raises(ValueError, match='seq_len=8'):
         Batches([opened], InOrder(opened.sizes), Processor(Bytes(), seq_len=7, form='text'))
