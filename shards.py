@@ -343,7 +343,7 @@ def read_manifest(path, data):
             row = json.loads(line)
             chunk.append(row['shard'].removesuffix('.tar').encode())
             count = row['num_sequences']
-            if type(count) is not int or count < 0:
+            if type(count) is not int or not 0 <= count < 1 << 40:
                 raise ValueError(f'num_sequences is {count!r}')
             sizes.append(count)
             kinds.add((row.get('sequence_length', 0), row.get('dtype', 'uint16'), row.get('vocab_size', 0)))
