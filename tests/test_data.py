@@ -889,6 +889,17 @@ def test_show_steps_prints_what_the_order_gives(config, emoji, tmp_path):
     assert [line.split('\t')[:2] for line in flags] == [[str(n // 3), str(n)] for n in range(21, 30)]
 
 
+def test_show_steps_where(config, tmp_path):
+    lines = show(config, '--show_steps=0:30', cwd=tmp_path).stdout.splitlines()
+    keys = {line.split('\t')[-1] for line in lines}
+    for where, wanted in [(key := max(keys), {key}), ('*3', {k for k in keys if k.endswith('3')}), ('none', set())]:
+        out = show(config, '--show_steps=0:30', f'--where={where}', cwd=tmp_path)
+        assert out.returncode == 0
+        assert out.stdout.splitlines() == [line for line in lines if line.split('\t')[-1] in wanted]
+    assert show(config, '--show_steps=0:30', '--where=00000000', cwd=tmp_path).stdout.splitlines() == [
+        line for line in lines if line.split('\t')[-2] == '00000000']
+
+
 def test_show_steps_says_what_is_wrong_in_one_line(config, tmp_path):
     gone, weights = tmp_path / 'gone.json', tmp_path / 'weights.json'
     gone.write_text(config.read_text().replace('other', 'others'))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 from conftest import ROOT, sample, write_set, write_tar
 
 import data
@@ -229,6 +230,28 @@ def test_a_forked_process_fetches_what_its_parents_threads_had_begun(s3):
     child.start()
     child.join(30)
     assert child.exitcode == 0 and folder.read(1, 0) == expected
+
+
+def test_shards_are_fetched_ahead_of_need(s3):
+    folder = Folder(s3.url, cache_dir=s3.cache)
+    order = data.Order([folder.sizes], [1.0], lanes=1, window=1)
+    batches = data.Batches([folder], order, Processor(Bytes(), 16, 4, '', 24), ahead=4)
+    first, later = (folder.name(order.locate(np.array([n]))[2][0]) for n in (0, 6))
+    batches[np.arange(1)]
+    assert f'{first}.tar' in s3.gets()
+    batches[np.arange(2, 3)]            # four ahead is 6
+    tiny.wait_until(lambda: len(copies(s3)[0]) == 2)
+    assert s3.gets() == [f'{first}.tar', f'{later}.tar'] and first != later
+
+
+def test_a_run_on_remote_shards_is_the_run_on_local_ones(s3, tmp_path):
+    faults = iter(['cut', 500, 'cut', None, 0.5])
+    s3.proxy.fault = lambda method, path: next(faults, None) if method == 'GET' and path.endswith('.tar') else None
+    for out, spec in (('remote', s3.url), ('local', s3.local)):
+        tiny.run('train.py', *tiny.FLAGS, f'--mix={{"{spec}": 1}}', '--max_steps=4', '--workers=2',
+                 f'--cache_dir={s3.cache}', f'--out_dir={tmp_path / out}', real=True).ok()
+    assert next(faults, 'all came') == 'all came'
+    assert tiny.losses(tmp_path / 'remote') == tiny.losses(tmp_path / 'local')
 
 
 @pytest.mark.parametrize('workers', [0, 2])
