@@ -30,6 +30,7 @@ class ViTConfig:
     init_scale: float = 1.0     # of the last weights of residual branches at the start: 1 as SigLIP, 0 learns sooner
     feature_layer: int = -1     # -1: the last block, normed; k >= 0: the output of block k as it is
     dropout: float = 0.0        # on the output of each attention and MLP
+    remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
 
     @property
     def num_patches(self):
@@ -49,6 +50,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
     feature_layer: int = -1     # layer whose output `features` gives: -1 the last, normed
     dropout: float = 0.0        # on the output of each attention and MLP
+    remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
 
 
 @dataclass
@@ -145,6 +147,11 @@ class ViTBlock(nn.Module):
         return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate='tanh')))
 
 
+def run_block(block, remat, *args):
+    """block(*args), whose inside is computed again in the backward pass if remat."""
+    return checkpoint(block, *args, use_reentrant=False) if remat and torch.is_grad_enabled() else block(*args)
+
+
 class ConvStem(nn.Sequential):
     """3x3 stride-2 convolutions down to one pixel a patch (arXiv 2106.14881): learns edges from little data."""
 
@@ -200,7 +207,7 @@ class ViT(nn.Module):
         """pixels (I, 3, H, W) as the processor gives them -> features (I, P, D)."""
         x = self.stem(pixels).flatten(2).transpose(1, 2) + self.pos_embed       # (I, P, D)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, self.config.remat, x)
         return self.norm(x)
 
 
@@ -287,7 +294,7 @@ class Decoder(nn.Module):
                          else positions_of(segments))
         rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = run_block(block, self.config.remat, x, rope, mask, cache)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -301,24 +308,31 @@ class Decoder(nn.Module):
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
         return self.unembed(self.features(self.embed(tokens), blocks, segments))
 
-    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum'):
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum', label_smoothing=0.0,
+             z_loss=0.0):
         """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored.
 
         reduction='none': not their sum but each, in the order of the targets, row by row."""
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
-        return token_loss(self, self.features(self.embed(tokens), blocks, segments), targets, reduction=reduction)
+        x = self.features(self.embed(tokens), blocks, segments)
+        return token_loss(self, x, targets, reduction, label_smoothing, z_loss)
 
     forward = loss              # DistributedDataParallel wraps `forward`
 
 
-def token_loss(decoder, x, targets, chunk=4096, reduction='sum'):
+def token_loss(decoder, x, targets, reduction='sum', label_smoothing=0.0, z_loss=0.0, chunk=4096):
     """Cross-entropy at the targets only, in chunks whose logits are recomputed in the backward pass:
-    (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> (sum or each, count)."""
+    (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> (sum or each, count).
+
+    z_loss: weight of log(sum of exponentials)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311)."""
     wanted = targets != -100
     x, targets = x[wanted], targets[wanted]                                     # (targets, D), (targets,)
 
     def chunk_loss(x, targets):
-        return F.cross_entropy(decoder.unembed(x).float(), targets, reduction=reduction)
+        logits = decoder.unembed(x).float()
+        losses = F.cross_entropy(logits, targets, reduction='none', label_smoothing=label_smoothing)
+        losses = losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
+        return losses.sum() if reduction == 'sum' else losses
 
     if len(x) <= chunk:
         return chunk_loss(x, targets), wanted.sum()
@@ -356,13 +370,15 @@ class VLM(nn.Module):
         """pixels (I, 3, H, W) -> what stands in place of the image tokens (I, image_tokens, D)."""
         return self.connector(pixel_shuffle(self.vit(pixels), self.config.pixel_shuffle))
 
-    def embed(self, tokens, pixels=None):
-        """Token embeddings with the patches of the pictures in place of the image tokens: (B, T, D)."""
+    def embed(self, tokens, pixels=None, always=False):
+        """Token embeddings with the patches of the pictures in place of the image tokens: (B, T, D).
+
+        always: the tower runs even without a picture, so that no collective waits for a rank that saw none."""
         x = self.decoder.embed(tokens)
         here = tokens == self.config.image_token_id
         if pixels is None or len(pixels) == 0:
             assert not here.any(), 'image tokens without pictures'
-            if self.training:   # the tower runs on every rank, so that no collective waits for one that saw no picture
+            if always:
                 size = self.config.vit.image_size
                 x = x + 0.0 * self.patches(x.new_zeros(1, 3, size, size)).sum()
             return x
@@ -383,11 +399,12 @@ class VLM(nn.Module):
         blocks = self.default_blocks(tokens) if blocks is None else blocks
         return self.decoder.unembed(self.decoder.features(self.embed(tokens, pixels), blocks, segments))
 
-    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum'):
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum', label_smoothing=0.0,
+             z_loss=0.0):
         """As `Decoder.loss`."""
         blocks = self.default_blocks(tokens, targets) if blocks is None else blocks
-        x = self.decoder.features(self.embed(tokens, pixels), blocks, segments)
-        return token_loss(self.decoder, x, targets, reduction=reduction)
+        x = self.decoder.features(self.embed(tokens, pixels, always=True), blocks, segments)
+        return token_loss(self.decoder, x, targets, reduction, label_smoothing, z_loss)
 
     forward = loss
 

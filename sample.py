@@ -24,6 +24,7 @@ from model import DecoderConfig, ViTConfig, build, generate
 
 out_dir = 'out/vlm_emoji'       # a run
 checkpoint = 'latest'           # one of its checkpoints
+ema = True                      # the moving average of the weights, where the run kept one
 image = ''                      # pictures: paths, patterns and folders, separated by commas
 prompt = ''                     # text after the picture, or to be continued (empty: the run's own)
 json = False                    # one JSON object a line instead of text
@@ -63,7 +64,8 @@ try:
     tok = tokenizers.load('bytes' if run['tokenizer'] == 'bytes' else folder)
     model = build(run['task'], parts['vit'], parts['decoder'], tok.vocab_size, tok.image_id, run['pixel_shuffle'])
     model.to(device).eval()
-    model.load_state_dict(load_file(os.path.join(folder, 'model.safetensors'), device=device))
+    weights = os.path.join(folder, 'ema' if ema and run.get('ema') else '', 'model.safetensors')
+    model.load_state_dict(load_file(weights, device=device))
     processor = processors.build(run, tok, model.config.image_tokens if run['task'] == 'vlm' else 0)
 except FileNotFoundError as error:
     fail(f'{folder!r} is no checkpoint ({error.filename} is missing): train first, or give --out_dir and --checkpoint')

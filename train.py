@@ -1,18 +1,17 @@
 """Train a language model, a vision-language model, or a vision tower on picture-name pairs.
 
     python train.py config/vlm_emoji.py --lr=1e-3
-    torchrun --nproc_per_node=2 train.py config/vlm_emoji.py        (DistributedDataParallel)
+    torchrun --nproc_per_node=2 train.py config/vlm_emoji.py [--fsdp=0]     (DDP, or FSDP2)
 
 The same command resumes where the run stopped. The loss of a step is one mean over all targets of the global batch,
 however it is cut into ranks and micro-batches. `step` counts finished steps: the row of log.jsonl with step=101 is of
 the step that `data.py --show_steps=100:101` shows.
 """
+import contextlib
 import json
 import math
 import os
-import platform
 import re
-import resource
 import shutil
 import signal
 import sys
@@ -22,18 +21,21 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+import checkpoint
 import data
+import logs
 import processor as processors
 import shards
 import tokenizer as tokenizers
+from checkpoint import read_json, write_json
 from configurator import configure
-from model import DecoderConfig, ViTConfig, build, generate
+from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, build, generate
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings
@@ -48,7 +50,7 @@ pair_with = 'batch'                 # siglip: batch: a picture is compared with 
 pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
-init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints
+init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL
 init_skip = []                      # regexes of parameters that init_from leaves as they are
 # data
 data_dir = 'datasets'               # where data sets are: here, or there beside the scripts
@@ -86,16 +88,30 @@ allow_repeat = True                 # False: refuse a run that would see a sampl
 batch_size = 128                    # samples a step, over all ranks
 micro_batch_size = 0                # samples a rank takes at once (0: its whole share)
 # optimizer
+optimizer = 'adamw'                 # adamw | muon (torch.optim.Muon for the matrices of the blocks, adamw for the rest)
 lr = 1e-3                           # peak learning rate
-min_lr = 0.0                        # at the end of the cosine, as a fraction of lr
+schedule = 'cosine'                 # cosine | linear | constant | wsd (warm-up, stable, decay)
+min_lr = 0.0                        # at the end of the schedule, as a fraction of lr
 warmup = 0.05                       # below 1: a fraction of the run, else steps
+decay = 0.2                         # wsd: the last part of the run, in which lr falls on a line
 betas = (0.9, 0.95)
 weight_decay = 0.1
 grad_clip = 1.0                     # 0: none
 groups = [(r'norm|bias|scale|pos_embed|embedding', {'weight_decay': 0.0}), (r'.*', {})]  # the first regex found in a
 #                                     parameter's name sets its lr_scale, weight_decay, freeze
+ema = 0.0                           # decay of a moving average of the weights, kept and saved beside them (0: none)
+# loss
+loss_weights = {}                   # data set of the mix -> what its targets weigh (1.0)
+label_smoothing = 0.0
+z_loss = 0.0                        # weight of log(sum of exponentials)^2, which keeps logits small
+skip_bad_steps = 0                  # so many steps in a row may have a loss or gradient that is not finite
 # precision and devices
-dtype = 'float32'                   # float32 | bfloat16: of the compute; weights and optimizer stay float32
+dtype = 'float32'                   # float32 | bfloat16 | float16: of the compute; weights and optimizer stay float32
+matmul = 'highest'                  # highest: float32 means float32 | high: TensorFloat-32 | medium: bfloat16
+compile = False                     # torch.compile the blocks
+fsdp = 1                            # ranks that share one copy of weights and optimizer: 1: each has its own (DDP) |
+#                                     0: all share one (FSDP2) | between: several copies (HSDP)
+deterministic = False               # only operations that give the same bits every time
 device = 'auto'                     # auto: cuda if there is one, else cpu
 seed = 0
 # logs and checkpoints
@@ -104,10 +120,12 @@ eval_every = 0                      # steps (0: only at the end)
 exact_match = True                  # vlm: validation also generates, and counts answers that are right to the letter
 num_checkpoints = 1                 # exactly so many, evenly spaced, the last at the end
 keep_last = 0                       # checkpoints kept on disk (0: all)
+remote = ''                         # URL (s3://..., any fsspec) that gets a copy of checkpoints and logs, and fills an
+#                                     out_dir that has none
 wandb_project = ''                  # empty: no wandb; WANDB_MODE=offline needs no network
 
 config = configure(globals())
-warnings.filterwarnings('ignore', 'torch.distributed is disabled')   # checkpoints are written by one rank
+warnings.filterwarnings('ignore', 'torch.distributed is disabled')   # where a checkpoint is written by one process
 
 bar = None                          # the progress bar, once there is one
 
@@ -130,8 +148,10 @@ if device == 'auto':
     device = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
 if 'WORLD_SIZE' in os.environ:
     torch.cuda.set_device(device) if device != 'cpu' else None
-    dist.init_process_group('nccl' if device != 'cpu' else 'gloo')
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False     # float32 means float32
+    # after a restart torchrun may give the same store, which still knows the addresses of the dead
+    store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), next(dist.rendezvous('env://'))[0])
+    backend = 'gloo' if device == 'cpu' else 'cpu:gloo,cuda:nccl'
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def say(message):
@@ -142,7 +162,7 @@ def say(message):
 
 def all_ranks(*values):
     """Every rank's values, in fp64: (ranks, values)."""
-    t = torch.zeros(world, len(values), dtype=torch.float64, device=device)
+    t = torch.zeros(world, len(values), dtype=torch.float64)       # on the CPU: the GPU need not wait
     t[rank] = torch.tensor(values, dtype=torch.float64)
     if world > 1:
         dist.all_reduce(t)
@@ -158,7 +178,10 @@ def all_sum(*values):
 # checks that need no data
 
 for key, value, allowed in (('task', task, ('vlm', 'llm', 'siglip')), ('resume', resume, ('auto', 'never')),
-                            ('pair_with', pair_with, ('batch', 'all')), ('dtype', dtype, ('float32', 'bfloat16'))):
+                            ('pair_with', pair_with, ('batch', 'all')), ('optimizer', optimizer, ('adamw', 'muon')),
+                            ('dtype', dtype, ('float32', 'bfloat16', 'float16')),
+                            ('matmul', matmul, ('highest', 'high', 'medium')),
+                            ('schedule', schedule, ('cosine', 'linear', 'constant', 'wsd'))):
     if value not in allowed:
         fail(f'{key}={value!r}: expected one of {", ".join(allowed)}', 2)
 if batch_size < 1 or micro_batch_size < 0 or batch_size % (world * (micro_batch_size or 1)):
@@ -177,14 +200,37 @@ if sum(x > 0 for x in (max_steps, max_samples, epochs)) != 1 or min(max_steps, m
 if min(lr, min_lr, weight_decay, grad_clip) < 0 or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
     fail(f'lr={lr}, min_lr={min_lr}, weight_decay={weight_decay} and grad_clip={grad_clip} must be at least 0, and '
          f'betas={betas} two numbers of at least 0 and below 1', 2)
+if not all(isinstance(rule, (list, tuple)) and len(rule) == 2 and isinstance(rule[1], dict) for rule in groups):
+    fail(f'groups={groups}: expected [(regex, {{lr_scale, weight_decay, freeze}}), ...]', 2)
 for regex in [*(rule[0] for rule in groups), *init_skip]:
     try:
         re.compile(regex)
     except (re.error, TypeError) as error:
         fail(f'groups and init_skip: {regex!r} is not a regular expression ({error})', 2)
-if min(log_every, num_checkpoints) < 1 or min(eval_every, keep_last, workers, warmup, seed) < 0:
+if fsdp < 0 or world % (fsdp or 1):
+    fail(f'fsdp={fsdp} must divide the {world} ranks: 1 (DDP), 0 (all) or a divisor', 2)
+if task == 'siglip' and (label_smoothing or z_loss) or not 0 <= label_smoothing < 1 or z_loss < 0 or not 0 <= ema < 1:
+    fail(f'ema={ema} and label_smoothing={label_smoothing} must be at least 0 and below 1, z_loss={z_loss} at least 0; '
+         'task=siglip has neither z_loss nor label_smoothing', 2)
+try:
+    if remote:
+        checkpoint.filesystem(remote)
+except (ValueError, ImportError) as error:
+    fail(f'remote={remote!r}: {error}', 2)
+if set(loss_weights) - set(mix) or not all(isinstance(w, (int, float)) and w >= 0 for w in loss_weights.values()):
+    fail(f'loss_weights={loss_weights}: expected data sets of mix={list(mix)} with numbers of at least 0', 2)
+if min(log_every, num_checkpoints) < 1 or min(eval_every, keep_last, workers, warmup, seed, skip_bad_steps) < 0:
     fail(f'log_every={log_every} and num_checkpoints={num_checkpoints} must be at least 1; eval_every={eval_every}, '
-         f'keep_last={keep_last}, workers={workers}, warmup={warmup} and seed={seed} at least 0', 2)
+         f'keep_last={keep_last}, workers={workers}, warmup={warmup}, seed={seed} and skip_bad_steps={skip_bad_steps} '
+         'at least 0', 2)
+if not 0 < decay <= 1:
+    fail(f'decay={decay}: expected a fraction of the run, above 0 and at most 1', 2)
+
+torch.set_float32_matmul_precision(matmul)
+torch.backends.cudnn.allow_tf32 = matmul != 'highest'
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # data, tokenizer, model
@@ -226,150 +272,146 @@ if not allow_repeat:
 checkpoint_steps = {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# optimizer: every parameter takes the first rule that matches its name
+# what is trained: every parameter takes the first rule that matches its name
 
-by_rule = {}
+rules = {}
 for name, parameter in raw_model.named_parameters():
-    rule = next((i for i, (regex, _) in enumerate(groups) if re.search(regex, name)), None)
-    if rule is None:
+    rules[name] = next((rule for rule in groups if re.search(rule[0], name)), None)
+    if rules[name] is None:
         fail(f'groups: no rule matches parameter {name}: end the list with (".*", {{}})', 2)
-    by_rule.setdefault(rule, []).append((name, parameter))
-param_groups = []
-for i, (regex, options) in enumerate(groups):
-    if i not in by_rule or set(options) - {'lr_scale', 'weight_decay', 'freeze'}:
-        fail(f'groups: rule {regex!r}: {options} ' + ('may hold lr_scale, weight_decay and freeze' if i in by_rule else
-                                                      'matches no parameter that an earlier one left'), 2)
-    if options.get('freeze'):
-        for _, parameter in by_rule[i]:
-            parameter.requires_grad_(False)
-    else:
-        param_groups.append(dict(params=[p for _, p in by_rule[i]], lr_scale=options.get('lr_scale', 1.0),
-                                 weight_decay=options.get('weight_decay', weight_decay)))
-if not param_groups:
+    parameter.requires_grad_(not rules[name][1].get('freeze'))
+for rule in groups:
+    if rule not in rules.values() or set(rule[1]) - {'lr_scale', 'weight_decay', 'freeze'}:
+        fail(f'groups: rule {rule[0]!r}: {rule[1]} ' + (
+            'may hold lr_scale, weight_decay and freeze' if rule in rules.values() else
+            'matches no parameter that an earlier one left'), 2)
+if all(rule[1].get('freeze') for rule in rules.values()):
     fail(f'groups={groups} freeze every parameter: nothing is left to train', 2)
-optimizer = torch.optim.AdamW(param_groups, lr=lr, betas=betas, fused=True)
-trained = [p for p in raw_model.parameters() if p.requires_grad]
 
 
-def lr_at(step):
-    """Linear warm-up, then a cosine from lr to min_lr * lr."""
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return lr * (min_lr + (1 - min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
+autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32')
 
+
+def checked(batch):
+    """The batch, if its shards could be read."""
+    return fail(batch['error'], 1) if 'error' in batch else batch
+
+
+def to_device(batch):
+    return processors.to_device(batch, device, rows_of)
+
+
+def flops_of_step():
+    """Floating point operations of a step: those of one forward pass times three, counted on the first micro-batch."""
+    batch = checked(train_data[np.arange(micro_batch)])
+    if not batch['num_targets']:
+        fail(f'task={task} learns nothing from the first {micro_batch} samples: {(batch["bad"] or ["?"])[0]}', 2)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, autocast:
+        raw_model.loss(**to_device(batch), **fixed)
+    return 3 * counter.get_total_flops() * batch_size // micro_batch
+
+
+step_flops = flops_of_step()            # before compiled blocks, whose operations are not counted
 
 # ----------------------------------------------------------------------------------------------------------------------
-# checkpoints: out_dir/checkpoints/step_00001000, written under another name, fsynced, renamed
+# over the ranks: DDP, or FSDP2 block by block; compiled block by block
 
-log_path, checkpoints = os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'checkpoints')
+model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, (ViTBlock, DecoderBlock))]
+if compile:
+    for block in blocks:
+        block.forward = torch.compile(block.forward)        # inside what FSDP puts around a block
+if fsdp != 1:
+    shape = (world,) if fsdp in (0, world) else (world // fsdp, fsdp)
+    mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=('replicate', 'shard')[-len(shape):])
+    for module in (*blocks, raw_model):
+        fully_shard(module, mesh=mesh)          # gathered in fp32, so that DDP computes the same
+elif world > 1:
+    model = DistributedDataParallel(raw_model, device_ids=None if device == 'cpu' else [torch.device(device).index])
+trained = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
+averages = {name: p.detach().clone() for name, p in trained.items()} if ema else {}
+
+by_options = {}
+for name, p in trained.items():
+    matrix = optimizer == 'muon' and p.ndim == 2 and re.search(r'(^|\.)blocks\.', name) is not None
+    options = rules[name][1]
+    key = matrix, options.get('lr_scale', 1.0), options.get('weight_decay', weight_decay)
+    by_options.setdefault(key, []).append(p)
+param_groups = {matrix: [dict(params=ps, lr_scale=scale, weight_decay=decayed)
+                         for (m, scale, decayed), ps in by_options.items() if m == matrix] for matrix in (False, True)}
+optimizers = [torch.optim.AdamW(param_groups[False], lr=lr, betas=betas, fused=True)] if param_groups[False] else []
+if param_groups[True]:
+    optimizers.append(torch.optim.Muon(param_groups[True], lr=lr, adjust_lr_fn='match_rms_adamw'))
 
 
-def write_json(path, value):
-    """Whole or not at all, and on the disk when this returns."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + '.tmp', path)
-
-
-def read_json(path):
-    with open(path, encoding='utf-8') as f:
-        return json.load(f)
-
-
-def files_of(folder):
-    """{path inside the folder: bytes} of every file."""
-    return {os.path.relpath(os.path.join(root, name), folder): os.path.getsize(os.path.join(root, name))
-            for root, _, names in os.walk(folder) for name in names}
-
-
-def optimizer_tensors():
-    """AdamW's state by parameter name, as views: zeros where it has not taken a step."""
-    tensors = {}
-    names = {p: name for name, p in raw_model.named_parameters()}
-    for p in trained:
-        if p not in optimizer.state:
-            optimizer.state[p] = {'step': torch.zeros((), device=p.device), 'exp_avg': torch.zeros_like(p),
-                                  'exp_avg_sq': torch.zeros_like(p)}
-        state = optimizer.state[p]
-        tensors |= {f'{names[p]}.{key}': value for key, value in state.items()}
+def state_tensors():
+    """The optimizers' state as {parameter.key: tensor}, zeros where no step was taken."""
+    tensors, names = {}, {p: name for name, p in trained.items()}
+    for opt in optimizers:
+        for p in [p for group in opt.param_groups for p in group['params']]:
+            if p not in opt.state:
+                keys = ('momentum_buffer',) if isinstance(opt, torch.optim.Muon) else ('exp_avg', 'exp_avg_sq')
+                opt.state[p] = {key: torch.zeros_like(p) for key in keys}
+                if keys[0] == 'exp_avg':
+                    opt.state[p]['step'] = torch.zeros((), device=p.device)
+            tensors |= {f'{names[p]}.{key}': value for key, value in opt.state[p].items()}
     return tensors
 
 
-def save_checkpoint():
-    """Write the checkpoint of this step; then remove what keep_last leaves no room for, and unscheduled older ones."""
-    name = f'step_{progress["step"]:08d}'
-    new = os.path.join(checkpoints, f'.{name}.tmp')
-    shutil.rmtree(new, ignore_errors=True)
-    os.makedirs(new)
-    save_file({k: v.contiguous() for k, v in raw_model.state_dict().items()}, os.path.join(new, 'model.safetensors'))
-    # safetensors instead of DCP's own format, whose metadata is a pickle
-    dcp.save(optimizer_tensors(), storage_writer=dcp.HuggingFaceStorageWriter(os.path.join(new, 'state')), no_dist=True)
-    write_json(os.path.join(new, 'config.json'), config)
-    write_json(os.path.join(new, 'shards.json'), data.provenance(order, folders, progress['step'] * batch_size))
-    for path in tok.files:
-        name_of_copy = 'tokenizer.json' if path == tok.files[0] and path.endswith('.json') else os.path.basename(path)
-        shutil.copyfile(path, os.path.join(new, name_of_copy))
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    write_json(os.path.join(new, 'progress.json'), progress | dict(world=world, versions=versions, files=files_of(new)))
-    for root, _, names in os.walk(new):
-        for path in [root, *(os.path.join(root, n) for n in names)]:
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-    shutil.rmtree(os.path.join(checkpoints, name), ignore_errors=True)
-    os.rename(new, os.path.join(checkpoints, name))
-    link = os.path.join(checkpoints, '.latest.tmp')
-    if os.path.lexists(link):
-        os.remove(link)
-    os.symlink(name, link)
-    os.replace(link, os.path.join(checkpoints, 'latest'))
-    if progress['step'] in checkpoint_steps:
-        kept = [n for n in complete_checkpoints() if int(n[5:]) in checkpoint_steps][:keep_last or None]
-        for n in complete_checkpoints():
-            if n not in kept:
-                shutil.rmtree(os.path.join(checkpoints, n))
+def lr_at(step):
+    """Linear warm-up to lr, then as `schedule` says down to min_lr * lr."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    x = (step - warmup_steps) / max(1, steps - warmup_steps)        # 0 to 1
+    left = {'cosine': 0.5 * (1 + math.cos(math.pi * x)), 'linear': 1 - x, 'constant': 1.0,
+            'wsd': min(1.0, (steps - step) / (decay * steps))}[schedule]
+    return lr * (min_lr + (1 - min_lr) * left)
 
 
-def complete_checkpoints():
-    """Names of the checkpoints in out_dir, the newest first."""
-    names = os.listdir(checkpoints) if os.path.isdir(checkpoints) else []
-    return sorted((n for n in names if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: int(n[5:]), reverse=True)
+# ----------------------------------------------------------------------------------------------------------------------
+# begin, or go on: checkpoint.py holds how they are written and read
+
+log_path, checkpoints = os.path.join(out_dir, 'log.jsonl'), os.path.join(out_dir, 'checkpoints')
+progress = dict(step=0, tokens=0, bad_samples=0, bad_steps=0, loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0,
+                good_steps=0)
 
 
-def load_newest():
-    """Load the newest checkpoint that is whole into model, optimizer and progress; its path, or '' without one."""
-    for name in complete_checkpoints():
-        path = os.path.join(checkpoints, name)
-        try:
-            saved = read_json(os.path.join(path, 'progress.json'))
-            sizes = files_of(path)
-            for file, size in saved['files'].items():
-                if sizes.get(file) != size:
-                    raise ValueError(f'{file} has {sizes.get(file, 0)} of {size} bytes')
-            old = read_json(os.path.join(path, 'config.json'))
-            check_changed(path, old)
-            weights = load_file(os.path.join(path, 'model.safetensors'), device=device)
-            state, kept = optimizer_tensors(), read_json(os.path.join(path, 'state', 'model.safetensors.index.json'))
-            fresh = state.keys() - kept['weight_map'].keys()    # of parameters that were frozen until now
-            dcp.load({k: v for k, v in state.items() if k not in fresh}, no_dist=True,
-                     storage_reader=dcp.HuggingFaceStorageReader(os.path.join(path, 'state')))
-            raw_model.load_state_dict(weights)      # last: a damaged checkpoint leaves the model as it was
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException) as error:
-            say(f'{path} is damaged and is skipped: {" ".join(str(error).split())[:200]}')
-            optimizer.state.clear()
-            continue
-        progress.update({k: saved[k] for k in progress})
-        return path
-    return ''
+def from_master(value):
+    """What the first rank has, on every rank."""
+    if world > 1:
+        box = [value]
+        dist.broadcast_object_list(box, device=torch.device('cpu'))
+        value = box[0]
+    return value
+
+
+def find_checkpoint():
+    """(path, its progress, '') of the newest checkpoint, from `remote` where out_dir has none; or an error, last."""
+    try:
+        if remote and not checkpoint.names(checkpoints):
+            checkpoint.restore(remote, out_dir)
+        return *checkpoint.newest(checkpoints, say), ''
+    except (ValueError, OSError) as error:
+        return '', {}, str(error)
+
+
+def load_checkpoint(path, saved):
+    """Weights, averages, optimizer and progress of a checkpoint, whatever number of ranks wrote it."""
+    check_changed(path, read_json(os.path.join(path, 'config.json')))
+    checkpoint.load(raw_model.state_dict(), path)
+    if ema:
+        old = os.path.join(path, 'ema')
+        checkpoint.load(averages, old if os.path.isdir(old) else path)
+    state, kept = state_tensors(), checkpoint.shapes(os.path.join(path, 'state'))
+    state = {k: v for k, v in state.items() if k in kept}           # others were frozen until now
+    checkpoint.load(state, os.path.join(path, 'state'))
+    progress.update({k: saved[k] for k in progress if k in saved})
 
 
 def check_changed(path, old):
     """Refuse to resume with other model settings; print the other settings that changed."""
     for key in (k for k in old if k in config and config[k] != old[k]):
-        if key.startswith(('vit.', 'decoder.')) or key in ('task', 'tokenizer', 'lanes', 'pixel_shuffle'):
+        if key.startswith(('vit.', 'decoder.')) and not key.endswith('.remat') or key in (
+                'task', 'tokenizer', 'lanes', 'pixel_shuffle', 'optimizer'):
             fail(f'{key}={config[key]!r}, but {path} was made with {old[key]!r}: a run keeps its model and lanes; give '
                  'another out_dir', 2)
         say(f'changed since {path}: {key} {old[key]!r} -> {config[key]!r}')
@@ -377,27 +419,36 @@ def check_changed(path, old):
 
 def load_weights(path):
     """Weights alone, from a run or a checkpoint: every parameter of the same name. Other shapes are refused."""
-    for candidate in (path, os.path.join(path, 'checkpoints', 'latest')):
-        file = os.path.join(candidate, 'model.safetensors')
-        if os.path.exists(file):
-            break
-    else:
+    folder = path
+    if shards.is_url(path):
+        folder = os.path.join(os.path.expanduser(cache_dir), 'weights', f'{data.hash64(*path.encode())[0]:016x}')
+        if int(os.environ.get('LOCAL_RANK', 0)) == 0:
+            checkpoint.download(path, folder, ('model.safetensors',))
+        if world > 1:
+            dist.barrier()
+        folder = os.path.join(folder, next(iter(checkpoint.names(folder)), ''))
+    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
+        folder = os.path.join(folder, 'checkpoints', 'latest')
+    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
         fail(f'init_from={path!r}: no model.safetensors there, nor in checkpoints/latest below it', 2)
     try:
-        theirs, ours = load_file(file, device=device), raw_model.state_dict()
-    except (OSError, SafetensorError) as error:
-        fail(f'init_from={path!r}: {file} can not be read ({error})', 2)
-    skipped = {k for k in ours if any(re.search(regex, k) for regex in init_skip)}
-    common = theirs.keys() & ours.keys() - skipped
-    for k in sorted(common):
-        if theirs[k].shape != ours[k].shape:
-            fail(f'init_from={path!r}: {k} is {tuple(theirs[k].shape)} there and {tuple(ours[k].shape)} here: change '
-                 "the model's settings, or name it in init_skip", 2)
-    if not common:
-        fail(f'init_from={path!r} holds none of the parameters of this model', 2)
-    raw_model.load_state_dict({k: theirs[k] for k in common}, strict=False)
-    say(f'init_from {file}: {len(common)} tensors ({parts(common)}) loaded, {parts(ours.keys() - common) or "none"} '
+        theirs, ours = checkpoint.shapes(folder), raw_model.state_dict()
+        skipped = {k for k in ours if any(re.search(regex, k) for regex in init_skip)}
+        common = theirs.keys() & ours.keys() - skipped
+        for k in sorted(common):
+            if theirs[k] != tuple(ours[k].shape):
+                fail(f'init_from={path!r}: {k} is {theirs[k]} there and {tuple(ours[k].shape)} here: change '
+                     "the model's settings, or name it in init_skip", 2)
+        if not common:
+            fail(f'init_from={path!r} holds none of the parameters of this model', 2)
+        checkpoint.load({k: ours[k] for k in sorted(common)}, folder)
+    except checkpoint.ERRORS as error:
+        fail(f'init_from={path!r}: model.safetensors can not be read ({error})', 2)
+    say(f'init_from {folder}: {len(common)} tensors ({parts(common)}) loaded, {parts(ours.keys() - common) or "none"} '
         f'begin anew, {parts(theirs.keys() - common) or "none"} left there unused')
+    if ema:
+        for name, p in trained.items():
+            averages[name].copy_(p.detach())
 
 
 def parts(names):
@@ -405,29 +456,16 @@ def parts(names):
     return ', '.join(sorted({n.partition('.')[0] for n in names}))
 
 
-def cut_log(step):
-    """Drop the rows of steps that the resumed run takes again, and a last row that was cut short."""
-    rows = []
-    if os.path.exists(log_path):
-        with open(log_path, encoding='utf-8') as f:
-            for line in f:
-                if line.endswith('\n') and json.loads(line)['step'] <= step:
-                    rows.append(line)
-    with open(log_path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(rows)
-    os.replace(log_path + '.tmp', log_path)
-
-
-progress = dict(step=0, tokens=0, bad_samples=0)
 try:
     if master:
         os.makedirs(checkpoints, exist_ok=True)
-    if world > 1:
-        dist.barrier()
-    resumed = load_newest()
+    resumed, saved, problem = from_master(find_checkpoint() if master else None)
+    if problem:
+        fail(problem, 2)
     if resumed and resume == 'never':
         fail(f'resume=never, but {resumed} exists: give another out_dir', 2)
     if resumed:
+        load_checkpoint(resumed, saved)
         say(f'resumed from {resumed}')
     elif init_from:
         load_weights(init_from)
@@ -438,14 +476,32 @@ try:
             if leftover.startswith('.step_'):
                 shutil.rmtree(os.path.join(checkpoints, leftover))
         write_json(os.path.join(out_dir, 'config.json'), config)
-        cut_log(progress['step'])
-except OSError as error:
-    fail(f'out_dir={out_dir!r}: {error}', 2)
+        write_json(os.path.join(out_dir, 'environment.json'), logs.environment(device, world))
+        logs.cut_log(log_path, progress['step'])
+except checkpoint.ERRORS as error:
+    fail(f'out_dir={out_dir!r}: {str(error).strip().splitlines()[-1]}', 2)
+copy = checkpoint.Remote(remote, out_dir, say) if remote and master else None
 
-model = raw_model
-if world > 1:
-    model = DistributedDataParallel(raw_model, device_ids=None if device == 'cpu' else [torch.device(device).index])
-autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bfloat16')
+
+def save():
+    """Begin to write the checkpoint of this step."""
+    weights = raw_model.state_dict()
+    copies = {'tokenizer.json' if path == tok.files[0] and path.endswith('.json') else os.path.basename(path): path
+              for path in tok.files}
+    saver.save(progress['step'], weights, weights | averages if ema else {}, state_tensors(), {
+        'config.json': config, 'progress.json': progress | dict(world=world),
+        'shards.json': data.provenance(order, folders, progress['step'] * batch_size) if master else {}}, copies)
+
+
+def saving(action):
+    """`action` of the saver; what went wrong while it wrote ends the run, the last good checkpoint stays."""
+    try:
+        action()
+    except checkpoint.ERRORS as error:
+        reason = str(error).strip().splitlines()[-1]        # DCP puts a traceback before it
+        last = (checkpoint.names(checkpoints) or ['none'])[0]
+        fail(f'step {saver.step}: the checkpoint could not be written ({reason}); the last good one is {last}', 1)
+
 
 run = None
 if wandb_project and master:
@@ -469,106 +525,70 @@ def log(row):
             run.log(row, step=row['step'])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# what a step costs, and what the machine could do
-
-
-def checked(batch):
-    """The batch, if its shards could be read."""
-    return fail(batch['error'], 1) if 'error' in batch else batch
-
-
-def to_device(batch):
-    return processors.to_device(batch, device, rows_of)
-
-
-def flops_of_step():
-    """Floating point operations of a step: those of one forward pass times three, counted on the first micro-batch."""
-    batch = checked(train_data[np.arange(micro_batch)])
-    if not batch['num_targets']:
-        fail(f'task={task} learns nothing from the first {micro_batch} samples: {(batch["bad"] or ["?"])[0]}', 2)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, autocast:
-        raw_model.loss(**to_device(batch), **fixed)
-    return 3 * counter.get_total_flops() * batch_size // micro_batch
-
-
-def peak_flops():
-    """Of all devices of the run: from a table for GPUs (dense, bf16 or TF32-free fp32), measured on a CPU."""
-    if device != 'cpu':
-        name = torch.cuda.get_device_name(device)
-        known = {'H200': (989e12, 67e12), 'H100': (989e12, 67e12), 'A100': (312e12, 19.5e12), 'L4': (121e12, 30e12),
-                 '4090': (165e12, 83e12)}
-        return world * next((v[dtype == 'float32'] for k, v in known.items() if k in name), math.inf)
-    a = torch.randn(1024, 1024, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(5):
-        t = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - t)
-    return world * 2 * 1024 ** 3 / min(times)
-
-
-def memory_gb():
-    """The most memory held so far, by the GPU's allocator or by this process."""
-    if device != 'cpu':
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    unit = 1 if sys.platform == 'darwin' else 1024      # macOS counts bytes
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-
-
-def plot():
-    """out_dir/loss.png from log.jsonl."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    with open(log_path, encoding='utf-8') as f:
-        rows = [json.loads(line) for line in f]
-    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-    for label in ['train', *val]:
-        points = [(r['step'], r['val_loss' if 'val' in r else 'loss']) for r in rows if r.get('val', 'train') == label]
-        if points:
-            axes.plot(*zip(*points), label=label, linewidth=1, marker='o' if label != 'train' else None, markersize=3)
-    axes.set(xlabel='step', ylabel='loss (nats a target)', ylim=(0, None), title=os.path.basename(out_dir))
-    if axes.lines:
-        axes.legend()
-    figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
-    plt.close(figure)
-
-
-step_flops, peak = flops_of_step(), peak_flops()
+peak = logs.peak_flops(device, dtype, world)
+saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,
+                         lambda: logs.plot(out_dir, val))
+if copy:
+    copy.wake()                     # what an earlier session did not bring there
 
 # ----------------------------------------------------------------------------------------------------------------------
 # validation: every sample of a data set once, whatever the number of ranks
+
+
+def swap_averages():
+    """Weights and their averages change places: what is validated is the average, where there is one."""
+    with torch.no_grad():
+        for name, average in averages.items():
+            weights = trained[name].clone()
+            trained[name].copy_(average)
+            average.copy_(weights)
+
+
+@contextlib.contextmanager
+def gathered():
+    """Every rank holds the whole model meanwhile: what runs inside need not be the same on all of them."""
+    sharded = [m for m in raw_model.modules() if isinstance(m, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in sharded:
+        module.reshard()
+        module.set_reshard_after_forward(module is not raw_model, recurse=False)
 
 
 @torch.no_grad()
 def validate(name, folder):
     """A row with `val_loss` (mean over targets) and, where it is asked for, `exact_match` (share of samples)."""
     model.eval()
+    swap_averages()
     positions = np.array_split(np.arange(len(folder))[rank::world], math.ceil(len(folder) / world / micro_batch))
     loss, targets, right, samples = 0.0, 0, 0, 0
     for chunk in positions:
-        if not len(chunk):          # more ranks than samples
-            continue
-        batch = checked(val_data[name][chunk])
+        batch = checked(val_data[name][chunk]) if len(chunk) else processors.collate([], rows_of) | dict(bad=[])
         if batch['bad']:
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
-        for part in processors.split(batch, micro_batch):
-            tensors = to_device(part)
+        cut = processors.split(batch, micro_batch)
+        cut += [processors.collate([], rows_of)] * int(all_ranks(len(cut)).max() - len(cut))    # ranks keep step
+        for part in cut:
             with autocast:
-                loss_sum, count = raw_model.loss(**tensors, **fixed)
-                if task == 'vlm' and exact_match:
-                    right += count_right(part, tensors)
+                loss_sum, count = model(**to_device(part), **fixed)
             loss, targets = loss + loss_sum.item(), targets + count.item()
+        if task == 'vlm' and exact_match:
+            with autocast, gathered():
+                right += sum(count_right(part, to_device(part)) for part in cut if part['num_targets'])
         samples += len(chunk)
+    row = dict(step=progress['step'], val=name)
+    if task == 'siglip':
+        with gathered():
+            row['exact_match'] = nearest_text(folder, val_data[name])
+    swap_averages()
     model.train()
     loss, targets, right, samples = all_sum(loss, targets, right, samples)
-    row = dict(step=progress['step'], val=name, val_loss=loss / max(targets, 1))
+    row['val_loss'] = loss / max(targets, 1)
     if folder.num_bytes and task == 'llm':
         row['bits_per_byte'] = loss / math.log(2) / folder.num_bytes
-    if task == 'siglip':
-        row['exact_match'] = nearest_text(folder, val_data[name])
-    elif task == 'vlm' and exact_match:
+    if task == 'vlm' and exact_match:
         row['exact_match'] = right / samples
     return row
 
@@ -607,12 +627,15 @@ feed = iter(data.loader(train_data, todo, workers))
 accumulation = batch_size // world // micro_batch
 if master:
     from tqdm import tqdm
-    parameters = sum(p.numel() for p in trained) / 1e6
+    parameters = sum(p.numel() for p in trained.values()) / 1e6
     print(f'{task}: {parameters:.2f} M parameters trained, {steps} steps of {batch_size} samples = {world} ranks x '
           f'{accumulation} x {micro_batch}; {len(mix)} data sets of {dataset_samples} samples, '
           f'{steps * batch_size / dataset_samples:.1f} epochs')
     bar = tqdm(total=steps, initial=first, desc=os.path.basename(out_dir), mininterval=1, dynamic_ncols=True)
 since = dict(steps=0, tokens=0, data=0.0, seconds=0.0)
+weights_of_sets = np.array([float(loss_weights.get(name, 1.0)) for name in mix])
+weigh = torch.tensor(weights_of_sets, dtype=torch.float32, device=device)
+extra = dict(label_smoothing=label_smoothing, z_loss=z_loss) if task != 'siglip' else {}
 model.train()
 while progress['step'] < steps:
     t0 = time.perf_counter()
@@ -636,33 +659,56 @@ while progress['step'] < steps:
     if not targets:
         fail(f'no sample of step {progress["step"]} has anything to learn: is seq_len={seq_len} too short?', 1)
 
-    for group in optimizer.param_groups:
-        group['lr'] = lr_at(progress['step']) * group['lr_scale']
     torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))   # dropout's, by the step
-    by_part = torch.zeros(2, len(mix), dtype=torch.float64)         # of each data set, losses and targets
+    by_part = torch.zeros(2, len(mix), dtype=torch.float64, device=device)      # of each data set, losses and targets
     for i, batch in enumerate(micro):
-        if world > 1:
-            model.require_backward_grad_sync = i == passes - 1      # gradients travel once a step
+        if fsdp != 1:                                               # gradients travel once a step
+            model.set_requires_gradient_sync(i == passes - 1)
+        elif world > 1:
+            model.require_backward_grad_sync = i == passes - 1
         tensors = to_device(batch)
         with autocast:
-            losses, _ = model(**tensors, **fixed, reduction='none')
-        (losses.sum() * (world / targets)).backward()               # DDP divides by world
+            losses, _ = model(**tensors, **fixed, **extra, reduction='none')
         part = torch.as_tensor(batch['parts']).to(device).long().expand_as(tensors['targets'])
         part = part[tensors['targets'] != -100]
+        # the mean over the ranks, which DDP and FSDP take, is to be the sum
+        ((losses * weigh[part]).sum() * (world / targets * progress['loss_scale'])).backward()
         by_part += torch.stack((torch.bincount(part, losses.detach().double(), len(mix)),
-                                torch.bincount(part, minlength=len(mix)))).cpu()
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf).item()
-    by_part = torch.tensor(all_sum(*by_part.flatten().tolist())).view(2, -1)
-    loss = by_part[0].sum().item() / targets
-    if not math.isfinite(loss) or not math.isfinite(grad_norm):
-        fail(f'step {progress["step"]}: loss {loss}, gradient norm {grad_norm}. Its samples: python data.py '
-             f'{out_dir}/config.json --show_steps={progress["step"]}:{progress["step"] + 1}. Last good checkpoint: '
-             f'{(complete_checkpoints() or ["none"])[0]}. Try a lower lr, a longer warmup or dtype=float32', 1)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+                                torch.bincount(part, minlength=len(mix))))
+    gradients = [p.grad for p in trained.values() if p.grad is not None]
+    if progress['loss_scale'] != 1:
+        torch._foreach_mul_(gradients, 1 / progress['loss_scale'])
+    grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), grad_clip or math.inf)
+    grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
+    by_part = np.array(all_sum(*by_part.flatten().tolist())).reshape(2, -1)
+    loss = float(by_part[0] @ weights_of_sets) / targets
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        for opt in optimizers:
+            for group in opt.param_groups:
+                group['lr'] = lr_at(progress['step']) * group['lr_scale']
+            opt.step()
+        if ema:
+            torch._foreach_lerp_([*averages.values()], [p.detach() for p in trained.values()], 1 - ema)
+        progress['bad_steps'], progress['good_steps'] = 0, progress['good_steps'] + 1
+        if dtype == 'float16' and progress['good_steps'] % 2000 == 0:
+            progress['loss_scale'] *= 2
+    elif math.isfinite(loss) and progress['loss_scale'] > 1:        # fp16 overflows: a smaller scale, and on
+        progress['loss_scale'], progress['good_steps'] = progress['loss_scale'] / 2, 0
+    else:
+        progress['bad_steps'] += 1
+        where = (f'step {progress["step"]}: loss {loss}, gradient norm {grad_norm}. Its samples: python data.py '
+                 f'{out_dir}/config.json --show_steps={progress["step"]}:{progress["step"] + 1}')
+        if progress['bad_steps'] > skip_bad_steps:
+            saving(saver.wait)
+            fail(f'{where}. Last good checkpoint: {(checkpoint.names(checkpoints) or ["none"])[0]}. Try a lower lr, a '
+                 'longer warmup, dtype=float32, or skip_bad_steps', 1)
+        say(f'\n{where}. The weights stay as they are')
+    for opt in optimizers:
+        opt.zero_grad(set_to_none=True)
 
     progress['step'] += 1
     progress['tokens'] += int(tokens)
+    saving(saver.check)
     t2 = time.perf_counter()
     for key, value in (('steps', 1), ('tokens', tokens), ('data', t1 - t0), ('seconds', t2 - t0)):
         since[key] += value
@@ -677,11 +723,12 @@ while progress['step'] < steps:
             tokens_per_sec=round(since['tokens'] / seconds, 1),
             tokens_per_sec_per_gpu=round(since['tokens'] / seconds / world, 1),
             mfu=round(step_flops * n / seconds / peak, 4), data_time=round(since['data'] / n, 5),
-            step_time=round(seconds / n, 5), mem_gb=memory_gb(), bad_samples=progress['bad_samples']) | {
+            step_time=round(seconds / n, 5), mem_gb=logs.memory_gb(device), bad_samples=progress['bad_samples']) | {
                 key: value for d, name in enumerate(mix if len(mix) > 1 else ()) for key, value in (
-                    (f'loss/{name}', (by_part[0, d] / by_part[1, d]).item()),
+                    (f'loss/{name}', float(by_part[0, d] / max(by_part[1, d], 1))),
                     (f'epoch/{name}', round(order.before(step * batch_size, d) / order.samples[d], 4)))
-                if value == value})     # no target of this data set in the step: nan
+                if by_part[1, d] or key.startswith('epoch')}
+            | ({'loss_scale': progress['loss_scale']} if dtype == 'float16' else {}))
         since = dict.fromkeys(since, 0)
     if master:
         bar.set_postfix_str(f'loss {loss:.4f}, {batch_size / (t2 - t0):.0f} samples/s', refresh=False)
@@ -695,17 +742,9 @@ while progress['step'] < steps:
                 bar.write(f'step {step}: ' + ', '.join(f'{k} {v:.4f}' if isinstance(v, float) else f'{v}'
                                                        for k, v in row.items() if k != 'step'))
     if step in checkpoint_steps or stopping:
-        if master:
-            try:
-                save_checkpoint()
-                plot()
-            except (OSError, SafetensorError, dcp.CheckpointException) as error:
-                shutil.rmtree(os.path.join(checkpoints, f'.step_{step:08d}.tmp'), ignore_errors=True)
-                reason = str(error).strip().splitlines()[-1]        # DCP puts a traceback before it
-                fail(f'step {step}: the checkpoint could not be written ({reason}); the last good one is '
-                     f'{(complete_checkpoints() or ["none"])[0]}', 1)
-        if world > 1:
-            dist.barrier()
+        saving(save)
+    if step == steps or stopping:
+        saving(saver.wait)
     if stopping and step < steps:
         say(f'\nstopped by a signal after step {step}, saved; the same command goes on')
         break
@@ -717,5 +756,10 @@ if master:
     if run:
         run.finish()
 del feed                                            # closes the workers
+if world > 1:
+    dist.barrier()
+problem = copy.finish() if copy else ''
+if problem:
+    fail(f'{problem}; {out_dir} is whole, the same command tries again', 1)
 if dist.is_initialized():
     dist.destroy_process_group()

@@ -305,7 +305,7 @@ def test_token_loss_is_cross_entropy_over_the_targets(chunk):
     x = torch.randn(3, 8, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
     largest, unembed = [], d.unembed
     d.unembed = lambda h: largest.append(len(h)) or unembed(h)
-    loss, count = token_loss(d, x, targets, chunk)
+    loss, count = token_loss(d, x, targets, chunk=chunk)
     ours = torch.autograd.grad(loss, (x, d.embedding.weight))
     d.unembed = unembed
     assert count == (targets != -100).sum() and max(largest) <= chunk, 'logits where there is a loss, chunk by chunk'

@@ -192,3 +192,13 @@ def test_language_model_continues_text(llm, pictures):
     assert row == {'prompt': 'red c', 'text': 'ross'}
     run('sample.py', f'--out_dir={llm}', f'--image={pictures}').refused('--image', 'llm')
     run('sample.py', f'--out_dir={llm}', '--eval=plain').refused('--eval', 'llm')
+
+
+def test_the_average_is_used_where_the_run_kept_one(data, tmp_path):
+    """An average that has hardly begun to move continues a text as nothing trained does."""
+    out = tmp_path / 'run'
+    run('train.py', *tiny.FLAGS, f'--data_dir={data}', '--task=llm', '--mix={"words": 1}', '--max_steps=60',
+        '--seq_len=24', '--ema=0.9999', f'--out_dir={out}').ok()
+    average, last = (run('sample.py', f'--out_dir={out}', '--device=cpu', '--prompt=red squ', f'--ema={ema}').ok().out
+                     for ema in ('true', 'false'))
+    assert last.startswith('red square') and not average.startswith('red square')

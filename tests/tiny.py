@@ -128,7 +128,8 @@ class Process:
             return
         launcher = [sys.executable]
         if torchrun:
-            launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={torchrun}', '--standalone']
+            ranks, *options = torchrun if isinstance(torchrun, list) else [torchrun]
+            launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone', *options]
         with open(self.files[0], 'w') as out, open(self.files[1], 'w') as err:
             self.popen = subprocess.Popen([*launcher, str(ROOT / script), *args], cwd=cwd, stdout=out, stderr=err,
                                           stdin=subprocess.DEVNULL, env=os.environ | ENV | (env or {}),

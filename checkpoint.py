@@ -1,0 +1,340 @@
+"""Checkpoints: written whole or not at all, in the background, by one process or many, and copied elsewhere.
+
+    out_dir/checkpoints/step_00001000/
+        model.safetensors           the weights, whole, fp32
+        ema/model.safetensors       their moving average, where there is one
+        state/*.safetensors         the optimizer's state, each process its part (torch.distributed.checkpoint)
+        config.json  shards.json    and the tokenizer's files
+        progress.json               step, tokens, ...; every other file with its size and checksum
+    out_dir/checkpoints/latest      a link to the newest
+
+Nothing here is a pickle. What is saved by N processes, sharded or not, is loaded by any other number.
+"""
+import json
+import os
+import posixpath
+import queue
+import re
+import shutil
+import threading
+import time
+import zlib
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+
+ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException)
+
+
+def write_json(path, value):
+    """Whole or not at all, and on the disk when this returns."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + '.tmp', path)
+
+
+def read_json(path):
+    with open(path, encoding='utf-8') as f:
+        return json.load(f)
+
+
+def names(folder):
+    """Names of the checkpoints in a run's checkpoints/, the newest first."""
+    found = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((n for n in found if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: int(n[5:]), reverse=True)
+
+
+def files_of(folder):
+    """{path inside the folder: [bytes, CRC-32]} of every file."""
+    found = {}
+    for root, _, files in os.walk(folder):
+        for name in files:
+            size, crc = 0, 0
+            with open(os.path.join(root, name), 'rb') as f:
+                while block := f.read(1 << 22):
+                    size, crc = size + len(block), zlib.crc32(block, crc)
+            found[os.path.relpath(os.path.join(root, name), folder)] = [size, crc]
+    return found
+
+
+def verify(path):
+    """What progress.json of a checkpoint says. Raises OSError and ValueError where a file is not as it was written."""
+    saved, found = read_json(os.path.join(path, 'progress.json')), files_of(path)
+    for file, (size, crc) in saved['files'].items():
+        if found.get(file) != [size, crc]:
+            raise ValueError(f'{file} has {found.get(file, [0])[0]} of {size} bytes' if found.get(file, [0])[0] != size
+                             else f'{file} is not what was written (checksum)')
+    return saved
+
+
+def newest(folder, say):
+    """(path, progress) of the newest checkpoint that is whole; ('', {}) where there is none. Raises ValueError if all
+    are damaged, for a run must not begin anew over what may be mended."""
+    for name in names(folder):
+        try:
+            return os.path.join(folder, name), verify(os.path.join(folder, name))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            say(f'{os.path.join(folder, name)} is damaged and is skipped: {" ".join(str(error).split())[:200]}')
+    if names(folder):
+        raise ValueError(f'every checkpoint in {folder} is damaged: move them away to begin anew')
+    return '', {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tensors
+
+
+def shapes(folder):
+    """{name: shape} of the safetensors files of a folder."""
+    found = dcp.HuggingFaceStorageReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(item.size) for name, item in found.items()}
+
+
+def load(tensors, folder, group=None):
+    """Fill tensors {name: tensor}, sharded or not, from the safetensors files of a folder, in place."""
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=group,
+             no_dist=not dist.is_initialized())
+
+
+def whole(tensors, keep):
+    """{name: tensor} gathered and copied to the CPU, one at a time; {} on processes that need not keep them."""
+    out = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if keep:
+            out[name] = full.detach().to('cpu', copy=True).contiguous()
+    return out
+
+
+def staged(tensors):
+    """{name: tensor} copied to the CPU, a sharded one in its shards."""
+    meshes, out = {}, {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            out[name] = tensor.detach().to('cpu', copy=True)
+            continue
+        mesh = tensor.device_mesh
+        if mesh.device_type != 'cpu' and mesh not in meshes:
+            meshes[mesh] = init_device_mesh('cpu', tuple(mesh.shape))
+        out[name] = DTensor.from_local(tensor.to_local().detach().to('cpu', copy=True), meshes.get(mesh, mesh),
+                                       tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+    return out
+
+
+class Saver:
+    """Writes the checkpoints of a run: `save` copies, a thread writes while training goes on, `check` and `wait` raise
+    what went wrong there. scheduled: the steps that were asked for; others (a signal's) go when the next one is there.
+    keep_last: how many of the scheduled ones stay (0: all). after: called when one is there, on the first process."""
+
+    def __init__(self, out_dir, scheduled, keep_last=0, remote=None, rank=0, world=1, after=None):
+        self.folder, self.scheduled, self.keep_last = os.path.join(out_dir, 'checkpoints'), scheduled, keep_last
+        self.remote, self.rank, self.world, self.after = remote, rank, world, after
+        self.group = dist.new_group(backend='gloo') if world > 1 else None      # the thread's own, beside training's
+        self.thread, self.error, self.step = None, None, 0
+
+    def save(self, step, model, ema, state, jsons, files):
+        """model, ema, state: {name: tensor}; jsons: {file name: value}, of which progress.json is completed; files:
+        {file name: path to copy}. Returns when all is copied. Every process calls it."""
+        self.wait()
+        self.step = step
+        copies = whole(model, self.rank == 0), whole(ema, self.rank == 0), staged(state)
+        self.thread = threading.Thread(target=self.run, args=(step, *copies, jsons, files), daemon=True)
+        self.thread.start()
+
+    def run(self, *args):
+        try:
+            self.write(*args)
+        except ERRORS as error:
+            self.error = error
+
+    def check(self):
+        """Raise what the thread met."""
+        if self.error:
+            error, self.error = self.error, None
+            raise error
+
+    def wait(self):
+        """Until what was begun is on the disk."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def write(self, step, model, ema, state, jsons, files):
+        """Under another name, synced, then renamed."""
+        name = f'step_{step:08d}'
+        new = os.path.join(self.folder, f'.{name}.tmp')
+        try:
+            if self.rank == 0:
+                shutil.rmtree(new, ignore_errors=True)
+                os.makedirs(os.path.join(new, 'ema') if ema else new)
+                for path, tensors in ((new, model), (os.path.join(new, 'ema'), ema)):
+                    if tensors:
+                        save_file(tensors, os.path.join(path, 'model.safetensors'))
+            if self.world > 1:
+                dist.barrier(self.group)        # the folder is there
+            writer = dcp.HuggingFaceStorageWriter(os.path.join(new, 'state'), save_distributed=self.world > 1)
+            dcp.save(state, storage_writer=writer, process_group=self.group, no_dist=self.world == 1)
+            if self.rank == 0:
+                for file, value in jsons.items():
+                    if file != 'progress.json':
+                        write_json(os.path.join(new, file), value)
+                for file, path in files.items():
+                    shutil.copyfile(path, os.path.join(new, file))
+                write_json(os.path.join(new, 'progress.json'), jsons['progress.json'] | dict(files=files_of(new)))
+                self.publish(name, new)
+        except BaseException:
+            if self.rank == 0:
+                shutil.rmtree(new, ignore_errors=True)
+            raise
+
+    def publish(self, name, new):
+        """Give the finished folder its name, point `latest` at it, remove what keep_last leaves no room for."""
+        for root, _, files in os.walk(new):
+            for path in [root, *(os.path.join(root, n) for n in files)]:
+                fd = os.open(path, os.O_RDONLY)
+                os.fsync(fd)
+                os.close(fd)
+        shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+        os.rename(new, os.path.join(self.folder, name))
+        point_latest(self.folder, name)
+        if int(name[5:]) in self.scheduled:
+            kept = [n for n in names(self.folder) if int(n[5:]) in self.scheduled][:self.keep_last or None]
+            for n in names(self.folder):
+                if n not in kept:
+                    shutil.rmtree(os.path.join(self.folder, n))
+        if self.after:
+            self.after()
+        if self.remote:
+            self.remote.wake()
+
+
+def point_latest(folder, name):
+    link = os.path.join(folder, '.latest.tmp')
+    if os.path.lexists(link):
+        os.remove(link)
+    os.symlink(name, link)
+    os.replace(link, os.path.join(folder, 'latest'))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# a copy elsewhere
+
+
+class Remote:
+    """Copies a run's checkpoints and logs to an fsspec URL, in the background. progress.json goes last: a checkpoint
+    without it is not there. What was not copied in an earlier session is copied, too; nothing is ever deleted there."""
+
+    def __init__(self, url, out_dir, say, retries=4):
+        self.url, self.out_dir, self.say, self.retries = url.rstrip('/'), out_dir, say, retries
+        self.error, self.wakes = '', queue.Queue()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def wake(self):
+        """There is something new."""
+        self.wakes.put(True)
+
+    def finish(self):
+        """Copy what is left; the error if that did not succeed, else ''."""
+        self.wakes.put(True)
+        self.wakes.put(False)
+        self.thread.join()
+        return self.error
+
+    def run(self):
+        while self.wakes.get():
+            for attempt in range(self.retries + 1):
+                try:
+                    self.copy()
+                    self.error = ''
+                    break
+                except Exception as error:          # each kind of storage has errors of its own
+                    self.error = f'remote={self.url} can not be written ({" ".join(str(error).split())[:200]!r})'
+                    if attempt == 0:
+                        self.say(f'\n{self.error}: trying again')
+                    if attempt < self.retries:
+                        time.sleep(2 ** attempt)
+
+    def copy(self):
+        fs, base = filesystem(self.url)
+        folder = os.path.join(self.out_dir, 'checkpoints')
+        there = remote_names(fs, base)
+        for name in reversed(names(folder)):
+            if name in there:
+                continue
+            try:
+                files = [*read_json(os.path.join(folder, name, 'progress.json'))['files'], 'progress.json']
+                for file in files:
+                    put(fs, os.path.join(folder, name, file), posixpath.join(base, 'checkpoints', name, file))
+            except FileNotFoundError:
+                if os.path.exists(os.path.join(folder, name)):
+                    raise               # else keep_last has removed it meanwhile
+        for file in ('config.json', 'log.jsonl', 'loss.png'):
+            if os.path.exists(os.path.join(self.out_dir, file)):
+                put(fs, os.path.join(self.out_dir, file), posixpath.join(base, file))
+
+
+def filesystem(url):
+    import fsspec
+    fs, base = fsspec.url_to_fs(url)
+    fs.invalidate_cache()
+    return fs, base
+
+
+def put(fs, local, path):
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    fs.put_file(local, path)
+
+
+def remote_names(fs, base):
+    """Names of the checkpoints that are there as a whole, the newest first."""
+    found = fs.glob(posixpath.join(base, 'checkpoints/*/progress.json'))
+    found = [posixpath.basename(posixpath.dirname(path)) for path in found]
+    return sorted((n for n in found if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: int(n[5:]), reverse=True)
+
+
+def restore(url, out_dir):
+    """The newest checkpoint of a run at `url`, and its log, into an empty out_dir. Raises OSError and ValueError."""
+    path = download(url, os.path.join(out_dir, 'checkpoints'))
+    if path:
+        point_latest(os.path.dirname(path), os.path.basename(path))
+        fs, base = filesystem(url)
+        if fs.exists(posixpath.join(base, 'log.jsonl')):
+            fs.get_file(posixpath.join(base, 'log.jsonl'), os.path.join(out_dir, 'log.jsonl'))
+
+
+def download(url, folder, only=()):
+    """The newest whole checkpoint of a run at `url`, or the one it names, into folder/<name>; its path, '' without one.
+    only: the files that are wanted. Raises OSError and ValueError."""
+    try:
+        fs, base = filesystem(url.rstrip('/'))
+        name = posixpath.basename(base)
+        if re.fullmatch(r'step_\d{8,}', name):
+            base = posixpath.dirname(posixpath.dirname(base))
+        else:
+            name = next(iter(remote_names(fs, base)), '')
+        if not name:
+            return ''
+        new, there = os.path.join(folder, f'.{name}.tmp'), posixpath.join(base, 'checkpoints', name)
+        shutil.rmtree(new, ignore_errors=True)
+        saved = json.loads(fs.cat_file(posixpath.join(there, 'progress.json')))
+        saved['files'] = {k: v for k, v in saved['files'].items() if not only or k in only}
+        for file in saved['files']:
+            os.makedirs(os.path.dirname(os.path.join(new, file)), exist_ok=True)
+            fs.get_file(posixpath.join(there, file), os.path.join(new, file))
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as error:          # each kind of storage has errors of its own
+        raise OSError(f'{url} can not be read: {error!r}') from None
+    write_json(os.path.join(new, 'progress.json'), saved)
+    verify(new)
+    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    os.rename(new, os.path.join(folder, name))
+    return os.path.join(folder, name)

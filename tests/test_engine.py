@@ -1,0 +1,366 @@
+"""The training engine: ranks, precision, compiling, averages, checkpoints near and far (tests/tiny.py)."""
+import json
+import math
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from test_remote import proxy, s3  # noqa: F401  (fixtures)
+from tiny import Process, losses, names, rows, run, same_weights, wait_until, weights
+
+import checkpoint
+from model import Decoder, DecoderConfig
+
+MIX = ['--mix={"long": 1, "plain": 0.5}', '--val={"long": "long"}', '--augment=false']
+MODES = {'ddp2': ([], 2), 'fsdp2': (['--fsdp=0'], 2), 'hsdp4': (['--fsdp=2'], 4), 'fsdp4': (
+    ['--fsdp=0', '--micro_batch_size=1'], 4)}
+
+
+def train(out, *extra, **kwargs):
+    return run('train.py', *tiny.FLAGS, f'--data_dir={tiny.data_dir()}', *MIX, f'--out_dir={out}', *extra, **kwargs)
+
+
+def ema(out, name='latest'):
+    from safetensors.numpy import load_file
+    return load_file(out / 'checkpoints' / name / 'ema' / 'model.safetensors')
+
+
+def state_of(out, name='latest'):
+    """The optimizer's state, whole, whoever wrote it."""
+    folder = str(out / 'checkpoints' / name / 'state')
+    state = {k: torch.zeros(shape) for k, shape in checkpoint.shapes(folder).items()}
+    checkpoint.load(state, folder)
+    return {k: v.numpy() for k, v in state.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ranks
+
+
+@pytest.fixture(scope='module')
+def hundred(tmp_path_factory):
+    """100 steps of one process in fp32, rows of very unequal length, a third of them without a picture."""
+    out = tmp_path_factory.mktemp('hundred') / 'run'
+    train(out, '--max_steps=100', '--lr=1e-3', '--log_every=1', '--num_checkpoints=2').ok()
+    return out
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_ranks_agree_over_100_steps(hundred, tmp_path, mode):
+    extra, ranks = MODES[mode]
+    train(tmp_path / 'run', '--max_steps=100', '--lr=1e-3', '--num_checkpoints=2', *extra, torchrun=ranks).ok()
+    for key in ('loss', 'val_loss'):
+        ours, theirs = ([row[key] for row in rows(out, key)] for out in (tmp_path / 'run', hundred))
+        assert len(ours) == len(theirs) and ours == pytest.approx(theirs, abs=1e-6)
+    assert [r['tokens'] for r in rows(tmp_path / 'run')] == [r['tokens'] for r in rows(hundred)]
+    ours, theirs = weights(tmp_path / 'run'), weights(hundred)
+    assert ours.keys() == theirs.keys()
+    for k in ours:      # Adam makes much of a gradient that is nothing but rounding, as that of the keys' bias
+        assert 'k.bias' in k or np.mean(np.abs(ours[k] - theirs[k]) < 1e-4) > 0.95, k
+
+
+@pytest.mark.parametrize('begin, go_on', [('fsdp2', None), ('fsdp2', 'fsdp4'), ('ddp2', 'fsdp2'), ('fsdp2', 'ddp2'),
+                                          (None, 'hsdp4')])
+def test_a_checkpoint_is_loaded_by_any_number_of_ranks(hundred, tmp_path, begin, go_on):
+    out, common = tmp_path / 'run', ['--max_steps=100', '--lr=1e-3', '--num_checkpoints=2']
+    if begin:
+        extra, ranks = MODES[begin]
+        train(out, *common, *extra, torchrun=ranks).ok()
+    else:
+        shutil.copytree(hundred, out, symlinks=True)
+    shutil.rmtree(out / 'checkpoints' / 'step_00000100')
+    before = state_of(hundred, 'step_00000050')
+    assert all(np.allclose(v, before[k], atol=1e-3) for k, v in state_of(out, 'step_00000050').items())
+    extra, ranks = MODES.get(go_on, ([], 0))
+    result = train(out, *common, *extra, torchrun=ranks).ok()
+    assert 'resumed from' in result.out and 'step_00000050' in result.out
+    assert [row['loss'] for row in rows(out)] == pytest.approx([row['loss'] for row in rows(hundred)], abs=1e-6)
+    assert state_of(out).keys() == before.keys()
+
+
+def test_the_same_ranks_give_the_same_bits(tmp_path):
+    for name in 'ab':
+        train(tmp_path / name, '--fsdp=0', '--max_steps=8', '--decoder.dropout=0.1', '--deterministic=true',
+              torchrun=2).ok()
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b')
+    same_weights(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
+
+
+def test_ranks_differ_in_noise(tmp_path):
+    """With dropout two ranks that read the same batch would agree with one that reads it twice: they must not."""
+    for name, ranks in (('one', 0), ('two', 2)):
+        train(tmp_path / name, '--max_steps=2', '--decoder.dropout=0.5', torchrun=ranks).ok()
+    a, b = ([row['loss'] for row in rows(tmp_path / name)] for name in ('one', 'two'))
+    assert a[0] != b[0] and a[0] == pytest.approx(b[0], rel=0.3)
+
+
+def test_one_rank_killed_alone_and_torchrun_begins_again(hundred, tmp_path):
+    """torchrun --max_restarts: the other rank is stopped, both begin again from the newest checkpoint by themselves."""
+    out = tmp_path / 'run'
+    flags = [*tiny.FLAGS, f'--data_dir={tiny.data_dir()}', *MIX, f'--out_dir={out}', '--max_steps=100', '--lr=1e-3',
+             '--num_checkpoints=10', '--fsdp=0']
+    process = Process('train.py', flags, torchrun=[2, '--max_restarts=2', '--monitor_interval=0.1'])
+    assert wait_until(lambda: len(rows(out)) > 25, process), process.wait().err
+    workers = [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and str(out) in cmdline(pid)
+               and 'torch.distributed.run' not in cmdline(pid)]
+    os.kill(max(workers), signal.SIGKILL)
+    result = process.wait()
+    assert result.code == 0 and 'resumed from' in result.out, result.err
+    assert [row['loss'] for row in rows(out)] == pytest.approx([row['loss'] for row in rows(hundred)], abs=1e-6)
+    assert len(names(out)) == 10
+
+
+def cmdline(pid):
+    try:
+        with open(f'/proc/{pid}/cmdline') as f:
+            return f.read()
+    except OSError:
+        return ''
+
+
+def test_refused_by_name(tmp_path):
+    for extra, words, ranks in ((['--fsdp=3'], ['fsdp=3', '2 ranks'], 2), (['--loss_weights={"x": 1}'], ["'x'"], 0),
+                                (['--ema=1.0'], ['ema=1.0'], 0), (['--schedule=step'], ['schedule', 'wsd'], 0),
+                                (['--decay=0.0'], ['decay'], 0), (['--optimizer=sgd'], ['optimizer', 'muon'], 0),
+                                (['--matmul=low'], ['matmul', 'highest'], 0)):
+        result = train(tmp_path / 'run', '--max_steps=2', *extra, torchrun=ranks)
+        own = [line for line in result.lines if line.startswith('train.py: ')]
+        assert len(own) == 1 and all(word in own[0] for word in words), result.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# precision, memory, schedules, losses
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_small_updates_are_not_lost(tmp_path, dtype):
+    """At lr 1e-5 an update is far below the spacing of 16-bit weights: they move as those of fp32 do."""
+    common = ['--max_steps=30', '--lr=1e-5', '--warmup=0', '--schedule=constant', '--weight_decay=0.0']
+    train(tmp_path / 'low', f'--dtype={dtype}', *common, '--num_checkpoints=2').ok()
+    train(tmp_path / 'high', *common, '--num_checkpoints=2').ok()
+    start = weights(tmp_path / 'high', 'step_00000015')
+    for name in ('decoder.blocks.0.gate.weight', 'connector.weight', 'vit.blocks.0.fc1.weight'):
+        low, high = (weights(tmp_path / run)[name] - start[name] for run in ('low', 'high'))
+        assert np.median(np.abs(high)) > 5e-5 and (low != 0).mean() > 0.99
+        assert np.corrcoef(low.ravel(), high.ravel())[0, 1] > 0.98
+        assert np.abs(high).max() < np.abs(start[name]).max() * 2 ** -8 or 'connector' in name
+
+
+def test_float16_finds_its_scale_and_keeps_it_over_a_resume(tmp_path):
+    flags = ['--dtype=float16', '--max_steps=12', '--num_checkpoints=2', '--batch_size=4', '--decoder.dropout=0.1']
+    train(tmp_path / 'run', *flags).ok()
+    scales = [row['loss_scale'] for row in rows(tmp_path / 'run')]
+    assert scales[0] <= 2 ** 16 and all(b in (a, a / 2) for a, b in zip(scales, scales[1:]))
+    saved = json.loads((tmp_path / 'run/checkpoints/step_00000006/progress.json').read_text())
+    assert saved['loss_scale'] == scales[5]
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again', symlinks=True)
+    shutil.rmtree(tmp_path / 'again/checkpoints/step_00000012')
+    train(tmp_path / 'again', *flags).ok()
+    assert losses(tmp_path / 'again') == losses(tmp_path / 'run')
+    same_weights(weights(tmp_path / 'again'), weights(tmp_path / 'run'))
+
+
+def test_recomputing_blocks_changes_no_bit(tmp_path):
+    for name, value in (('kept', 'false'), ('again', 'true')):
+        train(tmp_path / name, '--max_steps=4', '--decoder.dropout=0.1', '--vit.dropout=0.1', f'--vit.remat={value}',
+              f'--decoder.remat={value}').ok()
+    assert losses(tmp_path / 'kept') == losses(tmp_path / 'again')
+    same_weights(weights(tmp_path / 'kept'), weights(tmp_path / 'again'))
+
+
+@pytest.mark.parametrize('ranks', [0, 2])
+def test_compiled_blocks_with_accumulation_and_packing(tmp_path, ranks):
+    """Compiled a bounded number of times, whatever the batches hold; the same losses."""
+    flags = ['--max_steps=6', '--pack=true', '--micro_batch_size=3', '--seq_len=64', '--val={}']
+    train(tmp_path / 'eager', *flags).ok()
+    extra = ['--fsdp=0'] if ranks else []
+    result = train(tmp_path / 'compiled', *flags, *extra, '--compile=true', torchrun=ranks, real=True, timeout=400,
+                   env={'TORCH_LOGS': 'recompiles', 'TORCHINDUCTOR_CACHE_DIR': str(tmp_path / 'cache')})
+    assert result.ok().err.count('Recompiling function') <= 6 * max(ranks, 1), result.err
+    assert [row['loss'] for row in rows(tmp_path / 'compiled')] == pytest.approx(
+        [row['loss'] for row in rows(tmp_path / 'eager')], abs=1e-4)
+
+
+@pytest.mark.parametrize('schedule, expected', [
+    ('constant', [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]), ('linear', [0.5, 1] + [1 - i / 8 for i in range(8)]),
+    ('wsd', [0.5, 1, 1, 1, 1, 1, 1, 3 / 4, 2 / 4, 1 / 4]),
+    ('cosine', [0.5, 1] + [0.5 + 0.5 * math.cos(math.pi * i / 8) for i in range(8)])])
+def test_schedules(tmp_path, schedule, expected):
+    flags = ['--decay=0.4', '--warmup=0.2', '--max_steps=10', '--lr=0.001']
+    train(tmp_path / 'run', f'--schedule={schedule}', *flags).ok()
+    assert [row['lr'] for row in rows(tmp_path / 'run')] == pytest.approx([1e-3 * x for x in expected], rel=1e-9)
+
+
+@pytest.mark.parametrize('ranks, extra', [(0, []), (2, ['--fsdp=0'])])
+def test_the_average_is_exact_over_a_resume(tmp_path, ranks, extra):
+    flags = ['--ema=0.5', '--max_steps=6', '--num_checkpoints=6', *extra]
+    train(tmp_path / 'run', *flags, torchrun=ranks).ok()
+    average = ema(tmp_path / 'run', 'step_00000001')
+    for step in range(2, 7):
+        new = weights(tmp_path / 'run', f'step_{step:08}')
+        average = {k: average[k] + 0.5 * (new[k] - average[k]) for k in new}
+        kept = ema(tmp_path / 'run', f'step_{step:08}')
+        assert all(np.allclose(average[k], kept[k], atol=1e-6) for k in new)
+    assert any(not np.array_equal(average[k], new[k]) for k in new)
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again', symlinks=True)
+    for step in (4, 5, 6):
+        shutil.rmtree(tmp_path / f'again/checkpoints/step_{step:08}')
+    train(tmp_path / 'again', *flags, torchrun=ranks).ok()
+    same_weights(ema(tmp_path / 'again'), ema(tmp_path / 'run'))
+    assert losses(tmp_path / 'again') == losses(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('ranks, extra', [(0, []), (2, ['--fsdp=0'])])
+def test_muon_for_matrices(tmp_path, ranks, extra):
+    flags = ['--optimizer=muon', '--max_steps=8', '--num_checkpoints=2']
+    train(tmp_path / 'one', *flags).ok()
+    state = state_of(tmp_path / 'one')
+    moments = {k.rpartition('.')[0] for k in state if k.endswith('momentum_buffer')}
+    assert moments and all('blocks' in k and k.endswith('weight') and 'norm' not in k for k in moments)
+    assert 'decoder.embedding.weight.exp_avg' in state and not moments & {k.rpartition('.')[0] for k in state
+                                                                          if k.endswith('exp_avg')}
+    assert rows(tmp_path / 'one')[-1]['loss'] < rows(tmp_path / 'one')[0]['loss']
+    if ranks:
+        train(tmp_path / 'two', *flags, *extra, torchrun=ranks).ok()
+        assert [r['loss'] for r in rows(tmp_path / 'two')] == pytest.approx(
+            [r['loss'] for r in rows(tmp_path / 'one')], abs=0.02)      # its matrix products are in bfloat16
+    shutil.rmtree(tmp_path / 'one/checkpoints/step_00000008')
+    before = losses(tmp_path / 'one')
+    train(tmp_path / 'one', *flags).ok()
+    assert losses(tmp_path / 'one') == before
+
+
+def test_token_loss_options():
+    torch.manual_seed(0)
+    m = Decoder(DecoderConfig(vocab_size=64, width=16, depth=1, mlp_dim=32, num_heads=2, head_dim=8))
+    tokens = torch.randint(0, 64, (3, 9))
+    targets = torch.where(torch.rand(3, 9) < 0.3, -100, torch.randint(0, 64, (3, 9)))
+    logits = m.logits(tokens)[targets != -100]
+    wanted = targets[targets != -100]
+    each = F.cross_entropy(logits, wanted, reduction='none', label_smoothing=0.1) + 0.01 * logits.logsumexp(-1) ** 2
+    close = torch.testing.assert_close
+    close(m.loss(tokens, targets, reduction='none', label_smoothing=0.1, z_loss=0.01)[0], each)
+    close(m.loss(tokens, targets, label_smoothing=0.1, z_loss=0.01)[0], each.sum())
+    from model import token_loss
+    x = m.features(m.embed(tokens))
+    close(token_loss(m, x, targets, 'none', 0.1, 0.01, chunk=4)[0], each)
+
+
+def test_loss_weights(tmp_path):
+    common = ['--mix={"plain": 1, "words": 1}', '--max_steps=4', '--val={}', '--lr=0.0']
+    train(tmp_path / 'equal', *common).ok()
+    train(tmp_path / 'weighed', *common, '--loss_weights={"words": 0.0}').ok()
+    train(tmp_path / 'double', *common, '--loss_weights={"words": 2.0, "plain": 2.0}').ok()
+    for equal, weighed, double in zip(*(rows(tmp_path / name) for name in ('equal', 'weighed', 'double'))):
+        for key in ('loss/plain', 'loss/words'):
+            assert equal.get(key) == weighed.get(key) == double.get(key), 'each is logged as it is'
+        assert double['loss'] == pytest.approx(2 * equal['loss'])
+        assert double['grad_norm'] == pytest.approx(2 * equal['grad_norm'], rel=1e-4)
+        assert weighed['loss'] < equal['loss'] or 'loss/words' not in equal
+
+
+def test_bad_steps_are_skipped_as_often_as_allowed(tmp_path):
+    """A learning rate that destroys the weights: every later loss is not finite."""
+    flags = ['--lr=1e30', '--warmup=0', '--max_steps=8', '--schedule=constant']
+    result = train(tmp_path / 'run', *flags, '--skip_bad_steps=2').failed('step 3', 'nan', '--show_steps=3:4')
+    assert [row['step'] for row in rows(tmp_path / 'run')] == [1, 2, 3], 'two were skipped'
+    assert result.out.count('The weights stay as they are') == 2
+    train(tmp_path / 'run2', *flags).failed('step 1', '--show_steps=1:2')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def test_what_a_run_depends_on_is_written_down(hundred):
+    environment = json.loads((hundred / 'environment.json').read_text())
+    assert environment['torch'] == torch.__version__ and environment['argv'][0].endswith('train.py')
+    assert len(environment['git']) in (0, 40)
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    """What is saved is what was there when `save` was called, though it changes while it is written."""
+    tensors = {'a': torch.arange(1000.0), 'b': torch.ones(3, 3)}
+    saver = checkpoint.Saver(str(tmp_path), {1}, after=lambda: None)
+    real, begun = checkpoint.save_file, []
+
+    def slow(copies, path):
+        begun.append(time.monotonic())
+        time.sleep(0.5)
+        real(copies, path)
+    monkeypatch.setattr(checkpoint, 'save_file', slow)
+    (tmp_path / 'file').write_text('x')
+    began = time.monotonic()
+    saver.save(1, tensors, {}, {'s': tensors['a']}, {'progress.json': {'step': 1}, 'c.json': [1]},
+               {'copy': str(tmp_path / 'file')})
+    assert time.monotonic() - began < 0.4
+    for tensor in tensors.values():
+        tensor.fill_(-1)
+    assert not checkpoint.names(str(tmp_path / 'checkpoints')), 'not before it is whole'
+    saver.wait()
+    path, saved = checkpoint.newest(str(tmp_path / 'checkpoints'), print)
+    assert path.endswith('step_00000001') and saved['step'] == 1 and os.path.exists(f'{path}/copy')
+    new = {'a': torch.zeros(1000), 'b': torch.zeros(3, 3)}
+    checkpoint.load(new, path)
+    assert torch.equal(new['a'], torch.arange(1000.0)) and torch.equal(new['b'], torch.ones(3, 3))
+    monkeypatch.setattr(checkpoint, 'save_file', lambda *_: (_ for _ in ()).throw(OSError('disk on fire')))
+    saver.save(2, tensors, {}, {'s': tensors['a']}, {'progress.json': {}}, {})
+    with pytest.raises(OSError, match='on fire'):
+        saver.wait()
+    assert os.listdir(tmp_path / 'checkpoints') and checkpoint.names(str(tmp_path / 'checkpoints')) == ['step_00000001']
+    assert not [n for n in os.listdir(tmp_path / 'checkpoints') if n.startswith('.step')]
+
+
+def test_a_folder_that_can_not_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    train(tmp_path / 'file' / 'run', '--max_steps=2').refused('out_dir', 'file')
+
+
+@pytest.fixture
+def far(s3):  # noqa: F811
+    """A bucket's URL for a run, and the run's flags."""
+    s3.far = s3.url.rpartition('/')[0] + '/runs/a'
+    return s3
+
+
+def far_names(far):
+    fs, base = checkpoint.filesystem(far.far)
+    return sorted(checkpoint.remote_names(fs, base))
+
+
+def test_a_run_is_copied_elsewhere_and_goes_on_from_there(hundred, far, tmp_path):
+    """Faults on the way; then another machine, with an empty out_dir, goes on from the copy."""
+    faults = iter([500, None, 500, 'cut'])
+    far.proxy.fault = lambda method, path: next(faults, None) if method in ('PUT', 'POST') else None
+    flags = ['--max_steps=12', '--num_checkpoints=3', f'--remote={far.far}']
+    train(tmp_path / 'run', *flags, real=True).ok()
+    assert far_names(far) == names(tmp_path / 'run') == ['step_00000004', 'step_00000008', 'step_00000012']
+    fs, base = checkpoint.filesystem(far.far)
+    for path in (tmp_path / 'run').rglob('*'):
+        if path.is_file() and 'latest' not in str(path) and path.name != 'environment.json':
+            assert fs.cat_file(f'{base}/{path.relative_to(tmp_path / "run")}') == path.read_bytes(), path
+    fs.rm(f'{base}/checkpoints/step_00000012/progress.json')        # as if it was killed on the way
+    result = train(tmp_path / 'other', *flags, real=True).ok()
+    assert 'resumed from' in result.out and 'step_00000008' in result.out
+    assert losses(tmp_path / 'other') == losses(tmp_path / 'run') and far_names(far) == names(tmp_path / 'run')
+    flags = ['--max_steps=1', '--lr=0.0', f'--init_from={far.far}', f'--cache_dir={tmp_path / "c"}']
+    result = train(tmp_path / 'new', *flags, real=True).ok()
+    assert 'init_from' in result.out
+    same_weights(weights(tmp_path / 'new'), weights(tmp_path / 'run'))
+
+
+def test_a_place_elsewhere_that_is_lost_is_told_and_costs_nothing(far, tmp_path):
+    far.proxy.fault = lambda method, path: 500 if method in ('PUT', 'POST') else None
+    result = train(tmp_path / 'run', '--max_steps=2', f'--remote={far.far}', real=True, timeout=120)
+    result.failed('remote=', far.far, 'whole')
+    assert names(tmp_path / 'run') == ['step_00000002'] and far_names(far) == []
+    far.proxy.fault = lambda method, path: None
+    train(tmp_path / 'run', '--max_steps=2', f'--remote={far.far}', real=True).ok()
+    assert far_names(far) == ['step_00000002']
+    train(tmp_path / 'x', '--max_steps=2', '--remote=nothing://here', real=True).refused('remote', 'nothing')
