@@ -11,6 +11,8 @@ import itertools
 import os
 import re
 import sys
+import threading
+import time
 
 import numpy as np
 
@@ -337,6 +339,14 @@ def quiet_worker(_):
     import torch
     torch.set_num_threads(1)
     os.setpgid(0, 0)
+    threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
+
+
+def leave_with(parent):
+    """End this worker when its parent is no more: else, after a SIGKILL, it waits for ever to hand over a batch."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def all_texts(folders, processor):

@@ -320,7 +320,8 @@ model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, (ViT
 if compile:
     for block in blocks:
         block.forward = torch.compile(block.forward)        # inside what FSDP puts around a block
-if fsdp != 1:
+sharded = fsdp != 1 and world > 1
+if sharded:
     shape = (world,) if fsdp in (0, world) else (world // fsdp, fsdp)
     mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=('replicate', 'shard')[-len(shape):])
     for module in (*blocks, raw_model):
@@ -547,12 +548,12 @@ def swap_averages():
 @contextlib.contextmanager
 def gathered():
     """Every rank holds the whole model meanwhile: what runs inside need not be the same on all of them."""
-    sharded = [m for m in raw_model.modules() if isinstance(m, FSDPModule)]
-    for module in sharded:
+    modules = [m for m in raw_model.modules() if isinstance(m, FSDPModule)]
+    for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
     yield
-    for module in sharded:
+    for module in modules:
         module.reshard()
         module.set_reshard_after_forward(module is not raw_model, recurse=False)
 
@@ -662,7 +663,7 @@ while progress['step'] < steps:
     torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))   # dropout's, by the step
     by_part = torch.zeros(2, len(mix), dtype=torch.float64, device=device)      # of each data set, losses and targets
     for i, batch in enumerate(micro):
-        if fsdp != 1:                                               # gradients travel once a step
+        if sharded:                                                 # gradients travel once a step
             model.set_requires_gradient_sync(i == passes - 1)
         elif world > 1:
             model.require_backward_grad_sync = i == passes - 1

@@ -92,6 +92,12 @@ def test_the_same_ranks_give_the_same_bits(tmp_path):
     same_weights(weights(tmp_path / 'a'), weights(tmp_path / 'b'))
 
 
+def test_one_process_shares_with_nobody(tmp_path):
+    for name, extra in (('plain', []), ('shared', ['--fsdp=0'])):
+        train(tmp_path / name, '--max_steps=3', *extra).ok()
+    assert losses(tmp_path / 'plain') == losses(tmp_path / 'shared')
+
+
 def test_ranks_differ_in_noise(tmp_path):
     """With dropout two ranks that read the same batch would agree with one that reads it twice: they must not."""
     for name, ranks in (('one', 0), ('two', 2)):
@@ -105,7 +111,7 @@ def test_one_rank_killed_alone_and_torchrun_begins_again(hundred, tmp_path):
     out = tmp_path / 'run'
     flags = [*tiny.FLAGS, f'--data_dir={tiny.data_dir()}', *MIX, f'--out_dir={out}', '--max_steps=100', '--lr=1e-3',
              '--num_checkpoints=10', '--fsdp=0']
-    process = Process('train.py', flags, torchrun=[2, '--max_restarts=2', '--monitor_interval=0.1'])
+    process = Process('train.py', flags, real=True, torchrun=[2, '--max_restarts=2', '--monitor_interval=0.1'])
     assert wait_until(lambda: len(rows(out)) > 25, process), process.wait().err
     workers = [int(pid) for pid in os.listdir('/proc') if pid.isdigit() and str(out) in cmdline(pid)
                and 'torch.distributed.run' not in cmdline(pid)]

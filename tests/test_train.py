@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -269,6 +270,16 @@ def test_sigkill_at_any_moment(base, flags, tmp_path):
     assert_same_run(out, base)
 
 
+def test_no_worker_outlives_a_killed_run(flags, tmp_path):
+    process = Process('train.py', [*flags, '--seq_len=2000', f'--out_dir={tmp_path / "run"}', '--max_steps=1000'])
+    wait_until(lambda: rows(tmp_path / 'run'), process)
+    workers = [int(pid) for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()]
+    assert len(workers) == 2
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    wait_until(lambda: not any(os.path.exists(f'/proc/{pid}') for pid in workers), timeout=10)
+
+
 def test_a_half_written_checkpoint_is_never_used(base, flags, tmp_path):
     out = copy(base, tmp_path / 'run', *CHECKPOINTS[2:])
     for left in ('.step_00000010.tmp', '.step_00000012.tmp'):       # the second is of a step that will not be saved
@@ -387,7 +398,7 @@ def assert_equal_runs(out, alone, tolerance=1e-5):
 @pytest.fixture(scope='module')
 def two_ranks(unequal, tmp_path_factory):
     out = tmp_path_factory.mktemp('ranks') / 'run'
-    run('train.py', *unequal, '--micro_batch_size=3', f'--out_dir={out}', torchrun=2).ok()
+    run('train.py', *unequal, '--micro_batch_size=3', f'--out_dir={out}', real=True, torchrun=2).ok()
     return out
 
 
@@ -506,9 +517,13 @@ def test_augmentation_is_of_the_position_and_the_seed(short, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device')
 @pytest.mark.parametrize('torchrun', range(min(torch.cuda.device_count(), 2)))
-def test_gpus_train_in_bfloat16(short, tmp_path, torchrun):
+@pytest.mark.parametrize('extra', [
+    ['--dtype=bfloat16'], ['--dtype=bfloat16', '--fsdp=0', '--compile=true', '--ema=0.9'],
+    ['--dtype=float16', '--decoder.remat=true', '--vit.remat=true']])
+def test_gpus_train(short, tmp_path, torchrun, extra):
     """One process on one GPU, then NCCL between two where there are two: the loss falls and the checkpoint is fp32."""
-    short('--dtype=bfloat16', '--max_steps=40', torchrun=torchrun * 2, real=True).ok()
+    gpus = {'CUDA_VISIBLE_DEVICES': os.environ.get('CUDA_VISIBLE_DEVICES', '0,1')}
+    short(*extra, '--device=auto', '--max_steps=40', torchrun=torchrun * 2, real=True, env=gpus).ok()
     assert rows(tmp_path / 'run')[-1]['loss'] < rows(tmp_path / 'run')[0]['loss']
     assert all(w.dtype == np.float32 for w in weights(tmp_path / 'run').values())
 

@@ -1,8 +1,8 @@
 """What tests/test_train.py and tests/test_sample.py share: a tiny data set, a tiny model, and ways to run a command.
 
 Most commands run in a process of their own that a server forks after it has imported torch and the other libraries
-(none of ours), which saves two seconds a command; `real=True` starts the interpreter as a user does. Both run the
-script's file as `__main__` with its arguments, working directory, signals and exit code.
+(none of ours), which saves two seconds a command and a rank; `real=True` starts the interpreter or torchrun as a user
+does. Both run the script's file as `__main__` with its arguments, working directory, signals and exit code.
 """
 import atexit
 import functools
@@ -14,6 +14,7 @@ import runpy
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -122,9 +123,9 @@ class Process:
             Path(path).touch()
         args, cwd = [str(a) for a in args], str(cwd or ROOT)
         self.popen = None
-        if not real and not torchrun:
+        if not real:
             self.server = server()
-            self.pid = self.server.start(str(ROOT / script), args, cwd, dict(env or {}), self.files)
+            self.pid = self.server.start(str(ROOT / script), args, cwd, dict(env or {}), self.files, torchrun)
             return
         launcher = [sys.executable]
         if torchrun:
@@ -190,8 +191,8 @@ class Server:
         self.popen = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                       env=os.environ | ENV, text=True, bufsize=1)
 
-    def start(self, script, args, cwd, env, files):
-        self.popen.stdin.write(json.dumps([script, args, cwd, env, files]) + '\n')
+    def start(self, *request):
+        self.popen.stdin.write(json.dumps(request) + '\n')
         return int(self.popen.stdout.readline())
 
     def code(self, timeout):
@@ -234,15 +235,41 @@ def serve():
         os.write(1, f'{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n'.encode())
 
 
-def child(script, args, cwd, env, files):
-    """Become the command."""
+def child(script, args, cwd, env, files, ranks):
+    """Become the command, or so many ranks of it."""
     os.setsid()
     os.chdir(cwd)
     os.environ.update(env)
     for fd, path in ((0, os.devnull), *zip((1, 2), files)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), fd)
+    if ranks:
+        torchrun(ranks)
     sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
     runpy.run_path(script, run_name='__main__')
+
+
+def torchrun(ranks):
+    """Go on as each of so many ranks, while this process waits as torchrun would: when one fails, the others end."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1]), 'WORLD_SIZE': str(ranks)}
+    running = {}
+    for rank in range(ranks):
+        pid = os.fork()
+        if not pid:
+            os.environ.update(address | {'RANK': str(rank), 'LOCAL_RANK': str(rank)})
+            return
+        running[pid] = rank
+    signal.signal(signal.SIGTERM, lambda *_: [os.kill(pid, signal.SIGTERM) for pid in running])
+    failed = False
+    while running:
+        pid, status = os.wait()
+        running.pop(pid)
+        if status and not failed:
+            failed = True
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+    os._exit(failed)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
