@@ -272,7 +272,8 @@ class Remote:
             try:
                 files = [*read_json(os.path.join(folder, name, 'progress.json'))['files'], 'progress.json']
                 for file in files:
-                    put(fs, os.path.join(folder, name, file), posixpath.join(base, 'checkpoints', name, file))
+                    put(fs, os.path.join(folder, name, file), posixpath.join(base, 'checkpoints', name, file),
+                        at_once=file == 'progress.json')
             except FileNotFoundError:
                 if os.path.exists(os.path.join(folder, name)):
                     raise               # else keep_last has removed it meanwhile
@@ -288,9 +289,12 @@ def filesystem(url):
     return fs, base
 
 
-def put(fs, local, path):
+def put(fs, local, path, at_once=False):
+    """Copy a file there; at_once: under another name first, since some storages show a file before it is whole."""
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
-    fs.put_file(local, path)
+    fs.put_file(local, path + '.part' * at_once)
+    if at_once:
+        fs.mv(path + '.part', path)
 
 
 def remote_names(fs, base):

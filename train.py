@@ -543,6 +543,9 @@ def swap_averages():
             weights = trained[name].clone()
             trained[name].copy_(average)
             average.copy_(weights)
+    for module in raw_model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()        # what it gathered before is of the other weights
 
 
 @contextlib.contextmanager

@@ -222,6 +222,16 @@ def test_the_average_is_exact_over_a_resume(tmp_path, ranks, extra):
     assert losses(tmp_path / 'again') == losses(tmp_path / 'run')
 
 
+def test_validating_the_average_leaves_training_as_it_was(tmp_path):
+    for name, ranks, extra in (('plain', 0, []), ('often', 0, ['--eval_every=1']), (
+            'shared', 2, ['--eval_every=1', '--fsdp=0'])):
+        train(tmp_path / name, '--ema=0.8', '--max_steps=6', '--exact_match=false', *extra, torchrun=ranks).ok()
+    assert [r['loss'] for r in rows(tmp_path / 'often')] == [r['loss'] for r in rows(tmp_path / 'plain')]
+    for key in ('loss', 'val_loss'):
+        ours, theirs = ([row[key] for row in rows(tmp_path / name, key)] for name in ('shared', 'often'))
+        assert len(ours) == 6 and ours == pytest.approx(theirs, abs=1e-6)
+
+
 @pytest.mark.parametrize('ranks, extra', [(0, []), (2, ['--fsdp=0'])])
 def test_muon_for_matrices(tmp_path, ranks, extra):
     flags = ['--optimizer=muon', '--max_steps=8', '--num_checkpoints=2']
