@@ -1,4 +1,4 @@
-"""SIGKILL at random moments: python bench/chaos.py [--kills=30] [--ranks=10]       (about 10 minutes on 2 cores)
+"""SIGKILL at random moments: python bench/chaos.py [--kills=30] [--ranks=10]       (about 15 minutes on 2 cores)
 
 A small run of train.py (dropout, averages, augmentation, workers, several data sets, validation, copies elsewhere) is
 killed again and again: in its steps, while it writes a checkpoint, while it copies one. After every kill each
@@ -97,10 +97,10 @@ def main():
     rng = random.Random(seed)
     folder = Path(tempfile.mkdtemp(prefix='chaos'))
     done = dict(step=0, save=0, copy=0)
-    finish(start(folder / 'base', 80 * kills))
+    finish(start(folder / 'base', 250 * kills))
     while sum(done.values()) < kills:
         moment = ('step', 'save', 'copy')[sum(done.values()) % 3]
-        process = start(folder / 'run', 80 * kills)
+        process = start(folder / 'run', 250 * kills)
         if not wait_for(moment, process, folder / 'run', rng):
             print(process.communicate()[0][-2000:])
             break
@@ -110,7 +110,7 @@ def main():
         count = sound(folder / 'run')
         row = tiny.rows(folder / 'run')[-1:] or [{'step': 0}]
         print(f'killed ({moment}) at step {row[0]["step"]}; {count} checkpoints elsewhere, all whole', flush=True)
-    finish(start(folder / 'run', 80 * kills))
+    finish(start(folder / 'run', 250 * kills))
     same(folder / 'run', folder / 'base')
     print(f'{json.dumps(done)} kills: log and weights bit-identical to the undisturbed run', flush=True)
 

@@ -1,11 +1,13 @@
 """What a training step costs: python bench/train.py [--nanogpt=path/to/nanoGPT]
 
 1. A step of our Decoder beside a step of nanoGPT's model at equal shape: width, depth, heads, context, vocabulary and,
-   about, parameters (its MLP has two matrices of 4 widths, ours three of 8/3), same batch, both with fused AdamW and
-   clipping, eager and compiled. Medians of steps that take turns. Needs a clone of github.com/karpathy/nanoGPT.
+   about, parameters (its MLP has two matrices of 4 widths, ours three of 8/3), same batch, each with the AdamW that it
+   uses itself and clipping, eager and compiled. Medians of steps that take turns. Needs a clone of
+   github.com/karpathy/nanoGPT.
 2. What train.py does around forward, backward and optimizer, as a share of a step of about 0.3 s.
 3. How long a checkpoint of 100 M parameters stops the loop.
 """
+import importlib.util
 import json
 import os
 import statistics
@@ -53,15 +55,14 @@ def our_step(compiled):
 
 
 def their_step(compiled):
-    sys.path.insert(0, nanogpt)
-    spec = __import__('importlib.util').util.spec_from_file_location('nanogpt_model', os.path.join(nanogpt, 'model.py'))
-    module = __import__('importlib.util').util.module_from_spec(spec)
-    sys.modules['nanogpt_model'] = module
+    spec = importlib.util.spec_from_file_location('nanogpt_model', os.path.join(nanogpt, 'model.py'))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules['nanogpt_model'] = module       # its dataclass looks itself up there
     spec.loader.exec_module(module)
     torch.manual_seed(0)
     model = module.GPT(module.GPTConfig(block_size=seq_len, vocab_size=vocab_size, n_layer=depth, n_head=num_heads,
                                         n_embd=width, dropout=0.0, bias=False))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     run = torch.compile(model) if compiled else model
 
     def step(tokens, targets):
