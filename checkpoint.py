@@ -17,7 +17,6 @@ import queue
 import re
 import shutil
 import threading
-import time
 import zlib
 
 import torch.distributed as dist
@@ -26,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+
+from shards import patiently
 
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException)
 
@@ -46,7 +47,11 @@ def read_json(path):
 
 def names(folder):
     """Names of the checkpoints in a run's checkpoints/, the newest first."""
-    found = os.listdir(folder) if os.path.isdir(folder) else []
+    return ordered(os.listdir(folder) if os.path.isdir(folder) else [])
+
+
+def ordered(found):
+    """Those that are names of checkpoints, the newest first."""
     return sorted((n for n in found if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: int(n[5:]), reverse=True)
 
 
@@ -96,10 +101,9 @@ def shapes(folder):
     return {name: tuple(item.size) for name, item in found.items()}
 
 
-def load(tensors, folder, group=None):
+def load(tensors, folder):
     """Fill tensors {name: tensor}, sharded or not, from the safetensors files of a folder, in place."""
-    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=group,
-             no_dist=not dist.is_initialized())
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
 
 
 def whole(tensors, keep):
@@ -150,7 +154,7 @@ class Saver:
     def run(self, *args):
         try:
             self.write(*args)
-        except ERRORS as error:
+        except BaseException as error:          # whatever it is, training must hear of it
             self.error = error
 
     def check(self):
@@ -227,7 +231,7 @@ def point_latest(folder, name):
 # a copy elsewhere
 
 
-class Remote:
+class Mirror:
     """Copies a run's checkpoints and logs to an fsspec URL, in the background. progress.json goes last: a checkpoint
     without it is not there. What was not copied in an earlier session is copied, too; nothing is ever deleted there."""
 
@@ -250,20 +254,14 @@ class Remote:
 
     def run(self):
         while self.wakes.get():
-            for attempt in range(self.retries + 1):
-                try:
-                    self.copy()
-                    self.error = ''
-                    break
-                except Exception as error:          # each kind of storage has errors of its own
-                    self.error = f'remote={self.url} can not be written ({" ".join(str(error).split())[:200]!r})'
-                    if attempt == 0:
-                        self.say(f'\n{self.error}: trying again')
-                    if attempt < self.retries:
-                        time.sleep(2 ** attempt)
+            try:
+                patiently(self.url, self.copy, self.retries, 'written')
+                self.error = ''
+            except OSError as error:
+                self.error = f'remote={" ".join(str(error).split())[:300]}'
+                self.say(f'\n{self.error}: the next checkpoint tries again')
 
-    def copy(self):
-        fs, base = filesystem(self.url)
+    def copy(self, fs, base):
         folder = os.path.join(self.out_dir, 'checkpoints')
         there = remote_names(fs, base)
         for name in reversed(names(folder)):
@@ -282,13 +280,6 @@ class Remote:
                 put(fs, os.path.join(self.out_dir, file), posixpath.join(base, file))
 
 
-def filesystem(url):
-    import fsspec
-    fs, base = fsspec.url_to_fs(url)
-    fs.invalidate_cache()
-    return fs, base
-
-
 def put(fs, local, path, at_once=False):
     """Copy a file there; at_once: under another name first, since some storages show a file before it is whole."""
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
@@ -300,25 +291,25 @@ def put(fs, local, path, at_once=False):
 def remote_names(fs, base):
     """Names of the checkpoints that are there as a whole, the newest first."""
     found = fs.glob(posixpath.join(base, 'checkpoints/*/progress.json'))
-    found = [posixpath.basename(posixpath.dirname(path)) for path in found]
-    return sorted((n for n in found if re.fullmatch(r'step_\d{8,}', n)), key=lambda n: int(n[5:]), reverse=True)
+    return ordered(posixpath.basename(posixpath.dirname(path)) for path in found)
 
 
 def restore(url, out_dir):
     """The newest checkpoint of a run at `url`, and its log, into an empty out_dir. Raises OSError and ValueError."""
+    def get_log(fs, base):
+        if fs.exists(posixpath.join(base, 'log.jsonl')):
+            fs.get_file(posixpath.join(base, 'log.jsonl'), os.path.join(out_dir, 'log.jsonl'))
+
     path = download(url, os.path.join(out_dir, 'checkpoints'))
     if path:
         point_latest(os.path.dirname(path), os.path.basename(path))
-        fs, base = filesystem(url)
-        if fs.exists(posixpath.join(base, 'log.jsonl')):
-            fs.get_file(posixpath.join(base, 'log.jsonl'), os.path.join(out_dir, 'log.jsonl'))
+        patiently(url, get_log)
 
 
 def download(url, folder, only=()):
     """The newest whole checkpoint of a run at `url`, or the one it names, into folder/<name>; its path, '' without one.
     only: the files that are wanted. Raises OSError and ValueError."""
-    try:
-        fs, base = filesystem(url.rstrip('/'))
+    def get(fs, base):
         name = posixpath.basename(base)
         if re.fullmatch(r'step_\d{8,}', name):
             base = posixpath.dirname(posixpath.dirname(base))
@@ -329,16 +320,22 @@ def download(url, folder, only=()):
         new, there = os.path.join(folder, f'.{name}.tmp'), posixpath.join(base, 'checkpoints', name)
         shutil.rmtree(new, ignore_errors=True)
         saved = json.loads(fs.cat_file(posixpath.join(there, 'progress.json')))
+        if not isinstance(saved, dict) or not isinstance(saved.get('files'), dict):
+            raise ValueError('progress.json is not what a checkpoint has')
         saved['files'] = {k: v for k, v in saved['files'].items() if not only or k in only}
         for file in saved['files']:
+            if os.path.isabs(file) or '..' in file.split('/'):
+                raise ValueError(f'{file!r} would leave the folder')
             os.makedirs(os.path.dirname(os.path.join(new, file)), exist_ok=True)
             fs.get_file(posixpath.join(there, file), os.path.join(new, file))
-    except (OSError, ValueError, KeyError):
-        raise
-    except Exception as error:          # each kind of storage has errors of its own
-        raise OSError(f'{url} can not be read: {error!r}') from None
-    write_json(os.path.join(new, 'progress.json'), saved)
+        write_json(os.path.join(new, 'progress.json'), saved)
+        return name
+
+    name = patiently(url.rstrip('/'), get)
+    if not name:
+        return ''
+    new, path = os.path.join(folder, f'.{name}.tmp'), os.path.join(folder, name)
     verify(new)
-    shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    os.rename(new, os.path.join(folder, name))
-    return os.path.join(folder, name)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(new, path)
+    return path

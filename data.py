@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from processor import BadSample, collate
-from shards import CACHE, Folder, is_url
+from shards import CACHE, Folder
 
 # ----------------------------------------------------------------------------------------------------------------------
 # hashing: written out here, so that no order ever changes with a release of numpy or torch
@@ -232,7 +232,9 @@ class Batches:
 
     def __init__(self, folders, order, processor, seed=None, pack=False, multiple=1, ahead=0):
         self.folders, self.order, self.processor, self.seed = folders, order, processor, seed
-        self.pack, self.multiple, self.ahead = pack, multiple, ahead
+        self.pack, self.multiple = pack, multiple
+        self.remote = [part for part, folder in enumerate(folders) if folder.is_remote]
+        self.ahead = ahead if self.remote else 0
         for folder in folders:
             if folder.sequence_length > processor.seq_len + 1:
                 raise ValueError(f'data set {folder.path!r} has sequence_length={folder.sequence_length}: it needs '
@@ -249,13 +251,12 @@ class Batches:
         except (OSError, ValueError) as error:          # a shard that is gone or damaged stops the run, in one line
             return dict(error=str(error))
 
-    def read(self, positions, dataset, epoch, shard, index):
+    def read(self, positions, dataset, _, shard, index):
         """The batch. Raises OSError and ValueError."""
-        if any(is_url(folder.path) for folder in self.folders):
-            self.fetch(dataset, shard)
-            if self.ahead:
-                far = self.order.locate(positions + self.ahead)
-                self.fetch(far[0], far[2])
+        self.fetch(dataset, shard)
+        if self.ahead:
+            far = self.order.locate(positions + self.ahead)
+            self.fetch(far[0], far[2])
         bad, ready, pieces = [], [], []
         for part in sorted(set(dataset.tolist())):
             folder, here = self.folders[part], dataset == part
@@ -272,12 +273,11 @@ class Batches:
                     pieces.append((n, None))
                     bad.append(f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {error}')
         pieces = [piece for _, piece in sorted(pieces, key=lambda x: x[0])]     # by position
-        return collate(pieces, self.processor, self.pack, self.multiple, ready) | dict(bad=bad, positions=positions)
+        return collate(pieces, self.processor, self.pack, self.multiple, ready) | dict(bad=bad)
 
     def fetch(self, dataset, shard):
-        for part, folder in enumerate(self.folders):
-            if is_url(folder.path):
-                folder.fetch(np.unique(shard[dataset == part]).tolist())
+        for part in self.remote:
+            self.folders[part].fetch(np.unique(shard[dataset == part]).tolist())
 
     def sequences(self, folder, shards, indexes, bad):
         """Tokenized sequences, an array (samples, sequence_length) of the type they are stored in."""

@@ -75,21 +75,28 @@ def fields(members, pictures=True, lowdim=False):
 
 def read_lowdim(data):
     """Bytes of a .npz -> dict of actions fp32 (H, A), is_pad bool (H,), proprio fp32 (P,). Raises BadSample."""
+    arrays = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as z:
-            if sum(info.file_size for info in z.infolist()) > MAX_ARRAYS:
-                raise BadSample(f'.lowdim.npz unpacks to more than {MAX_ARRAYS} bytes')
-        with np.load(io.BytesIO(data), allow_pickle=False) as z:
-            out = {k: z[k] for k in ('actions', 'is_pad', 'proprio') if k in z}
-        actions = out['actions'].astype(np.float32)
-        out = dict(actions=actions, is_pad=out.get('is_pad', np.zeros(len(actions))).astype(bool),
-                   proprio=out.get('proprio', np.zeros(0)).astype(np.float32))
-    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+            size = sum(info.file_size for info in z.infolist())
+        if size <= MAX_ARRAYS:
+            with np.load(io.BytesIO(data), allow_pickle=False) as z:
+                arrays = {k: z[k] for k in ('actions', 'is_pad', 'proprio') if k in z}
+    except Exception as error:          # zipfile, zlib and numpy have errors of their own; nothing of ours runs here
         raise BadSample(f'.lowdim.npz can not be read ({error})') from None
-    if actions.ndim != 2 or out['is_pad'].shape != actions.shape[:1] or out['proprio'].ndim != 1:
-        raise BadSample(f'.lowdim.npz: actions {actions.shape}, is_pad {out["is_pad"].shape}, proprio '
-                        f'{out["proprio"].shape}: expected (steps, size), (steps,), (size,)')
-    out['actions'] = np.where(out['is_pad'][:, None], 0, actions)       # a padded action may hold anything
+    if size > MAX_ARRAYS:
+        raise BadSample(f'.lowdim.npz unpacks to more than {MAX_ARRAYS} bytes')
+    if 'actions' not in arrays or any(array.dtype.kind not in 'biuf' for array in arrays.values()):
+        kinds = ', '.join(f'{k} {array.dtype}' for k, array in arrays.items())
+        raise BadSample(f'.lowdim.npz holds {kinds or "nothing known"}: expected numbers in actions, is_pad, proprio')
+    actions, is_pad = arrays['actions'], arrays.get('is_pad', np.zeros(arrays['actions'].shape[:1]))
+    proprio = arrays.get('proprio', np.zeros(0))
+    if actions.ndim != 2 or is_pad.shape != actions.shape[:1] or proprio.ndim != 1:
+        raise BadSample(f'.lowdim.npz: actions {actions.shape}, is_pad {is_pad.shape}, proprio {proprio.shape}: '
+                        'expected (steps, size), (steps,), (size,)')
+    is_pad = is_pad.astype(bool)
+    actions = np.where(is_pad[:, None], 0, actions)                     # a padded action may hold anything
+    out = dict(actions=actions.astype(np.float32), is_pad=is_pad, proprio=proprio.astype(np.float32))
     for key in ('actions', 'proprio'):
         if not np.isfinite(out[key]).all():
             raise BadSample(f'.lowdim.npz: {key} holds a value that is not finite')
@@ -520,7 +527,7 @@ def token_rows(ids, seq_len, tokenizer, documents=True):
 
 
 def count_tokens(ids, seq_len, tokenizer, documents=True):
-    """What `token_rows` will give of an array, counted: tokens, targets, and how many rows are not just causal."""
+    """What `token_rows` will give of an array, counted: tokens, targets, and whether any row is not just causal."""
     bos, eos, n = tokenizer.bos_id, tokenizer.eos_id, min(ids.shape[1], seq_len)
     padding = np.iinfo(ids.dtype).max
     ended = np.zeros_like(ids[:, 1:], bool) if bos == eos else ids[:, :-1] == eos

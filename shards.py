@@ -51,6 +51,27 @@ def expand(spec):
         raise ValueError(f'data set {spec!r}: its braces do not match') from None
 
 
+def filesystem(url):
+    """The fsspec file system of a URL and the path in it. Raises ValueError and ImportError."""
+    import fsspec
+    fs, path = fsspec.url_to_fs(url)
+    fs.invalidate_cache()           # what it listed before may have changed
+    return fs, path
+
+
+def patiently(url, action, retries=5, what='read'):
+    """action(file system, path), again after 0.5, 1, 2 ... seconds where it fails; OSError in the end."""
+    for attempt in range(retries + 1):
+        try:
+            return action(*filesystem(url))
+        except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
+            raise OSError(f'{url} can not be {what}: {error!r}') from None      # trying again would not help
+        except Exception as error:          # each kind of storage has errors of its own
+            if attempt == retries:
+                raise OSError(f'{url} can not be {what}, {attempt + 1} times: {error!r}') from None
+            time.sleep(0.5 * 2 ** attempt)
+
+
 class Remote:
     """Copies of remote shards in a folder that all processes of a node share: whole or not at all, at most `max_bytes`
     besides what is under way, the least recently used go first. A reader that holds a file open keeps it."""
@@ -58,28 +79,12 @@ class Remote:
     def __init__(self, folder, max_bytes=100 << 30, retries=5):
         self.folder, self.max_bytes, self.retries = os.path.join(folder, 'shards'), max_bytes, retries
 
-    def patiently(self, url, action):
-        """action(file system, path), again after 0.5, 1, 2 ... seconds where it fails; OSError in the end."""
-        import fsspec
-        for attempt in range(self.retries + 1):
-            try:
-                fs, path = fsspec.url_to_fs(url)
-                fs.invalidate_cache()           # what it listed before may have changed
-                return action(fs, path)
-            except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
-                raise OSError(f'{url} can not be read: {error!r}') from None    # trying again would not help
-            except Exception as error:          # each kind of storage has errors of its own
-                if attempt == self.retries:
-                    raise OSError(f'{url} can not be read, {attempt + 1} times: {error!r}') from None
-                time.sleep(0.5 * 2 ** attempt)
-
-    def read(self, url):
-        """A small file's bytes."""
-        return self.patiently(url, lambda fs, path: fs.cat_file(path))
+    def ask(self, url, action):
+        return patiently(url, action, self.retries)
 
     def fingerprint(self, url):
         """Changes when the file does: size and ETag or time of change, where the storage tells them."""
-        return self.patiently(url, lambda fs, path: (fs.ukey(path), fs.size(path)))
+        return self.ask(url, lambda fs, path: (fs.ukey(path), fs.size(path)))
 
     def fetch(self, url):
         """The local copy of a shard."""
@@ -93,7 +98,7 @@ class Remote:
         with filelock.FileLock(os.path.join(self.folder, f'{os.path.basename(local)[:2]}.lock')):
             if not os.path.exists(local):
                 self.make_room(size or 0)
-                self.patiently(url, lambda fs, path: self.download(fs, path, local, size))
+                self.ask(url, lambda fs, path: self.download(fs, path, local, size))
             os.utime(local)
         return local
 
@@ -147,6 +152,7 @@ class Folder:
             raise ValueError(f'data set {spec!r}: its parts differ in sequence_length, dtype or vocab_size')
         self.base, self.names, self.sizes, (self.sequence_length, self.dtype, self.vocab_size), _ = parts[0]
         self.num_bytes = sum(part[4] for part in parts)
+        self.is_remote = any(is_url(part[0]) for part in parts)
         self.sequence_bytes = self.sequence_length * np.dtype(self.dtype).itemsize
         if len(parts) > 1:
             self.base, self.sizes = '', np.concatenate([part[2] for part in parts])
@@ -191,16 +197,16 @@ class Folder:
     def exists(self, path):
         if not is_url(path):
             return os.path.exists(path)
-        return self.remote.patiently(path, lambda fs, path: fs.exists(path))
+        return self.remote.ask(path, lambda fs, path: fs.exists(path))
 
     def list_tars(self, folder):
-        names = (self.remote.patiently(folder, lambda fs, path: fs.ls(path, detail=False)) if is_url(folder) else
+        names = (self.remote.ask(folder, lambda fs, path: fs.ls(path, detail=False)) if is_url(folder) else
                  os.listdir(folder))
         return [os.path.basename(n.rstrip('/')) for n in names if n.endswith('.tar')]
 
     def read_file(self, path):
         if is_url(path):
-            return self.remote.read(path)
+            return self.remote.ask(path, lambda fs, path: fs.cat_file(path))
         with open(path, 'rb') as f:
             return f.read()
 

@@ -214,7 +214,7 @@ if task == 'siglip' and (label_smoothing or z_loss) or not 0 <= label_smoothing 
          'task=siglip has neither z_loss nor label_smoothing', 2)
 try:
     if remote:
-        checkpoint.filesystem(remote)
+        shards.filesystem(remote)
 except (ValueError, ImportError) as error:
     fail(f'remote={remote!r}: {error}', 2)
 if set(loss_weights) - set(mix) or not all(isinstance(w, (int, float)) and w >= 0 for w in loss_weights.values()):
@@ -423,8 +423,11 @@ def load_weights(path):
     folder = path
     if shards.is_url(path):
         folder = os.path.join(os.path.expanduser(cache_dir), 'weights', f'{data.hash64(*path.encode())[0]:016x}')
-        if int(os.environ.get('LOCAL_RANK', 0)) == 0:
-            checkpoint.download(path, folder, ('model.safetensors',))
+        try:
+            if int(os.environ.get('LOCAL_RANK', 0)) == 0:
+                checkpoint.download(path, folder, ('model.safetensors',))
+        except (OSError, ValueError) as error:
+            fail(f'init_from={path!r}: {error}', 2)
         if world > 1:
             dist.barrier()
         folder = os.path.join(folder, next(iter(checkpoint.names(folder)), ''))
@@ -481,7 +484,7 @@ try:
         logs.cut_log(log_path, progress['step'])
 except checkpoint.ERRORS as error:
     fail(f'out_dir={out_dir!r}: {str(error).strip().splitlines()[-1]}', 2)
-copy = checkpoint.Remote(remote, out_dir, say) if remote and master else None
+copy = checkpoint.Mirror(remote, out_dir, say) if remote and master else None
 
 
 def save():
@@ -574,13 +577,14 @@ def validate(name, folder):
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
         cut = processors.split(batch, micro_batch)
         cut += [processors.collate([], rows_of)] * int(all_ranks(len(cut)).max() - len(cut))    # ranks keep step
-        for part in cut:
+        cut = [(part, to_device(part)) for part in cut]
+        for _, tensors in cut:
             with autocast:
-                loss_sum, count = model(**to_device(part), **fixed)
+                loss_sum, count = model(**tensors, **fixed)
             loss, targets = loss + loss_sum.item(), targets + count.item()
         if task == 'vlm' and exact_match:
             with autocast, gathered():
-                right += sum(count_right(part, to_device(part)) for part in cut if part['num_targets'])
+                right += sum(count_right(*one) for one in cut if (one[1]['targets'] != -100).any())
         samples += len(chunk)
     row = dict(step=progress['step'], val=name)
     if task == 'siglip':
@@ -679,9 +683,8 @@ while progress['step'] < steps:
         ((losses * weigh[part]).sum() * (world / targets * progress['loss_scale'])).backward()
         by_part += torch.stack((torch.bincount(part, losses.detach().double(), len(mix)),
                                 torch.bincount(part, minlength=len(mix))))
-    gradients = [p.grad for p in trained.values() if p.grad is not None]
     if progress['loss_scale'] != 1:
-        torch._foreach_mul_(gradients, 1 / progress['loss_scale'])
+        torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], 1 / progress['loss_scale'])
     grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), grad_clip or math.inf)
     grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
     by_part = np.array(all_sum(*by_part.flatten().tolist())).reshape(2, -1)

@@ -10,6 +10,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,6 +36,18 @@ steps = 15                      # of each, after 3 that warm up
 configure(globals())
 
 
+def step_of(model, optimizer, mean_loss):
+    """A training step, tokens and targets (B, T) -> the loss."""
+    def step(tokens, targets):
+        loss = mean_loss(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+    return step, sum(p.numel() for p in model.parameters())
+
+
 def our_step(compiled):
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(vocab_size, width, depth, round(8 / 3 * width / 64) * 64, num_heads, num_heads,
@@ -42,16 +55,11 @@ def our_step(compiled):
     for block in model.modules() if compiled else ():
         if isinstance(block, DecoderBlock):
             block.forward = torch.compile(block.forward)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
 
-    def step(tokens, targets):
+    def mean_loss(tokens, targets):
         loss, count = model(tokens, targets)
-        (loss / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-    return step, sum(p.numel() for p in model.parameters())
+        return loss / count
+    return step_of(model, torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True), mean_loss)
 
 
 def their_step(compiled):
@@ -62,17 +70,8 @@ def their_step(compiled):
     torch.manual_seed(0)
     model = module.GPT(module.GPTConfig(block_size=seq_len, vocab_size=vocab_size, n_layer=depth, n_head=num_heads,
                                         n_embd=width, dropout=0.0, bias=False))
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu')
     run = torch.compile(model) if compiled else model
-
-    def step(tokens, targets):
-        _, loss = run(tokens, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-    return step, sum(p.numel() for p in model.parameters())
+    return step_of(model, model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), 'cpu'), lambda x, y: run(x, y)[1])
 
 
 def side_by_side():
@@ -124,7 +123,7 @@ def around():
                                torch.get_num_threads())})
             with open(f'{folder}/run/log.jsonl') as f:
                 whole.append([json.loads(line)['step_time'] for line in f][-1])
-            subprocess.run(['rm', '-r', f'{folder}/run'], check=True)
+            shutil.rmtree(f'{folder}/run')
         a, b = statistics.median(alone), statistics.median(whole)
         print(f'a step alone {1e3 * a:.1f} ms, in train.py {1e3 * b:.1f} ms: {100 * (b / a - 1):+.1f} %', flush=True)
 

@@ -11,10 +11,12 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from conftest import write_set
 from test_remote import proxy, s3  # noqa: F401  (fixtures)
 from tiny import Process, losses, names, rows, run, same_weights, wait_until, weights
 
 import checkpoint
+import shards
 from model import Decoder, DecoderConfig
 
 MIX = ['--mix={"long": 1, "plain": 0.5}', '--val={"long": "long"}', '--augment=false']
@@ -99,11 +101,15 @@ def test_one_process_shares_with_nobody(tmp_path):
 
 
 def test_ranks_differ_in_noise(tmp_path):
-    """With dropout two ranks that read the same batch would agree with one that reads it twice: they must not."""
-    for name, ranks in (('one', 0), ('two', 2)):
-        train(tmp_path / name, '--max_steps=2', '--decoder.dropout=0.5', torchrun=ranks).ok()
-    a, b = ([row['loss'] for row in rows(tmp_path / name)] for name in ('one', 'two'))
-    assert a[0] != b[0] and a[0] == pytest.approx(b[0], rel=0.3)
+    """Two ranks read the same sample: with one noise for both, their loss would be that of one rank alone."""
+    folder = write_set(tmp_path / 'set', [[('only', {'txt': b'the same text for both'})]])
+    for name, ranks, size, dropout in (('alone', 0, 1, 0.5), ('both', 2, 2, 0.5), ('still', 0, 1, 0.0), (
+            'still both', 2, 2, 0.0)):
+        run('train.py', *tiny.FLAGS, f'--mix={{"{folder}": 1}}', '--task=llm', '--max_steps=1', f'--batch_size={size}',
+            f'--decoder.dropout={dropout}', f'--out_dir={tmp_path / name}', torchrun=ranks).ok()
+    alone, both, still, still_both = (rows(tmp_path / name)[0]['loss'] for name in (
+        'alone', 'both', 'still', 'still both'))
+    assert still == pytest.approx(still_both, abs=1e-6) and abs(both - alone) > 1e-3
 
 
 def test_one_rank_killed_alone_and_torchrun_begins_again(hundred, tmp_path):
@@ -346,7 +352,7 @@ def far(s3):  # noqa: F811
 
 
 def far_names(far):
-    fs, base = checkpoint.filesystem(far.far)
+    fs, base = shards.filesystem(far.far)
     return sorted(checkpoint.remote_names(fs, base))
 
 
@@ -357,7 +363,7 @@ def test_a_run_is_copied_elsewhere_and_goes_on_from_there(hundred, far, tmp_path
     flags = ['--max_steps=12', '--num_checkpoints=3', f'--remote={far.far}']
     train(tmp_path / 'run', *flags, real=True).ok()
     assert far_names(far) == names(tmp_path / 'run') == ['step_00000004', 'step_00000008', 'step_00000012']
-    fs, base = checkpoint.filesystem(far.far)
+    fs, base = shards.filesystem(far.far)
     for path in (tmp_path / 'run').rglob('*'):
         if path.is_file() and 'latest' not in str(path) and path.name != 'environment.json':
             assert fs.cat_file(f'{base}/{path.relative_to(tmp_path / "run")}') == path.read_bytes(), path
@@ -369,6 +375,28 @@ def test_a_run_is_copied_elsewhere_and_goes_on_from_there(hundred, far, tmp_path
     result = train(tmp_path / 'new', *flags, real=True).ok()
     assert 'init_from' in result.out
     same_weights(weights(tmp_path / 'new'), weights(tmp_path / 'run'))
+
+
+def test_a_copy_that_would_leave_its_folder_is_refused(tmp_path):
+    far = tmp_path / 'far' / 'checkpoints' / 'step_00000001'
+    far.mkdir(parents=True)
+    for file in ('../../../stolen', '/tmp/stolen'):
+        (far / 'progress.json').write_text(json.dumps({'step': 1, 'files': {file: [0, 0]}}))
+        with pytest.raises(OSError, match='leave the folder'):
+            checkpoint.download(f'file://{tmp_path}/far', str(tmp_path / 'here'))
+    (far / 'progress.json').write_text('{"step": 1}')
+    train(tmp_path / 'run', '--max_steps=1', f'--init_from=file://{tmp_path}/far', f'--cache_dir={tmp_path}/c').refused(
+        'init_from', 'progress.json')
+    train(tmp_path / 'run', '--max_steps=1', f'--remote=file://{tmp_path}/far').refused('progress.json')
+
+
+def test_a_fault_of_ours_while_a_checkpoint_is_written_is_heard(tmp_path, monkeypatch):
+    saver = checkpoint.Saver(str(tmp_path), set())
+    monkeypatch.setattr(checkpoint, 'files_of', lambda *_: (_ for _ in ()).throw(TypeError('ours')))
+    monkeypatch.setattr(checkpoint, 'save_file', lambda *_: None)
+    saver.save(1, {'a': torch.ones(1)}, {}, {'s': torch.ones(1)}, {'progress.json': {}}, {})
+    with pytest.raises(TypeError, match='ours'):
+        saver.wait()
 
 
 def test_a_place_elsewhere_that_is_lost_is_told_and_costs_nothing(far, tmp_path):

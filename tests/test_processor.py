@@ -1,6 +1,7 @@
 """processor.py and Batches: forms, packing, tokenized sets, actions, data sets of several kinds in one batch."""
 import io
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -251,14 +252,31 @@ def test_text_pictures_tokens_and_actions_in_one_batch(tmp_path):
     assert all(k in h for h in halves for k in ('tokens', 'targets', 'blocks', 'parts'))
 
 
+def damaged_npz(inside):
+    """A .npz whose packed bytes are `inside`, or whose header says that it holds a thousand terabytes."""
+    out = io.BytesIO()
+    if inside is None:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {'descr': '<f4', 'fortran_order': False, 'shape': (10 ** 15, 1)})
+        with zipfile.ZipFile(out, 'w') as z:
+            z.writestr('actions.npy', header.getvalue())
+        return out.getvalue()
+    np.savez_compressed(out, actions=np.random.default_rng(0).normal(size=(64, 2)))
+    data = bytearray(out.getvalue())
+    data[60:60 + len(inside)] = inside
+    return bytes(data)
+
+
 @pytest.mark.parametrize('arrays, word', [
     (dict(actions=np.full((2, 2), np.nan)), 'finite'), (dict(actions=np.zeros(3)), 'expected'), (dict(), 'actions'),
     (dict(actions=np.zeros((2, 2)), is_pad=np.zeros(3)), 'expected'), (dict(actions=np.zeros((9, 2))), 'larger'),
     (dict(actions=np.zeros((2, 2)), proprio=np.array([np.inf])), 'finite'),
-    (dict(actions=np.array([[None, 1]], dtype=object)), 'read'), (None, 'read')])
+    (dict(actions=np.array([[None, 1]], dtype=object)), 'read'), (None, 'read'), ('zlib', 'read'), ('lies', 'read'),
+    (dict(actions=np.array([['a']])), 'numbers'), (dict(actions=np.ones((1, 1), complex)), 'numbers')])
 def test_actions_that_can_not_be_used(arrays, word):
     p = Processor(Bytes(), 16, 4, '', 32, lowdim=(4, 2, 2))
-    content = b'PK not a zip' if arrays is None else lowdim(**arrays)
+    content = {None: lambda: b'PK not a zip', 'zlib': lambda: damaged_npz(b'\xff' * 40), 'lies': lambda: damaged_npz(
+        None)}.get(arrays if isinstance(arrays, str | None) else 0, lambda: lowdim(**arrays))()
     with pytest.raises(BadSample, match=word):
         p.pieces({'json': b'{"instruction": "go"}', 'lowdim.npz': content})
 
