@@ -46,8 +46,23 @@ class DecoderConfig:
     num_heads: int = 4
     num_kv_heads: int = 1
     head_dim: int = 64
-    rope_theta: float = 10000.0
+    activation: str = 'gelu'    # of the gated MLP: gelu (GeGLU, Gemma) | silu (SwiGLU, Llama)
+    tied: bool = True           # the output layer is the embedding
+    embed_scale: float = 0.0    # of embeddings; 0: the root of the width (Gemma), 1: as they are (Llama)
+    norm_offset: float = 1.0    # what norms add to their weights: 1 Gemma, 0 Llama
     norm_eps: float = 1e-6
+    post_norms: bool = False    # norms also after attention and MLP (Gemma 2, 3)
+    qk_norm: bool = False       # norms of queries and keys (Gemma 3, Qwen3)
+    qkv_bias: bool = False      # biases of queries, keys and values (Qwen2)
+    query_pre_attn_scalar: float = 0.0      # queries are divided by its root; 0: head_dim
+    attn_logits_softcap: float = 0.0        # s: logits become s tanh(logits / s) (Gemma 2); 0: as they are
+    final_logits_softcap: float = 0.0       # the same for the output
+    sliding_window: int = 0     # tokens that local layers see, themselves included; 0: no layer is local
+    global_every: int = 1       # of so many layers the last is global (2 Gemma 2, 6 Gemma 3); 1: all
+    rope_theta: float = 10000.0
+    rope_local_theta: float = 10000.0       # of local layers
+    rope_scaling: list = field(default_factory=list)    # of global layers: [factor], or Llama 3's [factor,
+    #                             low_freq_factor, high_freq_factor, original_max_position_embeddings]
     feature_layer: int = -1     # layer whose output `features` gives: -1 the last, normed
     dropout: float = 0.0        # on the output of each attention and MLP
     remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
@@ -59,6 +74,7 @@ class VLMConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     image_token_id: int = 0     # marks where the patches of a picture go
     pixel_shuffle: int = 1      # squares of so many patches a side become one image token
+    connector_bias: bool = True
 
     @property
     def image_tokens(self):
@@ -70,21 +86,43 @@ class VLMConfig:
 # attention
 
 
-def attention(q, k, v, mask=None, is_causal=False):
-    """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N; mask bool (B or 1, T, S)."""
+def attention(q, k, v, mask=None, is_causal=False, scale=None, softcap=0.0):
+    """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N; mask bool (B or 1, T, S).
+
+    scale: of the logits, 1 / sqrt(H) if None; softcap s > 0: they become s tanh(logits / s) (Gemma 2, arXiv 2408.00118)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if mask is None else mask[:, None]                              # (B, 1, T, S)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
+    if softcap:
+        out = softcapped(q, k, v, mask, is_causal, scale or q.shape[-1] ** -0.5, softcap)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale,
+                                             enable_gqa=q.shape[1] != k.shape[1])
     return out.transpose(1, 2)                                                  # (B, T, N, H)
 
 
-def make_attn_mask(blocks, segments=None):
-    """Who attends to whom: bool (B, T, S), True = attends. blocks, segments (B, T), see the top of this file."""
+def softcapped(q, k, v, mask, is_causal, scale, softcap):
+    """What SDPA can not do. q (B, N, T, H); k, v (B, K, S, H); mask (B, 1, T, S) -> (B, N, T, H)."""
+    q = q.unflatten(1, (k.shape[1], -1)) * scale                                # (B, K, N / K, T, H)
+    logits = (q @ k[:, :, None].mT / softcap).tanh() * softcap
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, :, None], -math.inf)
+    return (logits.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+
+
+def make_attn_mask(blocks, segments=None, window=0):
+    """Who attends to whom: bool (B, T, S), True = attends. blocks, segments (B, T), see the top of this file.
+
+    window > 0: nobody sees a token that stands `window` or more before."""
     order = blocks.cumsum(1)
     mask = order[:, None, :] <= order[:, :, None]
     if segments is not None:
         # Padding sees padding, so that no row is empty and no softmax divides zero by zero.
         mask = mask & (segments[:, None, :] == segments[:, :, None])
+    if window:
+        index = torch.arange(blocks.shape[1], device=blocks.device)
+        mask = mask & (index[None] > index[:, None] - window)
     return mask
 
 
@@ -96,10 +134,19 @@ def positions_of(segments):
     return index - torch.where(starts, index, 0).cummax(1).values
 
 
-def rope_table(positions, head_dim, theta):
+def rope_table(positions, head_dim, theta, scaling=()):
     """cos, and sin with the signs of a rotation, (B, T, 1, H), always fp32: in bf16 positions past a few hundred run
-    together."""
+    together.
+
+    scaling: [factor] divides positions; Llama 3's [factor, low, high, length] (arXiv 2407.21783) does so for waves
+    longer than length / low, not for those shorter than length / high, and in between in part."""
     frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    if len(scaling) == 1:
+        frequency = frequency / scaling[0]
+    elif scaling:
+        factor, low, high, length = scaling
+        keep = ((frequency * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (keep + (1 - keep) / factor)
     angle = positions.float()[..., None, None] * frequency
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -218,41 +265,68 @@ class ViT(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in fp32; the weight is stored as its distance from 1, as in Gemma."""
+    """Root mean square norm in fp32; the weight is stored as its distance from `offset`: 1 in Gemma, 0 in Llama."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width, eps, offset=1.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((width,), 1 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x):
         h = x.float()
         mean_square = torch.linalg.vecdot(h, h)[..., None] / h.shape[-1]        # half the time of h.square().mean()
-        return (h * torch.rsqrt(mean_square + self.eps) * (1 + self.weight)).to(x.dtype)
+        return (h * torch.rsqrt(mean_square + self.eps) * (self.offset + self.weight)).to(x.dtype)
 
 
 class DecoderBlock(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, c.head_dim
-        self.norm1, self.norm2 = RMSNorm(c.width, c.norm_eps), RMSNorm(c.width, c.norm_eps)
-        self.q = nn.Linear(c.width, c.num_heads * c.head_dim, bias=False)
-        self.k = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
-        self.v = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=False)
+        self.layer, self.head_dim, self.softcap = layer, c.head_dim, c.attn_logits_softcap
+        self.scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
+        self.is_local = bool(c.sliding_window and (layer + 1) % c.global_every)
+        self.activation = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu}[c.activation]
+        self.norm1, self.norm2 = (RMSNorm(c.width, c.norm_eps, c.norm_offset) for _ in range(2))
+        self.post_norm1, self.post_norm2 = (
+            RMSNorm(c.width, c.norm_eps, c.norm_offset) if c.post_norms else nn.Identity() for _ in range(2))
+        self.q_norm, self.k_norm = (
+            RMSNorm(c.head_dim, c.norm_eps, c.norm_offset) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.q = nn.Linear(c.width, c.num_heads * c.head_dim, bias=c.qkv_bias)
+        self.k, self.v = (nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=c.qkv_bias) for _ in range(2))
         self.o = nn.Linear(c.num_heads * c.head_dim, c.width, bias=False)
         self.gate, self.up = (nn.Linear(c.width, c.mlp_dim, bias=False) for _ in range(2))
         self.down = nn.Linear(c.mlp_dim, c.width, bias=False)
         self.dropout = nn.Dropout(c.dropout)
 
-    def forward(self, x, rope, mask, cache):
+    def forward(self, x, ropes, masks, cache):
+        """x (B, T, D); ropes and masks: of global layers, of local ones."""
+        rope, mask = ropes[self.is_local], masks[self.is_local]
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        x = x + self.dropout(self.o(attention(q, k, v, mask, is_causal=mask is None).flatten(2)))
+        h = self.o(attention(q, k, v, mask, mask is None, self.scale, self.softcap).flatten(2))
+        x = x + self.dropout(self.post_norm1(h))
         h = self.norm2(x)
-        return x + self.dropout(self.down(F.gelu(self.gate(h), approximate='tanh') * self.up(h)))
+        h = self.down(self.activation(self.gate(h)) * self.up(h))
+        return x + self.dropout(self.post_norm2(h))
+
+
+def check_decoder(c):
+    """Raises ValueError for settings that no decoder can have."""
+    if c.num_heads % c.num_kv_heads or c.head_dim % 2:
+        raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of decoder.num_kv_heads='
+                         f'{c.num_kv_heads}, and decoder.head_dim={c.head_dim} even')
+    if not -1 <= c.feature_layer < c.depth:
+        raise ValueError(f'decoder.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
+    if c.activation not in ('gelu', 'silu'):
+        raise ValueError(f'decoder.activation={c.activation!r}: expected gelu or silu')
+    if c.sliding_window < 0 or c.global_every < 1 or c.global_every > 1 and not c.sliding_window:
+        raise ValueError(f'decoder.global_every={c.global_every} of layers are global: expected at least 1, and above '
+                         f'1 a decoder.sliding_window for the others (it is {c.sliding_window})')
+    if len(c.rope_scaling) not in (0, 1, 4):
+        raise ValueError(f'decoder.rope_scaling={c.rope_scaling}: expected [], [factor] or [factor, low_freq_factor, '
+                         'high_freq_factor, original_max_position_embeddings]')
 
 
 class Decoder(nn.Module):
@@ -261,14 +335,11 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        if c.num_heads % c.num_kv_heads or c.head_dim % 2:
-            raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of decoder.num_kv_heads='
-                             f'{c.num_kv_heads}, and decoder.head_dim={c.head_dim} even')
-        if not -1 <= c.feature_layer < c.depth:
-            raise ValueError(f'decoder.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
-        self.embedding = nn.Embedding(c.vocab_size, c.width)                    # tied: also the output layer
+        check_decoder(c)
+        self.embedding = nn.Embedding(c.vocab_size, c.width)
         self.blocks = nn.ModuleList(DecoderBlock(c, i) for i in range(c.feature_layer % c.depth + 1 if c.depth else 0))
-        self.norm = RMSNorm(c.width, c.norm_eps) if c.feature_layer < 0 else nn.Identity()
+        self.norm = RMSNorm(c.width, c.norm_eps, c.norm_offset) if c.feature_layer < 0 else nn.Identity()
+        self.head = nn.Identity() if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self):
@@ -279,32 +350,46 @@ class Decoder(nn.Module):
                 # 0.8796: the standard deviation of a unit normal cut at 2, so that the cut does not shrink the weights
                 std = module.in_features ** -0.5 / 0.87962566
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def embed(self, tokens):
-        """tokens (B, T) -> (B, T, D), scaled by the root of the width."""
-        return self.embedding(tokens) * math.sqrt(self.config.width)
+        """tokens (B, T) -> (B, T, D), scaled."""
+        return self.embedding(tokens) * (self.config.embed_scale or math.sqrt(self.config.width))
 
-    def features(self, x, blocks=None, segments=None, cache=None, mask=None, positions=None):
+    def attn_masks(self, blocks, segments=None):
+        """Who attends to whom, bool (B, T, S), in global layers and in local ones."""
+        c, mask = self.config, make_attn_mask(blocks, segments)
+        near = 0 < c.sliding_window < blocks.shape[1] and c.global_every > 1
+        return mask, make_attn_mask(blocks, segments, c.sliding_window) if near else mask
+
+    def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D) of `feature_layer`.
 
-        With a cache, `mask` (B, T, S) and `positions` (B, T) say where the new tokens stand; without, both follow
-        from blocks and segments, and plain causal rows take SDPA's causal path."""
-        if mask is None and (blocks is not None or segments is not None):
+        With a cache, `masks` (two, (B, T, S)) and `positions` (B, T) say where the new tokens stand; without, both
+        follow from blocks and segments, and plain causal rows take SDPA's causal path."""
+        c = self.config
+        if masks is None and blocks is None and segments is None and not 0 < c.sliding_window < x.shape[1]:
+            masks = None, None
+        elif masks is None:
             blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if blocks is None else blocks
-            mask = make_attn_mask(blocks, segments)
+            masks = self.attn_masks(blocks, segments)
         if positions is None:
             positions = (torch.arange(x.shape[1], device=x.device)[None] if segments is None
                          else positions_of(segments))
-        rope = rope_table(positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
+        ropes = rope, rope_table(positions, c.head_dim, c.rope_local_theta) if c.sliding_window else rope
         for block in self.blocks:
-            x = run_block(block, self.config.remat, x, rope, mask, cache)
+            x = run_block(block, c.remat, x, ropes, masks, cache)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
 
     def unembed(self, x):
         """Hidden states (..., D) -> logits (..., V)."""
-        return F.linear(x, self.embedding.weight)
+        logits = F.linear(x, (self.embedding if self.config.tied else self.head).weight)
+        cap = self.config.final_logits_softcap
+        return (logits / cap).tanh() * cap if cap else logits
 
     def logits(self, tokens, pixels=None, blocks=None, segments=None):
         """tokens (B, T) -> logits (B, T, V)."""
@@ -365,9 +450,10 @@ class VLM(nn.Module):
         side, factor = config.vit.image_size // config.vit.patch_size, config.pixel_shuffle
         if factor < 1 or side % factor:
             raise ValueError(f'pixel_shuffle={factor} does not divide the {side} patches of a side')
-        self.connector = nn.Linear(config.vit.width * factor ** 2, config.decoder.width)
+        self.connector = nn.Linear(config.vit.width * factor ** 2, config.decoder.width, config.connector_bias)
         nn.init.normal_(self.connector.weight, std=self.connector.in_features ** -0.5)
-        nn.init.zeros_(self.connector.bias)
+        if config.connector_bias:
+            nn.init.zeros_(self.connector.bias)
 
     def patches(self, pixels):
         """pixels (I, 3, H, W) -> what stands in place of the image tokens (I, image_tokens, D)."""
@@ -494,7 +580,7 @@ def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top
     batch, prompt = tokens.shape
     blocks = model.default_blocks(tokens) if isinstance(model, VLM) else torch.ones_like(tokens)
     grown = torch.ones(batch, max_new_tokens, dtype=tokens.dtype, device=tokens.device)     # new tokens: causal
-    mask = make_attn_mask(torch.cat((blocks, grown), 1), torch.cat((segments, grown), 1))   # (B, S, S), made once
+    masks = decoder.attn_masks(torch.cat((blocks, grown), 1), torch.cat((segments, grown), 1))  # (B, S, S), made once
     positions = positions_of(torch.cat((segments, grown), 1))
     cache = KVCache(decoder.config, batch, prompt + max_new_tokens, tokens.device, decoder.embedding.weight.dtype)
     generators = [torch.Generator(tokens.device).manual_seed(seed * 1_000_003 + row) for row in range(batch)]
@@ -503,8 +589,8 @@ def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top
     new, done = [], torch.zeros(batch, dtype=torch.bool, device=tokens.device)
     for step in range(max_new_tokens):
         start, end = cache.length if use_cache else 0, prompt + step
-        hidden = decoder.features(x, cache=cache if use_cache else None, mask=mask[:, start:end, :end],
-                                  positions=positions[:, start:end])
+        hidden = decoder.features(x, cache=cache if use_cache else None, positions=positions[:, start:end],
+                                  masks=tuple(mask[:, start:end, :end] for mask in masks))
         choice = sample(decoder.unembed(hidden[:, -1]).float(), temperature, top_k, top_p, generators)
         new.append(choice)
         done |= choice == eos_id

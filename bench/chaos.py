@@ -116,8 +116,8 @@ def main():
 
     torchrun = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', f'--max_restarts={ranks + 5}',
                 '--monitor_interval=0.1')
-    finish(start(folder / 'base2', 50 * ranks, *torchrun))
-    process, count = start(folder / 'run2', 50 * ranks, *torchrun), 0
+    finish(start(folder / 'base2', 200 * ranks, *torchrun))
+    process, count = start(folder / 'run2', 200 * ranks, *torchrun), 0
     while count < ranks and process.poll() is None:
         time.sleep(rng.uniform(7, 13))
         pids = workers_of(folder / 'run2')
