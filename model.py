@@ -89,7 +89,7 @@ class VLMConfig:
 def attention(q, k, v, mask=None, is_causal=False, scale=None, softcap=0.0):
     """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N; mask bool (B or 1, T, S).
 
-    scale: of the logits, 1 / sqrt(H) if None; softcap s > 0: they become s tanh(logits / s) (Gemma 2, arXiv 2408.00118)."""
+    scale: of the logits, 1 / sqrt(H) if None; softcap s > 0 makes them s tanh(logits / s) (Gemma 2, 2408.00118)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = None if mask is None else mask[:, None]                              # (B, 1, T, S)
     if softcap:
