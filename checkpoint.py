@@ -22,10 +22,12 @@ import zlib
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import tokenizer as tokenizers
+from model import DecoderConfig, ViTConfig, build
 from shards import patiently
 
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException)
@@ -89,6 +91,35 @@ def newest(folder, say):
     if names(folder):
         raise ValueError(f'every checkpoint in {folder} is damaged: move them away to begin anew')
     return '', {}
+
+
+def load_run(path, ema=True):
+    """(settings, tokenizer, model with its weights) of a run, or of one of its checkpoints. ema: with the averages of
+    the weights, where the run kept them. Raises ValueError."""
+    folder = os.path.abspath(path)
+    if os.path.basename(os.path.dirname(folder)) != 'checkpoints' and not os.path.exists(
+            os.path.join(folder, 'model.safetensors')):
+        folder = os.path.join(folder, 'checkpoints', 'latest')
+    try:
+        run = read_json(os.path.join(folder, 'config.json'))
+        vit, decoder = (kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
+                        for name, kind in (('vit', ViTConfig), ('decoder', DecoderConfig)))
+        tok = tokenizers.load('bytes' if run['tokenizer'] == 'bytes' else folder)
+        towers = {}
+        if vit.hf or decoder.hf:
+            import hf
+            towers = hf.towers(vit, decoder, tok.vocab_size, weights=False)
+        model = build(run['task'], vit, decoder, tok.vocab_size, tok.image_id, run['pixel_shuffle'],
+                      run.get('connector_bias', True), towers=towers)
+        weights = load_file(os.path.join(folder, 'model.safetensors'))
+        if ema and run.get('ema'):
+            weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
+        model.load_state_dict(weights)
+    except FileNotFoundError as error:
+        raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)') from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}') from None
+    return run, tok, model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

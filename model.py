@@ -31,6 +31,7 @@ class ViTConfig:
     feature_layer: int = -1     # -1: the last block, normed; k >= 0: the output of block k as it is
     dropout: float = 0.0        # on the output of each attention and MLP
     remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
+    hf: str = ''                # a folder or repository: that vision model of transformers instead (hf.py)
 
     @property
     def num_patches(self):
@@ -66,6 +67,7 @@ class DecoderConfig:
     feature_layer: int = -1     # layer whose output `features` gives: -1 the last, normed
     dropout: float = 0.0        # on the output of each attention and MLP
     remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
+    hf: str = ''                # a folder or repository: that causal LM of transformers instead (hf.py)
 
 
 @dataclass
@@ -114,7 +116,8 @@ def softcapped(q, k, v, mask, is_causal, scale, softcap):
 def make_attn_mask(blocks, segments=None, window=0):
     """Who attends to whom: bool (B, T, S), True = attends. blocks, segments (B, T), see the top of this file.
 
-    window > 0: nobody sees a token that stands `window` or more before."""
+    window > 0: nobody sees a token that stands `window` or more before, but for those of its own bidirectional block
+    (as PaliGemma 2 and Gemma 3 have it)."""
     order = blocks.cumsum(1)
     mask = order[:, None, :] <= order[:, :, None]
     if segments is not None:
@@ -122,8 +125,15 @@ def make_attn_mask(blocks, segments=None, window=0):
         mask = mask & (segments[:, None, :] == segments[:, :, None])
     if window:
         index = torch.arange(blocks.shape[1], device=blocks.device)
-        mask = mask & (index[None] > index[:, None] - window)
+        mask = mask & ((index[None] > index[:, None] - window) | (order[:, None, :] == order[:, :, None]))
     return mask
+
+
+def make_attn_masks(config, blocks, segments=None):
+    """The masks of a DecoderConfig's global layers and of its local ones."""
+    mask = make_attn_mask(blocks, segments)
+    near = 0 < config.sliding_window < blocks.shape[1] and config.global_every > 1
+    return mask, make_attn_mask(blocks, segments, config.sliding_window) if near else mask
 
 
 def positions_of(segments):
@@ -353,15 +363,13 @@ class Decoder(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def new_cache(self, batch, size, device):
+        """A KVCache for `features`."""
+        return KVCache(self.config, batch, size, device, self.embedding.weight.dtype)
+
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, D), scaled."""
         return self.embedding(tokens) * (self.config.embed_scale or math.sqrt(self.config.width))
-
-    def attn_masks(self, blocks, segments=None):
-        """Who attends to whom, bool (B, T, S), in global layers and in local ones."""
-        c, mask = self.config, make_attn_mask(blocks, segments)
-        near = 0 < c.sliding_window < blocks.shape[1] and c.global_every > 1
-        return mask, make_attn_mask(blocks, segments, c.sliding_window) if near else mask
 
     def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D) of `feature_layer`.
@@ -373,7 +381,7 @@ class Decoder(nn.Module):
             masks = None, None
         elif masks is None:
             blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if blocks is None else blocks
-            masks = self.attn_masks(blocks, segments)
+            masks = make_attn_masks(c, blocks, segments)
         if positions is None:
             positions = (torch.arange(x.shape[1], device=x.device)[None] if segments is None
                          else positions_of(segments))
@@ -443,10 +451,10 @@ class VLM(nn.Module):
     """ViT -> pixel shuffle, linear -> decoder. Pictures are (I, 3, H, W), in the order in which their image tokens
     stand in the rows of `tokens`; each takes `config.image_tokens`, and a row may have any number of pictures."""
 
-    def __init__(self, config):
+    def __init__(self, config, vit=None, decoder=None):
         super().__init__()
-        self.config = config
-        self.vit, self.decoder = ViT(config.vit), Decoder(config.decoder)
+        self.vit, self.decoder = vit or ViT(config.vit), decoder or Decoder(config.decoder)
+        self.config = config = replace(config, vit=self.vit.config, decoder=self.decoder.config)
         side, factor = config.vit.image_size // config.vit.patch_size, config.pixel_shuffle
         if factor < 1 or side % factor:
             raise ValueError(f'pixel_shuffle={factor} does not divide the {side} patches of a side')
@@ -550,16 +558,22 @@ class SigLIP(nn.Module):
     forward = loss
 
 
-def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, pair_scale=10.0, pair_bias=-10.0):
-    """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says."""
+def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, connector_bias=True, pair_scale=10.0,
+          pair_bias=-10.0, towers=None):
+    """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says.
+
+    towers: {'vit': module, 'decoder': module} that are taken as they are, instead of ours (hf.py)."""
+    towers = towers or {}
+    if (vit.hf and task != 'llm' and 'vit' not in towers) or (decoder.hf and 'decoder' not in towers):
+        raise ValueError(f'vit.hf={vit.hf!r}, decoder.hf={decoder.hf!r}: build takes them as towers (hf.py)')
     if decoder.vocab_size == 0:
         decoder = replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
     if decoder.vocab_size < vocab_size:
         raise ValueError(f'decoder.vocab_size={decoder.vocab_size} is less than the {vocab_size} of the tokenizer')
     if task == 'llm':
-        return Decoder(decoder)
-    config = VLMConfig(vit, decoder, image_token_id, pixel_shuffle)
-    return VLM(config) if task == 'vlm' else SigLIP(config, pair_scale, pair_bias)
+        return towers.get('decoder') or Decoder(decoder)
+    config = VLMConfig(vit, decoder, image_token_id, pixel_shuffle, connector_bias)
+    return VLM(config, **towers) if task == 'vlm' else SigLIP(config, pair_scale, pair_bias)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -580,9 +594,9 @@ def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top
     batch, prompt = tokens.shape
     blocks = model.default_blocks(tokens) if isinstance(model, VLM) else torch.ones_like(tokens)
     grown = torch.ones(batch, max_new_tokens, dtype=tokens.dtype, device=tokens.device)     # new tokens: causal
-    masks = decoder.attn_masks(torch.cat((blocks, grown), 1), torch.cat((segments, grown), 1))  # (B, S, S), made once
+    masks = make_attn_masks(decoder.config, torch.cat((blocks, grown), 1), torch.cat((segments, grown), 1))  # once
     positions = positions_of(torch.cat((segments, grown), 1))
-    cache = KVCache(decoder.config, batch, prompt + max_new_tokens, tokens.device, decoder.embedding.weight.dtype)
+    cache = decoder.new_cache(batch, prompt + max_new_tokens, tokens.device)
     generators = [torch.Generator(tokens.device).manual_seed(seed * 1_000_003 + row) for row in range(batch)]
 
     x = model.embed(tokens, pixels) if isinstance(model, VLM) else model.embed(tokens)

@@ -8,19 +8,17 @@
 import glob
 import os
 import sys
-from json import dumps, load
+from json import dumps
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
+import checkpoint as checkpoints
 import data
 import processor as processors
 import shards
-import tokenizer as tokenizers
 from configurator import configure
-from model import DecoderConfig, ViTConfig, build, generate
+from model import generate
 
 out_dir = 'out/vlm_emoji'       # a run
 checkpoint = 'latest'           # one of its checkpoints
@@ -55,22 +53,12 @@ if device == 'auto':
 # ----------------------------------------------------------------------------------------------------------------------
 # the run: its settings, tokenizer and weights
 
-folder = os.path.join(out_dir, 'checkpoints', checkpoint)
 try:
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        run = load(f)
-    parts = {name: kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
-             for name, kind in (('vit', ViTConfig), ('decoder', DecoderConfig))}
-    tok = tokenizers.load('bytes' if run['tokenizer'] == 'bytes' else folder)
-    model = build(run['task'], parts['vit'], parts['decoder'], tok.vocab_size, tok.image_id, run['pixel_shuffle'])
-    model.to(device).eval()
-    weights = os.path.join(folder, 'ema' if ema and run.get('ema') else '', 'model.safetensors')
-    model.load_state_dict(load_file(weights, device=device))
+    run, tok, model = checkpoints.load_run(os.path.join(out_dir, 'checkpoints', checkpoint), ema)
+    model.to(device)
     processor = processors.build(run, tok, model.config.image_tokens if run['task'] == 'vlm' else 0)
-except FileNotFoundError as error:
-    fail(f'{folder!r} is no checkpoint ({error.filename} is missing): train first, or give --out_dir and --checkpoint')
-except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-    fail(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}')
+except (ValueError, OSError) as error:
+    fail(f'{error}: train first, or give --out_dir and --checkpoint')
 if run['task'] == 'siglip':
     fail(f'{out_dir} is a vision tower (task=siglip), it has no words: give the run of a vlm or llm')
 
