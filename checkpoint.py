@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
+import processor as processors
 import tokenizer as tokenizers
 from model import DecoderConfig, ViTConfig, build
 from shards import patiently
@@ -115,6 +116,8 @@ def load_run(path, ema=True):
         if ema and run.get('ema'):
             weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
         model.load_state_dict(weights)
+        if processors.is_folder(run.get('processor', 'auto')):
+            run['processor'] = folder               # its files are kept here
     except FileNotFoundError as error:
         raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)') from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
@@ -135,6 +138,30 @@ def shapes(folder):
 def load(tensors, folder):
     """Fill tensors {name: tensor}, sharded or not, from the safetensors files of a folder, in place."""
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
+
+
+def load_weights(model, path, skip=()):
+    """Fill the parameters that a run, a checkpoint or its ema/ has by the same name, but for those in which a regex of
+    `skip` is found: (names loaded, names there that are not used). Raises ValueError, and ERRORS of a damaged file."""
+    folder = path if os.path.exists(os.path.join(path, 'model.safetensors')) else os.path.join(
+        path, 'checkpoints', 'latest')
+    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
+        raise ValueError('no model.safetensors there, nor in checkpoints/latest below it')
+    ours = model.state_dict()
+    wanted = {k: v for k, v in ours.items() if not any(re.search(regex, k) for regex in skip)}
+    above = os.path.dirname(os.path.abspath(folder))        # an ema/ has what was trained, the rest is beside it
+    loaded, there = set(), set()
+    for layer in [above] * os.path.exists(os.path.join(above, 'model.safetensors')) + [folder]:
+        theirs = shapes(layer)
+        for k in sorted(theirs.keys() & wanted.keys()):
+            if theirs[k] != tuple(wanted[k].shape):
+                raise ValueError(f'{k} is {theirs[k]} there and {tuple(wanted[k].shape)} here: change the model\'s '
+                                 'settings, or name it in init_skip')
+        load({k: v for k, v in wanted.items() if k in theirs}, layer)
+        loaded, there = loaded | theirs.keys() & wanted.keys(), there | theirs.keys()
+    if not loaded:
+        raise ValueError('it holds none of the parameters of this model')
+    return loaded, there - loaded
 
 
 def whole(tensors, keep):

@@ -5,6 +5,7 @@ in a config, with our loop, masks, losses, freezing and checkpoints around it.
 
 Needs `pip install transformers`. Axes: as in model.py.
 """
+import inspect
 from dataclasses import fields, replace
 
 import torch
@@ -45,13 +46,22 @@ def layers_of(module):
     return max(lists, key=len)
 
 
-def refuse_others(config, name, hf, allowed):
-    """Raises ValueError for settings beside hf that have no effect on it: they would seem to have one."""
-    changed = [f.name for f in fields(config) if f.name not in allowed and getattr(config, f.name) != f.default
-               and f.default is getattr(type(config)(), f.name)]
+def freeze_unused(module, output):
+    """Parameters that an output does not depend on (a pooling head) are frozen: DDP would wait for their gradients."""
+    output.sum().backward()
+    for p in module.parameters():
+        p.requires_grad_(p.grad is not None)
+        p.grad = None
+
+
+def refuse_others(config, name, allowed):
+    """Raises ValueError for settings beside hf that would seem to have an effect."""
+    plain = type(config)()
+    changed = [f.name for f in fields(config) if f.name not in allowed
+               and getattr(config, f.name) != getattr(plain, f.name)]
     if changed:
-        raise ValueError(f'{name}.hf={hf!r} brings its own shape: leave out ' +
-                         ', '.join(f'{name}.{key}={getattr(config, key)!r}' for key in changed))
+        raise ValueError(f'{name}.hf={config.hf!r} brings its own shape: leave out ' + ', '.join(
+            f'{name}.{key}={getattr(config, key)!r}' for key in changed))
 
 
 class HFCache:
@@ -67,14 +77,16 @@ class HFDecoder(nn.Module):
 
     def __init__(self, config, vocab_size, weights=True):
         super().__init__()
-        refuse_others(config, 'decoder', config.hf, ('hf', 'vocab_size', 'remat'))
+        refuse_others(config, 'decoder', ('hf', 'vocab_size', 'remat'))
         lm = open_model(config.hf, 'AutoModelForCausalLM', weights).eval()
         text = lm.config.get_text_config()
         if vocab_size > lm.get_input_embeddings().num_embeddings:
             lm.resize_token_embeddings(-(-vocab_size // 64) * 64)
         self.model, head = lm.base_model, lm.get_output_embeddings()
-        if not hasattr(self.model, 'layers') or head is None:
-            raise ValueError(f'decoder.hf={config.hf!r}: a {type(lm).__name__} has no .layers and output layer to use')
+        if head is None or self.model is lm:
+            raise ValueError(f'decoder.hf={config.hf!r}: a {type(lm).__name__} has no layers and output layer apart')
+        known = inspect.signature(self.model.forward).parameters
+        self.cache_name = 'cache' if 'cache' in known else 'past_key_values'        # as releases of transformers call it
         embedding = lm.get_input_embeddings()
         self.head = nn.Identity() if head.weight is embedding.weight else head
         local = getattr(text, 'sliding_window', None) if getattr(text, 'use_sliding_window', True) else None
@@ -86,8 +98,9 @@ class HFDecoder(nn.Module):
         if config.remat:
             lm.gradient_checkpointing_enable(dict(use_reentrant=False))
         tokens = torch.arange(6)[None] % embedding.num_embeddings
-        with torch.no_grad():
-            error = (lm(tokens, use_cache=False).logits - self.logits(tokens)).abs().max().item()
+        logits = self.logits(tokens)
+        error = (lm(tokens, use_cache=False).logits - logits).abs().max().item()
+        freeze_unused(self, logits)
         if error > 1e-3:        # it scales its logits, say: what is not done here would be lost in silence
             raise ValueError(f'decoder.hf={config.hf!r}: a {type(lm).__name__} does more than its layers and its '
                              f'output layer say (logits differ by {error:.2g})')
@@ -111,8 +124,9 @@ class HFDecoder(nn.Module):
         mask = full if self.kinds == {'full_attention'} else local
         if len(self.kinds) > 1:
             mask = {'full_attention': full, 'sliding_attention': local}
+        kept = {} if cache is None else {self.cache_name: cache.inner}
         out = self.model(inputs_embeds=x, attention_mask=mask, position_ids=positions.expand(len(x), -1),
-                         past_key_values=cache and cache.inner, use_cache=cache is not None)
+                         use_cache=cache is not None, **kept)
         if cache is not None:
             cache.length += x.shape[1]
         return out.last_hidden_state
@@ -132,7 +146,7 @@ class HFViT(nn.Module):
 
     def __init__(self, config, weights=True):
         super().__init__()
-        refuse_others(config, 'vit', config.hf, ('hf', 'image_size', 'patch_size', 'remat'))
+        refuse_others(config, 'vit', ('hf', 'image_size', 'patch_size', 'remat'))
         model = open_model(config.hf, 'AutoModel', weights)
         self.model = getattr(model, 'vision_model', model)
         theirs = self.model.config
@@ -140,12 +154,9 @@ class HFViT(nn.Module):
             if getattr(theirs, key, None) != getattr(config, key):
                 raise ValueError(f'vit.{key}={getattr(config, key)}, but vit.hf={config.hf!r} has '
                                  f'{getattr(theirs, key, None)}: give it as --vit.{key}')
-        for name in ('head', 'pooler'):         # what makes one vector of a picture: it would never have a gradient
-            if isinstance(getattr(self.model, name, None), nn.Module):
-                setattr(self.model, name, None)
-        if hasattr(self.model, 'use_head'):
-            self.model.use_head = False
         self.config = replace(config, width=theirs.hidden_size, depth=theirs.num_hidden_layers)
+        size = config.image_size
+        freeze_unused(self, self(torch.zeros(1, 3, size, size)))
         if config.remat:
             model.gradient_checkpointing_enable(dict(use_reentrant=False))
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import checkpoint
+import shards
 import tokenizer as tokenizers
 from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig, VLMConfig
 
@@ -218,12 +219,14 @@ def to_config(theirs):
 # ----------------------------------------------------------------------------------------------------------------------
 # reading
 
+REPOSITORY = r'[\w.-]+/[\w.-]+'
+
 
 def fetch(name, revision=None):
     """The folder of a model: `name` itself, or a repository's copy in huggingface_hub's cache. Raises ValueError."""
     if os.path.isdir(name):
         return name
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+    if not re.fullmatch(REPOSITORY, name):
         raise ValueError(f'{name!r} is neither a folder nor a repository (owner/name)')
     import huggingface_hub
     try:
@@ -232,6 +235,16 @@ def fetch(name, revision=None):
     except Exception as error:          # of several libraries: no such repository, no licence accepted, no network
         raise ValueError(f'{name!r} is no folder here, and could not be fetched from Hugging Face: '
                          f'{" ".join(str(error).split())[:300]}') from None
+
+
+def locate(name, data_dir='', what='file'):
+    """A file or folder that a setting names: here, or a repository's folder. Raises ValueError and OSError."""
+    try:
+        return shards.find(name, data_dir, what)
+    except FileNotFoundError:
+        if not re.fullmatch(REPOSITORY, name) or os.path.splitext(name)[1] in ('.model', '.json', '.tiktoken', '.py'):
+            raise
+        return fetch(name)
 
 
 def read_json(path, limit=16 << 20):
@@ -248,13 +261,16 @@ def read_json(path, limit=16 << 20):
     return content
 
 
-def is_run(folder):
-    """Is it a run of ours, or a checkpoint of one?"""
-    try:
-        return os.path.isdir(os.path.join(folder, 'checkpoints')) or (
-            'task' in read_json(os.path.join(folder, 'config.json')))
-    except (OSError, ValueError):
+def is_foreign(name):
+    """Is it a model of transformers: a folder with its config.json, or a repository's name where no folder is?"""
+    if not os.path.isdir(name):
+        return re.fullmatch(REPOSITORY, name) is not None and not os.path.isdir(os.path.dirname(name))
+    if os.path.isdir(os.path.join(name, 'checkpoints')) or not os.path.exists(os.path.join(name, 'config.json')):
         return False
+    try:
+        return 'task' not in read_json(os.path.join(name, 'config.json'))       # a checkpoint of ours has it
+    except ValueError:
+        return True                     # read_config says what is wrong with it
 
 
 def read_config(folder):
@@ -409,7 +425,7 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
     """Our model, weights loaded, `.config` filled: of a folder or repository of transformers, a run or a checkpoint of
     ours. image_size: of its pictures, where it is to be another than it was trained on. Raises ValueError."""
     folder = fetch(name, revision)
-    if is_run(folder):
+    if not is_foreign(folder):
         return checkpoint.load_run(folder)[2].to(dtype).eval()
     config = read_config(folder)
     if image_size and isinstance(config, ViTConfig):

@@ -216,6 +216,16 @@ def turns(sample, p):
 FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair} | dict.fromkeys(CHATS, chat)
 
 
+# of a model folder, what a processor is made from
+FILES = ('preprocessor_config.json', 'processor_config.json', 'chat_template.jinja', 'chat_template.json',
+         'tokenizer_config.json')
+
+
+def is_folder(name):
+    """Does `processor` name a model folder, not a form?"""
+    return name not in ('auto', *FORMS) and '.py:' not in name
+
+
 def load_form(name):
     """The function of a form: one of FORMS, or `file.py:function`."""
     if name in FORMS:

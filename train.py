@@ -29,6 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
 import data
+import hf
+import hub
 import logs
 import processor as processors
 import shards
@@ -45,12 +47,14 @@ task = 'vlm'                        # vlm | llm | siglip (a vision tower on pict
 vit = ViTConfig()
 decoder = DecoderConfig()           # siglip: the text tower
 pixel_shuffle = 1                   # vlm: squares of so many patches a side become one image token
+connector_bias = True               # vlm: of the linear layer between vit and decoder
 pair_scale = 10.0                   # siglip: the factor of the cosines at the start
 pair_with = 'batch'                 # siglip: batch: a picture is compared with the texts of its batch | all: of the mix
 pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
-init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL
+init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;
+#                                     a folder of transformers, or its name on the Hugging Face hub
 init_skip = []                      # regexes of parameters that init_from leaves as they are
 # data
 data_dir = 'datasets'               # where data sets are: here, or there beside the scripts
@@ -59,10 +63,11 @@ mix = {'emoji/noto': 1.0}           # data set -> sampling weight; a folder, .ta
 val = {}                            # name -> data set that is validated on, whole
 cache_dir = shards.CACHE            # indexes of shards, and copies of remote ones
 cache_gb = 100.0                    # of copies
-tokenizer = 'bytes'                 # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file, in data_dir or
-#                                     a path
+tokenizer = 'bytes'                 # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file or a folder with
+#                                     one, in data_dir or as a path | a model on the Hugging Face hub
 processor = 'auto'                  # how a sample is written as tokens: paligemma | text | chat | gemma | llava |
-#                                     smolvlm | a model folder | file.py:function; auto: by task
+#                                     smolvlm | a model folder, or one on the Hugging Face hub | file.py:function;
+#                                     auto: by task
 prompt = ''                         # vlm: the text between a picture and its answer
 image_mean = 0.5                    # subtracted from pixels of 0 to 1 (1.0: white is 0)
 image_std = 0.5                     # and what they are then divided by
@@ -238,11 +243,19 @@ if deterministic:
 try:
     folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
     val_folders = {name: shards.Folder(path, data_dir, cache_dir, cache_gb) for name, path in val.items()}
-    tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else shards.find(tokenizer, data_dir, 'tokenizer'))
+    tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else hub.locate(tokenizer, data_dir, 'tokenizer'))
     torch.manual_seed(seed)                         # the same weights on every rank
-    raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id, pixel_shuffle, pair_scale, pair_bias).to(device)
+    towers = hf.towers(vit, decoder, tok.vocab_size) if vit.hf or decoder.hf else {}
+    raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id, pixel_shuffle, connector_bias, pair_scale,
+                      pair_bias, towers).to(device)
     image_tokens = raw_model.config.image_tokens if task == 'vlm' else 0
-    rows_of = processors.build(config, tok, image_tokens)
+    files = {}                                      # of a model folder's processor: every checkpoint keeps them
+    if processors.is_folder(processor):
+        folder = hub.locate(processor, data_dir, 'processor')
+        files = {name: os.path.join(folder, name) for name in processors.FILES
+                 if os.path.exists(os.path.join(folder, name))}
+        processor = folder
+    rows_of = processors.build(config | dict(processor=processor), tok, image_tokens)
     train_data = data.Batches(folders, order, rows_of, seed if augment else None, pack, micro_batch if pack else 1,
                               window * lanes)
     # answers can be told apart only where each has a row of its own
@@ -279,7 +292,7 @@ for name, parameter in raw_model.named_parameters():
     rules[name] = next((rule for rule in groups if re.search(rule[0], name)), None)
     if rules[name] is None:
         fail(f'groups: no rule matches parameter {name}: end the list with (".*", {{}})', 2)
-    parameter.requires_grad_(not rules[name][1].get('freeze'))
+    parameter.requires_grad_(parameter.requires_grad and not rules[name][1].get('freeze'))
 for rule in groups:
     if rule not in rules.values() or set(rule[1]) - {'lr_scale', 'weight_decay', 'freeze'}:
         fail(f'groups: rule {rule[0]!r}: {rule[1]} ' + (
@@ -317,6 +330,7 @@ step_flops = flops_of_step()            # before compiled blocks, whose operatio
 # over the ranks: DDP, or FSDP2 block by block; compiled block by block
 
 model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, (ViTBlock, DecoderBlock))]
+blocks += [layer for tower in towers.values() for layer in hf.layers_of(tower)]
 if compile:
     for block in blocks:
         block.forward = torch.compile(block.forward)        # inside what FSDP puts around a block
@@ -401,7 +415,9 @@ def load_checkpoint(path, saved):
     checkpoint.load(raw_model.state_dict(), path)
     if ema:
         old = os.path.join(path, 'ema')
-        checkpoint.load(averages, old if os.path.isdir(old) else path)
+        kept = checkpoint.shapes(old) if os.path.isdir(old) else {}
+        checkpoint.load({k: v for k, v in averages.items() if k not in kept}, path)     # frozen until now
+        checkpoint.load({k: v for k, v in averages.items() if k in kept}, old)
     state, kept = state_tensors(), checkpoint.shapes(os.path.join(path, 'state'))
     state = {k: v for k, v in state.items() if k in kept}           # others were frozen until now
     checkpoint.load(state, os.path.join(path, 'state'))
@@ -412,44 +428,32 @@ def check_changed(path, old):
     """Refuse to resume with other model settings; print the other settings that changed."""
     for key in (k for k in old if k in config and config[k] != old[k]):
         if key.startswith(('vit.', 'decoder.')) and not key.endswith('.remat') or key in (
-                'task', 'tokenizer', 'lanes', 'pixel_shuffle', 'optimizer'):
+                'task', 'tokenizer', 'lanes', 'pixel_shuffle', 'connector_bias', 'optimizer'):
             fail(f'{key}={config[key]!r}, but {path} was made with {old[key]!r}: a run keeps its model and lanes; give '
                  'another out_dir', 2)
         say(f'changed since {path}: {key} {old[key]!r} -> {config[key]!r}')
 
 
 def load_weights(path):
-    """Weights alone, from a run or a checkpoint: every parameter of the same name. Other shapes are refused."""
+    """Weights alone, of a run or a checkpoint (every parameter of the same name), or of a model of transformers."""
     folder = path
-    if shards.is_url(path):
-        folder = os.path.join(os.path.expanduser(cache_dir), 'weights', f'{data.hash64(*path.encode())[0]:016x}')
-        try:
+    try:
+        if shards.is_url(path):
+            folder = os.path.join(os.path.expanduser(cache_dir), 'weights', f'{data.hash64(*path.encode())[0]:016x}')
             if int(os.environ.get('LOCAL_RANK', 0)) == 0:
                 checkpoint.download(path, folder, ('model.safetensors',))
-        except (OSError, ValueError) as error:
-            fail(f'init_from={path!r}: {error}', 2)
-        if world > 1:
-            dist.barrier()
-        folder = os.path.join(folder, next(iter(checkpoint.names(folder)), ''))
-    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
-        folder = os.path.join(folder, 'checkpoints', 'latest')
-    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
-        fail(f'init_from={path!r}: no model.safetensors there, nor in checkpoints/latest below it', 2)
-    try:
-        theirs, ours = checkpoint.shapes(folder), raw_model.state_dict()
-        skipped = {k for k in ours if any(re.search(regex, k) for regex in init_skip)}
-        common = theirs.keys() & ours.keys() - skipped
-        for k in sorted(common):
-            if theirs[k] != tuple(ours[k].shape):
-                fail(f'init_from={path!r}: {k} is {theirs[k]} there and {tuple(ours[k].shape)} here: change '
-                     "the model's settings, or name it in init_skip", 2)
-        if not common:
-            fail(f'init_from={path!r} holds none of the parameters of this model', 2)
-        checkpoint.load({k: ours[k] for k in sorted(common)}, folder)
+            if world > 1:
+                dist.barrier()
+            folder = os.path.join(folder, next(iter(checkpoint.names(folder)), ''))
+        if hub.is_foreign(folder):
+            loaded, unused = set(hub.load(raw_model, hub.fetch(folder), init_skip)), set()
+        else:
+            loaded, unused = checkpoint.load_weights(raw_model, folder, init_skip)
     except checkpoint.ERRORS as error:
-        fail(f'init_from={path!r}: model.safetensors can not be read ({error})', 2)
-    say(f'init_from {folder}: {len(common)} tensors ({parts(common)}) loaded, {parts(ours.keys() - common) or "none"} '
-        f'begin anew, {parts(theirs.keys() - common) or "none"} left there unused')
+        fail(f'init_from={path!r}: {error}', 2)
+    fresh = raw_model.state_dict().keys() - loaded
+    say(f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, {parts(fresh) or "none"} begin anew, '
+        f'{parts(unused) or "none"} left there unused')
     if ema:
         for name, p in trained.items():
             averages[name].copy_(p.detach())
@@ -490,9 +494,9 @@ copy = checkpoint.Mirror(remote, out_dir, say) if remote and master else None
 def save():
     """Begin to write the checkpoint of this step."""
     weights = raw_model.state_dict()
-    copies = {'tokenizer.json' if path == tok.files[0] and path.endswith('.json') else os.path.basename(path): path
-              for path in tok.files}
-    saver.save(progress['step'], weights, weights | averages if ema else {}, state_tensors(), {
+    copies = files | {'tokenizer.json' if path == tok.files[0] and path.endswith('.json') else os.path.basename(path):
+                      path for path in tok.files}
+    saver.save(progress['step'], weights, averages, state_tensors(), {
         'config.json': config, 'progress.json': progress | dict(world=world),
         'shards.json': data.provenance(order, folders, progress['step'] * batch_size) if master else {}}, copies)
 
