@@ -30,6 +30,7 @@ def open_model(name, auto, weights):
     except ImportError:
         raise ValueError(f'{name!r} needs a package that is not here: pip install transformers') from None
     folder = fetch(name)
+    transformers.utils.logging.disable_progress_bar()       # one a rank
     options = dict(attn_implementation='sdpa', trust_remote_code=False)
     kind = getattr(transformers, auto)
     try:
@@ -86,7 +87,7 @@ class HFDecoder(nn.Module):
         if head is None or self.model is lm:
             raise ValueError(f'decoder.hf={config.hf!r}: a {type(lm).__name__} has no layers and output layer apart')
         known = inspect.signature(self.model.forward).parameters
-        self.cache_name = 'cache' if 'cache' in known else 'past_key_values'        # as releases of transformers call it
+        self.cache_name = 'cache' if 'cache' in known else 'past_key_values'        # in older releases
         embedding = lm.get_input_embeddings()
         self.head = nn.Identity() if head.weight is embedding.weight else head
         local = getattr(text, 'sliding_window', None) if getattr(text, 'use_sliding_window', True) else None

@@ -63,7 +63,7 @@ mix = {'emoji/noto': 1.0}           # data set -> sampling weight; a folder, .ta
 val = {}                            # name -> data set that is validated on, whole
 cache_dir = shards.CACHE            # indexes of shards, and copies of remote ones
 cache_gb = 100.0                    # of copies
-tokenizer = 'bytes'                 # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file or a folder with
+tokenizer = 'bytes'                 # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file or a folder of
 #                                     one, in data_dir or as a path | a model on the Hugging Face hub
 processor = 'auto'                  # how a sample is written as tokens: paligemma | text | chat | gemma | llava |
 #                                     smolvlm | a model folder, or one on the Hugging Face hub | file.py:function;

@@ -142,7 +142,7 @@ def test_a_run_of_bytes_reads_the_same_text_in_transformers(tmp_path):
 
 
 def test_init_from_says_what_does_not_fit(pali, tmp_path):
-    train(pali, tmp_path / 'a', '--decoder.width=48').refused('init_from', 'decoder.width=32 (here 48)', 'hub.py config')
+    train(pali, tmp_path / 'a', '--decoder.width=48').refused('init_from', 'decoder.width=32 (here 48)', 'hub.py')
     train(pali, tmp_path / 'b', '--init_from=nobody/nothing').refused('nobody/nothing', 'Hugging Face')
     train(pali, tmp_path / 'c', '--vit.image_size=24').refused('image_size 16', 'the model has 24')
     train(pali, tmp_path / 'd', '--tokenizer=nobody/nothing').refused('nobody/nothing', 'Hugging Face')
@@ -271,7 +271,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         if self.path.endswith('/repos/create'):
-            return self.answer(dict(url='http://localhost/owner/new', name='owner/new', id='owner/new'))
+            return self.answer(dict(url=f'http://{self.headers["Host"]}/owner/new', name='owner/new', id='owner/new'))
         if '/preupload/' in self.path:
             return self.answer(dict(files=[dict(path=f['path'], uploadMode='regular', shouldIgnore=False)
                                            for f in json.loads(body)['files']]))
@@ -280,8 +280,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 row = json.loads(line)
                 if row['key'] == 'file':
                     self.pushed[row['value']['path']] = row['value']
-            return self.answer(dict(commitUrl='http://localhost/owner/new/commit/1', commitOid='b' * 40, success=True,
-                                    pullRequestUrl=None))
+            return self.answer(dict(commitUrl=f'http://{self.headers["Host"]}/owner/new/commit/1', commitOid='b' * 40,
+                                    success=True, pullRequestUrl=None))
         self.answer(dict(type='ok'))
 
 
