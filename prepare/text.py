@@ -560,7 +560,8 @@ def parse(arguments):
     parser.error, add, switch = refuse, parser.add_argument, {"type": str.lower, "choices": ("true", "false")}
     add("--input", required=True, help="files, patterns and folders, with commas between")
     add("--out", type=Path, required=True, help="folder to write")
-    add("--tokenizer", default="bytes", help="bytes, or a file or folder that tokenizer.load takes")
+    add("--tokenizer", default="bytes", help="bytes, a file or folder that tokenizer.load takes, or "
+        "a model on the Hugging Face hub")
     add("--seq_len", type=int, default=1024, help="targets of a sequence, which holds one token more")
     add("--val_fraction", type=float, default=0.01, help="share of the documents that is held out")
     add("--val_input", default="", help="hold out the documents of these files instead")
@@ -586,6 +587,9 @@ def parse(arguments):
             refuse(f"--{key}={getattr(s, key)} is too much for --seq_len={s.seq_len}: {most // 4 // (s.seq_len + 1)} "
                    f"sequences fit into {most >> 20} MB")
     try:
+        if "/" in s.tokenizer and not os.path.exists(os.path.dirname(s.tokenizer)):
+            import hub  # only here: it takes torch along
+            s.tokenizer = hub.fetch(s.tokenizer)
         return s, tokenizers.load(s.tokenizer)
     except (ValueError, OSError) as error:
         refuse(str(error))
