@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import big_vision
 import checkpoint
 import shards
 import tokenizer as tokenizers
@@ -224,7 +225,7 @@ REPOSITORY = r'[\w.-]+/[\w.-]+'
 
 def fetch(name, revision=None):
     """The folder of a model: `name` itself, or a repository's copy in huggingface_hub's cache. Raises ValueError."""
-    if os.path.isdir(name):
+    if os.path.isdir(name) or name.endswith('.npz'):
         return name
     if not re.fullmatch(REPOSITORY, name):
         raise ValueError(f'{name!r} is neither a folder nor a repository (owner/name)')
@@ -264,7 +265,8 @@ def read_json(path, limit=16 << 20):
 def is_foreign(name):
     """Is it a model of transformers: a folder with its config.json, or a repository's name where no folder is?"""
     if not os.path.isdir(name):
-        return re.fullmatch(REPOSITORY, name) is not None and not os.path.isdir(os.path.dirname(name))
+        return name.endswith('.npz') or (re.fullmatch(REPOSITORY, name) is not None
+                                         and not os.path.isdir(os.path.dirname(name)))
     if os.path.isdir(os.path.join(name, 'checkpoints')) or not os.path.exists(os.path.join(name, 'config.json')):
         return False
     try:
@@ -398,8 +400,8 @@ def tensors(model, folder, skip=()):
 
 def fitted(tensor, name, shape, folder):
     """The tensor in our shape. Raises ValueError if it has another."""
-    if name.endswith('pos_embed') and tensor.ndim == 2 and tensor.shape[1] == shape[2]:
-        return resize_positions(tensor[None], shape[1])
+    if name.endswith('pos_embed') and tensor.shape[-1] == shape[2]:
+        return resize_positions(tensor.view(1, -1, shape[2]), shape[1])
     if name.endswith('embedding.weight') and tensor.shape[1:] == shape[1:] and len(tensor) < shape[0]:
         # rows for tokens that we added: what the model thinks of an average one
         return torch.cat((tensor, tensor.float().mean(0, keepdim=True).to(tensor).expand(shape[0] - len(tensor), -1)))
@@ -443,13 +445,18 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
 
 
 def load(model, folder, skip=()):
-    """Copy what a folder of transformers and our model share into the model, sharded or not, one tensor at a time: the
-    names that were loaded. Raises ValueError."""
-    if different := differences(model, folder):
-        raise ValueError(f'{folder!r} has ' + ', '.join(f'{k}={b!r} (here {a!r})' for k, (a, b) in different.items())
-                         + f': python hub.py config {folder} prints all of its settings')
+    """Copy what a folder of transformers (or an .npz of big_vision) and our model share into the model, sharded or not,
+    one tensor at a time: the names that were loaded. Raises ValueError."""
     ours, loaded = model.state_dict(), []
-    for name, tensor in tensors(model, folder, skip):
+    if folder.endswith('.npz'):
+        rows = ((name, fitted(tensor, name, tuple(ours[name].shape), folder))
+                for name, tensor in big_vision.tensors(model, folder) if not any(re.search(r, name) for r in skip))
+    else:
+        rows = tensors(model, folder, skip)
+        if different := differences(model, folder):
+            raise ValueError(f'{folder!r} has ' + ', '.join(f'{k}={b!r} (here {a!r})' for k, (a, b) in
+                             different.items()) + f': python hub.py config {folder} prints all of its settings')
+    for name, tensor in rows:
         target = ours[name]
         tensor = tensor.to(target.device, target.dtype)
         if isinstance(target, DTensor):         # every process reads all and keeps its part: nothing is sent

@@ -4,6 +4,7 @@ import os
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -382,3 +383,66 @@ def test_load_takes_the_parts_that_both_have(saved):
     table = hub.from_pretrained(folder).decoder.embedding.weight
     assert torch.equal(wide.decoder.embedding.weight[:107], table)
     close(wide.decoder.embedding.weight[107:], table.mean(0).expand(21, -1), 1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# big_vision
+
+
+def as_big_vision(model):
+    """Its arrays of our VLM, written the other way round: einsum operands with an axis for each of heads and layers."""
+    c, p = model.config, {k: v.numpy() for k, v in model.state_dict().items()}
+    n, k, h, d = c.decoder.num_heads, c.decoder.num_kv_heads, c.decoder.head_dim, c.decoder.width
+    w, vn = c.vit.width, c.vit.num_heads
+
+    def stack(part, name, change):
+        return np.stack([change(p[f'{part}.blocks.{i}.{name}']) for i in range(getattr(c, part).depth)])
+    out = {'img/embedding/kernel': np.einsum('dchw->hwcd', p['vit.stem.weight']),
+           'img/embedding/bias': p['vit.stem.bias'],
+           'img/pos_embedding': p['vit.pos_embed'], 'img/Transformer/encoder_norm/scale': p['vit.norm.weight'],
+           'img/Transformer/encoder_norm/bias': p['vit.norm.bias'], 'img/head/kernel': p['connector.weight'].T,
+           'img/head/bias': p['connector.bias'], 'llm/embedder/input_embedding': p['decoder.embedding.weight'],
+           'llm/final_norm/scale': p['decoder.norm.weight']}
+    e, a = 'img/Transformer/encoderblock/', 'MultiHeadDotProductAttention_0'
+    for i in (0, 1):
+        out[f'{e}LayerNorm_{i}/scale'] = stack('vit', f'norm{i + 1}.weight', np.array)
+        out[f'{e}LayerNorm_{i}/bias'] = stack('vit', f'norm{i + 1}.bias', np.array)
+        out[f'{e}MlpBlock_0/Dense_{i}/kernel'] = stack('vit', f'fc{i + 1}.weight', np.transpose)
+        out[f'{e}MlpBlock_0/Dense_{i}/bias'] = stack('vit', f'fc{i + 1}.bias', np.array)
+    for ours, theirs in (('q', 'query'), ('k', 'key'), ('v', 'value')):
+        out[f'{e}{a}/{theirs}/kernel'] = stack('vit', f'{ours}.weight', lambda x: x.T.reshape(w, vn, -1))
+        out[f'{e}{a}/{theirs}/bias'] = stack('vit', f'{ours}.bias', lambda x: x.reshape(vn, -1))
+    out[f'{e}{a}/out/kernel'] = stack('vit', 'o.weight', lambda x: x.T.reshape(vn, -1, w))
+    out[f'{e}{a}/out/bias'] = stack('vit', 'o.bias', np.array)
+    kv = [stack('decoder', f'{x}.weight', lambda x: np.einsum('khd->kdh', x.reshape(k, h, d))) for x in 'kv']
+    gates = [stack('decoder', f'{x}.weight', np.transpose) for x in ('gate', 'up')]
+    return out | {
+        'llm/layers/attn/q_einsum/w': stack('decoder', 'q.weight', lambda x: np.einsum('nhd->ndh', x.reshape(n, h, d))),
+        'llm/layers/attn/kv_einsum/w': np.stack(kv, 1), 'llm/layers/mlp/gating_einsum': np.stack(gates, 1),
+        'llm/layers/attn/attn_vec_einsum/w': stack('decoder', 'o.weight', lambda x: x.T.reshape(n, h, d)),
+        'llm/layers/mlp/linear': stack('decoder', 'down.weight', np.transpose),
+        'llm/layers/pre_attention_norm/scale': stack('decoder', 'norm1.weight', np.array),
+        'llm/layers/pre_ffw_norm/scale': stack('decoder', 'norm2.weight', np.array)}
+
+
+def test_big_vision_checkpoints(saved, tmp_path):
+    want = hub.from_pretrained(saved('paligemma')[1])
+    arrays = {f'params/{k}': v for k, v in as_big_vision(want).items()}
+    np.savez(tmp_path / 'pt.npz', **arrays)
+    ours = VLM(want.config)
+    assert set(hub.load(ours, str(tmp_path / 'pt.npz'))) == set(ours.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), want.state_dict().values()))
+    # a SigLIP tower alone, a layer an array, at another picture size
+    tower = {re.sub('encoderblock/', f'encoderblock_{i}/', k): v[i] if 'encoderblock/' in k else v
+             for k, v in arrays.items() if '/img/' in k and '/head/' not in k for i in (0, 1)}
+    np.savez(tmp_path / 'siglip.npz', **tower)
+    large = VLM(replace(want.config, vit=replace(want.config.vit, image_size=48)))
+    assert set(hub.load(large, str(tmp_path / 'siglip.npz'))) == {k for k in large.state_dict() if k.startswith('vit.')}
+    assert torch.equal(large.vit.blocks[1].fc1.weight, want.vit.blocks[1].fc1.weight)
+    del arrays['params/llm/layers/mlp/linear']
+    np.savez(tmp_path / 'cut.npz', **arrays)
+    with pytest.raises(ValueError, match='has no llm/layers/mlp/linear'):
+        hub.load(ours, str(tmp_path / 'cut.npz'))
+    (tmp_path / 'bad.npz').write_bytes((tmp_path / 'pt.npz').read_bytes()[:1000])
+    with pytest.raises(ValueError, match='can not be read'):
+        hub.load(ours, str(tmp_path / 'bad.npz'))
