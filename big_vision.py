@@ -6,6 +6,7 @@ Its arrays hold all layers of a tower at once, (layers, ...), or a layer each (e
 (in, out), heads have axes of their own. Axes: L layers, D width, F mlp, N heads, K kv heads, H head dim.
 """
 import re
+import zipfile
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ class Arrays:
     def __init__(self, path):
         try:
             self.file = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f'{path} can not be read ({error})') from None
         self.keys = {re.sub(r'^(params/)+', '', key): key for key in self.file.files}
         self.path, self.last = path, ('', None)
