@@ -264,6 +264,27 @@ class ViT(nn.Module):
 # decoder: Gemma (arXiv 2403.08295)
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight in fp32, with a gradient of its own: a third of the time that autograd takes,
+    and it keeps nothing but x and a number a row. x (..., D), weight (D,) fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = x.float()
+        scale = torch.rsqrt(torch.linalg.vecdot(h, h)[..., None] / h.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (h * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        g, h = grad.float(), x.float()
+        grad_weight = scale.flatten() @ (g * h).flatten(0, -2)
+        g = g * weight
+        along = torch.linalg.vecdot(g, h)[..., None] * scale ** 3 / -h.shape[-1]    # of g, along x
+        return g.mul_(scale).addcmul_(h, along).to(x.dtype), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm in fp32; the weight is stored as its distance from `offset`: 1 in Gemma, 0 in Llama."""
 
@@ -273,9 +294,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x):
-        h = x.float()
-        mean_square = torch.linalg.vecdot(h, h)[..., None] / h.shape[-1]        # half the time of h.square().mean()
-        return (h * torch.rsqrt(mean_square + self.eps) * (self.offset + self.weight)).to(x.dtype)
+        return RMSNormFunction.apply(x, self.offset + self.weight, self.eps)
 
 
 class DecoderBlock(nn.Module):
