@@ -35,7 +35,7 @@ import shards
 import tokenizer as tokenizers
 from checkpoint import read_json, write_json
 from configurator import configure
-from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, build, generate
+from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, build, generate, positions_where
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings
@@ -299,6 +299,13 @@ def checked(batch):
 
 def to_device(batch):
     return processors.to_device(batch, device, rows_of)
+
+
+def count_targets(batch):
+    """Targets of a batch, counted here, so that a GPU need not be asked."""
+    if 'ids' in batch:
+        return processors.count_tokens(batch['ids'], seq_len, tok, document_attention)[1]
+    return int((batch['targets'] != -100).sum())
 
 
 def flops_of_step():
@@ -675,14 +682,15 @@ while progress['step'] < steps:
         elif world > 1:
             model.require_backward_grad_sync = i == passes - 1
         tensors = to_device(batch)
+        count = count_targets(batch)
         with autocast:
-            losses, _ = model(**tensors, **fixed, **extra, reduction='none')
-        part = torch.as_tensor(batch['parts']).to(device).long().expand_as(tensors['targets'])
-        part = part[tensors['targets'] != -100]
+            losses, _ = model(**tensors, **fixed, **extra, reduction='none', num_targets=count)
+        part = torch.as_tensor(batch['parts']).to(device, non_blocking=True).int().expand_as(tensors['targets'])
+        part = part.flatten()[positions_where(tensors['targets'] != -100, count)]
         # the mean over the ranks, which DDP and FSDP take, is to be the sum
         ((losses * weigh[part]).sum() * (world / targets * progress['loss_scale'])).backward()
-        by_part += torch.stack((torch.bincount(part, losses.detach().double(), len(mix)),
-                                torch.bincount(part, minlength=len(mix))))
+        losses = losses.detach().double()
+        by_part.index_add_(1, part, torch.stack((losses, torch.ones_like(losses))))
     if progress['loss_scale'] != 1:
         torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], 1 / progress['loss_scale'])
     grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), grad_clip or math.inf)
