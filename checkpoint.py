@@ -106,6 +106,37 @@ def load(tensors, folder):
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
 
 
+def load_common(ours, folder, skip=()):
+    """Fill tensors {name: tensor} from a checkpoint, or a run's newest, where the names are the same and no regex of
+    `skip` is found in them; what was done, in words. Raises ValueError where a shape is another, or nothing fits."""
+    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
+        folder = os.path.join(folder, 'checkpoints', 'latest')
+    if not os.path.exists(os.path.join(folder, 'model.safetensors')):
+        raise ValueError('no model.safetensors there, nor in checkpoints/latest below it')
+    try:
+        theirs = shapes(folder)
+    except ERRORS as error:
+        raise ValueError(f'model.safetensors can not be read ({error})') from error
+    common = theirs.keys() & ours.keys() - {k for k in ours if any(re.search(regex, k) for regex in skip)}
+    for k in sorted(common):
+        if theirs[k] != tuple(ours[k].shape):
+            raise ValueError(f'{k} is {theirs[k]} there and {tuple(ours[k].shape)} here: change the model\'s settings, '
+                             'or name it in init_skip')
+    if not common:
+        raise ValueError('holds none of the parameters of this model')
+    try:
+        load({k: ours[k] for k in sorted(common)}, folder)
+    except ERRORS as error:
+        raise ValueError(f'model.safetensors can not be read ({error})') from error
+    return (f'{folder}: {len(common)} tensors ({parts(common)}) loaded, {parts(ours.keys() - common) or "none"} '
+            f'begin anew, {parts(theirs.keys() - common) or "none"} left there unused')
+
+
+def parts(names):
+    """The first parts of parameter names: vit, decoder."""
+    return ', '.join(sorted({n.partition('.')[0] for n in names}))
+
+
 def whole(tensors, keep):
     """{name: tensor} gathered and copied to the CPU, one at a time; {} on processes that need not keep them."""
     out = {}
