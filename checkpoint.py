@@ -164,6 +164,11 @@ def load_weights(model, path, skip=()):
     return loaded, there - loaded
 
 
+def parts(names):
+    """The first parts of parameter names: vit, decoder."""
+    return ', '.join(sorted({n.partition('.')[0] for n in names}))
+
+
 def whole(tensors, keep):
     """{name: tensor} gathered and copied to the CPU, one at a time; {} on processes that need not keep them."""
     out = {}

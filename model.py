@@ -274,6 +274,27 @@ class ViT(nn.Module):
 # decoder: Gemma (arXiv 2403.08295)
 
 
+class RMSNormFunction(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps) * weight in fp32, with a gradient of its own: a third of the time that autograd takes,
+    and it keeps nothing but x and a number a row. x (..., D), weight (D,) fp32."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        h = x.float()
+        scale = torch.rsqrt(torch.linalg.vecdot(h, h)[..., None] / h.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (h * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        g, h = grad.float(), x.float()
+        grad_weight = scale.flatten() @ (g * h).flatten(0, -2)
+        g = g * weight
+        along = torch.linalg.vecdot(g, h)[..., None] * scale ** 3 / -h.shape[-1]    # of g, along x
+        return g.mul_(scale).addcmul_(h, along).to(x.dtype), grad_weight, None
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm in fp32; the weight is stored as its distance from `offset`: 1 in Gemma, 0 in Llama."""
 
@@ -283,9 +304,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x):
-        h = x.float()
-        mean_square = torch.linalg.vecdot(h, h)[..., None] / h.shape[-1]        # half the time of h.square().mean()
-        return (h * torch.rsqrt(mean_square + self.eps) * (self.offset + self.weight)).to(x.dtype)
+        return RMSNormFunction.apply(x, self.offset + self.weight, self.eps)
 
 
 class DecoderBlock(nn.Module):
@@ -405,24 +424,33 @@ class Decoder(nn.Module):
         return self.unembed(self.features(self.embed(tokens), blocks, segments))
 
     def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum', label_smoothing=0.0,
-             z_loss=0.0):
+             z_loss=0.0, num_targets=None):
         """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored.
 
-        reduction='none': not their sum but each, in the order of the targets, row by row."""
+        reduction='none': not their sum but each, in the order of the targets, row by row. num_targets: how many there
+        are, where the caller knows; a GPU is then not waited for."""
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
         x = self.features(self.embed(tokens), blocks, segments)
-        return token_loss(self, x, targets, reduction, label_smoothing, z_loss)
+        return token_loss(self, x, targets, reduction, label_smoothing, z_loss, num_targets)
 
     forward = loss              # DistributedDataParallel wraps `forward`
 
 
-def token_loss(decoder, x, targets, reduction='sum', label_smoothing=0.0, z_loss=0.0, chunk=4096):
+def positions_where(chosen, count=None):
+    """Flat positions of what is True, row by row: (count,). A GPU is waited for only where count is not given."""
+    chosen = chosen.flatten()
+    return (chosen.nonzero() if count is None else torch.nonzero_static(chosen, size=count))[:, 0]
+
+
+def token_loss(decoder, x, targets, reduction='sum', label_smoothing=0.0, z_loss=0.0, num_targets=None, chunk=4096):
     """Cross-entropy at the targets only, in chunks whose logits are recomputed in the backward pass:
     (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> (sum or each, count).
 
     z_loss: weight of log(sum of exponentials)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311)."""
-    wanted = targets != -100
-    x, targets = x[wanted], targets[wanted]                                     # (targets, D), (targets,)
+    wanted, x, targets = targets != -100, x.flatten(0, 1), targets.flatten()
+    if num_targets != len(targets):
+        here = positions_where(wanted, num_targets)
+        x, targets = x.index_select(0, here), targets[here]                     # (targets, D), (targets,)
 
     def chunk_loss(x, targets):
         logits = decoder.unembed(x).float()
@@ -474,14 +502,14 @@ class VLM(nn.Module):
         x = self.decoder.embed(tokens)
         here = tokens == self.config.image_token_id
         if pixels is None or len(pixels) == 0:
-            assert not here.any(), 'image tokens without pictures'
+            torch._assert_async(~here.any(), 'image tokens without pictures')
             if always:
                 size = self.config.vit.image_size
                 x = x + 0.0 * self.patches(x.new_zeros(1, 3, size, size)).sum()
             return x
         patches = self.patches(pixels).flatten(0, 1)                            # (I * image_tokens, D)
-        assert here.sum() == len(patches), f'{here.sum()} image tokens for {len(patches)} patches'
-        return x.masked_scatter(here[..., None], patches.to(x.dtype))
+        torch._assert_async(here.sum() == len(patches), f'image tokens are not as many as the {len(patches)} patches')
+        return x.flatten(0, 1).index_copy(0, positions_where(here, len(patches)), patches.to(x.dtype)).view_as(x)
 
     def default_blocks(self, tokens, targets=None):
         """Rows with a picture are prefix-LM (everything up to the first target is seen by all), others causal."""
@@ -497,11 +525,11 @@ class VLM(nn.Module):
         return self.decoder.unembed(self.decoder.features(self.embed(tokens, pixels), blocks, segments))
 
     def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum', label_smoothing=0.0,
-             z_loss=0.0):
+             z_loss=0.0, num_targets=None):
         """As `Decoder.loss`."""
         blocks = self.default_blocks(tokens, targets) if blocks is None else blocks
         x = self.decoder.features(self.embed(tokens, pixels, always=True), blocks, segments)
-        return token_loss(self.decoder, x, targets, reduction, label_smoothing, z_loss)
+        return token_loss(self.decoder, x, targets, reduction, label_smoothing, z_loss, num_targets)
 
     forward = loss
 
@@ -541,12 +569,13 @@ class SigLIP(nn.Module):
         return F.normalize(self.text_head((x * real).sum(1) / real.sum(1)), dim=-1)
 
     def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, texts=None, text_segments=None,
-             reduction='sum'):
+             reduction='sum', num_targets=None):
         """Sum over pictures of the pairs' sigmoid losses, and the number of pictures. Equal texts are all positives.
 
         texts, text_segments (N, T): what every picture is compared with; without them, the texts of the batch."""
         pairs = (targets != -100).any(1)                                        # a row without targets has no picture
-        tokens, segments = tokens[pairs], segments[pairs]
+        here = positions_where(pairs, num_targets)
+        tokens, segments = tokens[here], segments[here]
         texts, text_segments = (tokens, segments) if texts is None else (texts, text_segments)
         if pixels is None:      # no row has a picture
             pixels = self.scale.new_zeros(0, 3, self.config.vit.image_size, self.config.vit.image_size)

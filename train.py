@@ -11,12 +11,12 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,16 +28,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoint
+import checks
 import data
 import hf
 import hub
 import logs
+import optim
 import processor as processors
 import shards
 import tokenizer as tokenizers
 from checkpoint import read_json, write_json
 from configurator import configure
-from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, build, generate
+from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, build, generate, positions_where
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings
@@ -182,54 +184,11 @@ def all_sum(*values):
 # ----------------------------------------------------------------------------------------------------------------------
 # checks that need no data
 
-for key, value, allowed in (('task', task, ('vlm', 'llm', 'siglip')), ('resume', resume, ('auto', 'never')),
-                            ('pair_with', pair_with, ('batch', 'all')), ('optimizer', optimizer, ('adamw', 'muon')),
-                            ('dtype', dtype, ('float32', 'bfloat16', 'float16')),
-                            ('matmul', matmul, ('highest', 'high', 'medium')),
-                            ('schedule', schedule, ('cosine', 'linear', 'constant', 'wsd'))):
-    if value not in allowed:
-        fail(f'{key}={value!r}: expected one of {", ".join(allowed)}', 2)
-if batch_size < 1 or micro_batch_size < 0 or batch_size % (world * (micro_batch_size or 1)):
-    unit = world * max(micro_batch_size, 1)
-    fail(f'batch_size={batch_size} is not a multiple of {world} ranks x micro_batch_size={micro_batch_size or 1}: '
-         f'{max(batch_size // unit, 1) * unit} or {(max(batch_size, 0) // unit + 1) * unit} would fit', 2)
-micro_batch = micro_batch_size or batch_size // world
-if task == 'siglip' and pack:
-    fail('pack=True: rows of task=siglip are compared one by one, they can not be shared', 2)
-if task == 'siglip' and pair_with == 'batch' and micro_batch != batch_size:
-    fail(f'pair_with=batch compares all pairs of a batch, so batch_size={batch_size} must be one micro-batch on one '
-         f'rank (here: {world} ranks, micro_batch_size={micro_batch}): take pair_with=all', 2)
-if sum(x > 0 for x in (max_steps, max_samples, epochs)) != 1 or min(max_steps, max_samples, epochs) < 0:
-    fail(f'the run\'s length is one of max_steps={max_steps}, max_samples={max_samples}, epochs={epochs}: '
-         'set one above 0 and leave the others at 0', 2)
-if min(lr, min_lr, weight_decay, grad_clip) < 0 or len(betas) != 2 or not all(0 <= b < 1 for b in betas):
-    fail(f'lr={lr}, min_lr={min_lr}, weight_decay={weight_decay} and grad_clip={grad_clip} must be at least 0, and '
-         f'betas={betas} two numbers of at least 0 and below 1', 2)
-if not all(isinstance(rule, (list, tuple)) and len(rule) == 2 and isinstance(rule[1], dict) for rule in groups):
-    fail(f'groups={groups}: expected [(regex, {{lr_scale, weight_decay, freeze}}), ...]', 2)
-for regex in [*(rule[0] for rule in groups), *init_skip]:
-    try:
-        re.compile(regex)
-    except (re.error, TypeError) as error:
-        fail(f'groups and init_skip: {regex!r} is not a regular expression ({error})', 2)
-if fsdp < 0 or world % (fsdp or 1):
-    fail(f'fsdp={fsdp} must divide the {world} ranks: 1 (DDP), 0 (all) or a divisor', 2)
-if task == 'siglip' and (label_smoothing or z_loss) or not 0 <= label_smoothing < 1 or z_loss < 0 or not 0 <= ema < 1:
-    fail(f'ema={ema} and label_smoothing={label_smoothing} must be at least 0 and below 1, z_loss={z_loss} at least 0; '
-         'task=siglip has neither z_loss nor label_smoothing', 2)
 try:
-    if remote:
-        shards.filesystem(remote)
-except (ValueError, ImportError) as error:
-    fail(f'remote={remote!r}: {error}', 2)
-if set(loss_weights) - set(mix) or not all(isinstance(w, (int, float)) and w >= 0 for w in loss_weights.values()):
-    fail(f'loss_weights={loss_weights}: expected data sets of mix={list(mix)} with numbers of at least 0', 2)
-if min(log_every, num_checkpoints) < 1 or min(eval_every, keep_last, workers, warmup, seed, skip_bad_steps) < 0:
-    fail(f'log_every={log_every} and num_checkpoints={num_checkpoints} must be at least 1; eval_every={eval_every}, '
-         f'keep_last={keep_last}, workers={workers}, warmup={warmup}, seed={seed} and skip_bad_steps={skip_bad_steps} '
-         'at least 0', 2)
-if not 0 < decay <= 1:
-    fail(f'decay={decay}: expected a fraction of the run, above 0 and at most 1', 2)
+    checks.check(SimpleNamespace(**config), world)
+except ValueError as error:
+    fail(error, 2)
+micro_batch = micro_batch_size or batch_size // world
 
 torch.set_float32_matmul_precision(matmul)
 torch.backends.cudnn.allow_tf32 = matmul != 'highest'
@@ -285,21 +244,14 @@ if not allow_repeat:
 checkpoint_steps = {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what is trained: every parameter takes the first rule that matches its name
+# what is trained
 
-rules = {}
+try:
+    options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
+except ValueError as error:
+    fail(error, 2)
 for name, parameter in raw_model.named_parameters():
-    rules[name] = next((rule for rule in groups if re.search(rule[0], name)), None)
-    if rules[name] is None:
-        fail(f'groups: no rule matches parameter {name}: end the list with (".*", {{}})', 2)
-    parameter.requires_grad_(parameter.requires_grad and not rules[name][1].get('freeze'))
-for rule in groups:
-    if rule not in rules.values() or set(rule[1]) - {'lr_scale', 'weight_decay', 'freeze'}:
-        fail(f'groups: rule {rule[0]!r}: {rule[1]} ' + (
-            'may hold lr_scale, weight_decay and freeze' if rule in rules.values() else
-            'matches no parameter that an earlier one left'), 2)
-if all(rule[1].get('freeze') for rule in rules.values()):
-    fail(f'groups={groups} freeze every parameter: nothing is left to train', 2)
+    parameter.requires_grad_(parameter.requires_grad and not options[name].get('freeze'))
 
 
 autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32')
@@ -312,6 +264,13 @@ def checked(batch):
 
 def to_device(batch):
     return processors.to_device(batch, device, rows_of)
+
+
+def count_targets(batch):
+    """Targets of a batch, counted here, so that a GPU need not be asked."""
+    if 'ids' in batch:
+        return processors.count_tokens(batch['ids'], seq_len, tok, document_attention)[1]
+    return int((batch['targets'] != -100).sum())
 
 
 def flops_of_step():
@@ -345,31 +304,7 @@ elif world > 1:
 trained = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
 averages = {name: p.detach().clone() for name, p in trained.items()} if ema else {}
 
-by_options = {}
-for name, p in trained.items():
-    matrix = optimizer == 'muon' and p.ndim == 2 and re.search(r'(^|\.)blocks\.', name) is not None
-    options = rules[name][1]
-    key = matrix, options.get('lr_scale', 1.0), options.get('weight_decay', weight_decay)
-    by_options.setdefault(key, []).append(p)
-param_groups = {matrix: [dict(params=ps, lr_scale=scale, weight_decay=decayed)
-                         for (m, scale, decayed), ps in by_options.items() if m == matrix] for matrix in (False, True)}
-optimizers = [torch.optim.AdamW(param_groups[False], lr=lr, betas=betas, fused=True)] if param_groups[False] else []
-if param_groups[True]:
-    optimizers.append(torch.optim.Muon(param_groups[True], lr=lr, adjust_lr_fn='match_rms_adamw'))
-
-
-def state_tensors():
-    """The optimizers' state as {parameter.key: tensor}, zeros where no step was taken."""
-    tensors, names = {}, {p: name for name, p in trained.items()}
-    for opt in optimizers:
-        for p in [p for group in opt.param_groups for p in group['params']]:
-            if p not in opt.state:
-                keys = ('momentum_buffer',) if isinstance(opt, torch.optim.Muon) else ('exp_avg', 'exp_avg_sq')
-                opt.state[p] = {key: torch.zeros_like(p) for key in keys}
-                if keys[0] == 'exp_avg':
-                    opt.state[p]['step'] = torch.zeros((), device=p.device)
-            tensors |= {f'{names[p]}.{key}': value for key, value in opt.state[p].items()}
-    return tensors
+optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 
 
 def lr_at(step):
@@ -418,7 +353,7 @@ def load_checkpoint(path, saved):
         kept = checkpoint.shapes(old) if os.path.isdir(old) else {}
         checkpoint.load({k: v for k, v in averages.items() if k not in kept}, path)     # frozen until now
         checkpoint.load({k: v for k, v in averages.items() if k in kept}, old)
-    state, kept = state_tensors(), checkpoint.shapes(os.path.join(path, 'state'))
+    state, kept = optim.state_tensors(optimizers, trained), checkpoint.shapes(os.path.join(path, 'state'))
     state = {k: v for k, v in state.items() if k in kept}           # others were frozen until now
     checkpoint.load(state, os.path.join(path, 'state'))
     progress.update({k: saved[k] for k in progress if k in saved})
@@ -451,17 +386,12 @@ def load_weights(path):
             loaded, unused = checkpoint.load_weights(raw_model, folder, init_skip)
     except checkpoint.ERRORS as error:
         fail(f'init_from={path!r}: {error}', 2)
-    fresh = raw_model.state_dict().keys() - loaded
+    fresh, parts = raw_model.state_dict().keys() - loaded, checkpoint.parts
     say(f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, {parts(fresh) or "none"} begin anew, '
         f'{parts(unused) or "none"} left there unused')
     if ema:
         for name, p in trained.items():
             averages[name].copy_(p.detach())
-
-
-def parts(names):
-    """The first parts of parameter names: vit, decoder."""
-    return ', '.join(sorted({n.partition('.')[0] for n in names}))
 
 
 try:
@@ -496,7 +426,7 @@ def save():
     weights = raw_model.state_dict()
     copies = files | {'tokenizer.json' if path == tok.files[0] and path.endswith('.json') else os.path.basename(path):
                       path for path in tok.files}
-    saver.save(progress['step'], weights, averages, state_tensors(), {
+    saver.save(progress['step'], weights, averages, optim.state_tensors(optimizers, trained), {
         'config.json': config, 'progress.json': progress | dict(world=world),
         'shards.json': data.provenance(order, folders, progress['step'] * batch_size) if master else {}}, copies)
 
@@ -679,14 +609,15 @@ while progress['step'] < steps:
         elif world > 1:
             model.require_backward_grad_sync = i == passes - 1
         tensors = to_device(batch)
+        count = count_targets(batch)
         with autocast:
-            losses, _ = model(**tensors, **fixed, **extra, reduction='none')
-        part = torch.as_tensor(batch['parts']).to(device).long().expand_as(tensors['targets'])
-        part = part[tensors['targets'] != -100]
+            losses, _ = model(**tensors, **fixed, **extra, reduction='none', num_targets=count)
+        part = torch.as_tensor(batch['parts']).to(device, non_blocking=True).int().expand_as(tensors['targets'])
+        part = part.flatten()[positions_where(tensors['targets'] != -100, count)]
         # the mean over the ranks, which DDP and FSDP take, is to be the sum
         ((losses * weigh[part]).sum() * (world / targets * progress['loss_scale'])).backward()
-        by_part += torch.stack((torch.bincount(part, losses.detach().double(), len(mix)),
-                                torch.bincount(part, minlength=len(mix))))
+        losses = losses.detach().double()
+        by_part.index_add_(1, part, torch.stack((losses, torch.ones_like(losses))))
     if progress['loss_scale'] != 1:
         torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], 1 / progress['loss_scale'])
     grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), grad_clip or math.inf)
