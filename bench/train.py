@@ -1,9 +1,10 @@
 """What a training step costs: python bench/train.py [--nanogpt=path/to/nanoGPT]
 
-1. A step of our Decoder beside a step of nanoGPT's model at equal shape: width, depth, heads, context, vocabulary and,
-   about, parameters (its MLP has two matrices of 4 widths, ours three of 8/3), same batch, each with the AdamW that it
-   uses itself and clipping, eager and compiled. Medians of steps that take turns. Needs a clone of
-   github.com/karpathy/nanoGPT.
+1. A step of our Decoder beside a step of nanoGPT's model at equal shape: width, depth, heads, context, vocabulary and
+   parameters in matrices (its MLP has two of 4 widths, ours three of 8/3), same batch, each with the AdamW that it
+   uses itself and clipping, eager and compiled. Ours with SiLU (Llama) and with tanh's GELU (Gemma), nanoGPT's own is
+   the exact GELU: on a CPU tanh takes four times as long as the others. Medians of steps that take turns, on the wall's
+   clock and, for a machine that others use, in CPU time. Needs a clone of github.com/karpathy/nanoGPT.
 2. What train.py does around forward, backward and optimizer, as a share of a step of about 0.3 s.
 3. How long a checkpoint of 100 M parameters stops the loop.
 """
@@ -48,10 +49,10 @@ def step_of(model, optimizer, mean_loss):
     return step, sum(p.numel() for p in model.parameters())
 
 
-def our_step(compiled):
+def our_step(compiled, activation='gelu'):
     torch.manual_seed(0)
     model = Decoder(DecoderConfig(vocab_size, width, depth, round(8 / 3 * width / 64) * 64, num_heads, num_heads,
-                                  width // num_heads))
+                                  width // num_heads, activation))
     for block in model.modules() if compiled else ():
         if isinstance(block, DecoderBlock):
             block.forward = torch.compile(block.forward)
@@ -78,17 +79,21 @@ def side_by_side():
     tokens = torch.randint(0, vocab_size, (batch_size, seq_len + 1))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     for compiled in (False, True):
-        (ours, n), (theirs, m) = our_step(compiled), their_step(compiled)
-        times = {ours: [], theirs: []}
+        runs = {'ours, SiLU': our_step(compiled, 'silu'), 'ours, GELU': our_step(compiled, 'gelu'),
+                'nanoGPT': their_step(compiled)}
+        times = {name: [] for name in runs}
         for i in range(steps + 3):
-            for step in times:
-                began = time.perf_counter()
+            for name, (step, _) in runs.items():
+                began = time.perf_counter(), time.process_time()
                 step(x, y)
                 if i >= 3:
-                    times[step].append(time.perf_counter() - began)
-        a, b = (1e3 * statistics.median(times[step]) for step in (ours, theirs))
-        print(f'{"compiled" if compiled else "eager":10} ours {a:7.1f} ms a step ({n / 1e6:.2f} M parameters), nanoGPT '
-              f'{b:7.1f} ms ({m / 1e6:.2f} M): {b / a:.2f} x as fast', flush=True)
+                    times[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
+        medians = {name: [1e3 * statistics.median(t) for t in zip(*times[name])] for name in runs}
+        wall, cpu = medians['nanoGPT']
+        for name, (a, b) in medians.items():
+            print(f'{"compiled" if compiled else "eager":10} {name:10} {runs[name][1] / 1e6:.2f} M parameters: '
+                  f'{a:7.1f} ms a step ({b:7.1f} of CPU), {wall / a:.2f} ({cpu / b:.2f}) x as fast as nanoGPT',
+                  flush=True)
 
 
 def around():
