@@ -293,10 +293,8 @@ def read_model_folder(folder, pictures=True):
                          f'{", ".join(KINDS)}')
     if config.get('image_processor_type', '', str).startswith(('CLIP', 'Llava')):
         config.update(CLIP | {k: v for k, v in config.items() if v is not None})
-    wanted = {'do_resize': True, 'do_pad': form == 'smolvlm'}
-    for key, value in wanted.items():
-        if config.get(key, value, bool) != value and not (key == 'do_pad' and value):
-            raise config.wrong(key, not value, 'pictures of one size need the other')
+    if not config.get('do_resize', True, bool) or config.get('do_pad', False, bool) and form != 'smolvlm':
+        raise config.wrong('do_resize, do_pad', [config.get('do_resize'), config.get('do_pad')], 'expected true, false')
     factor = config.get('rescale_factor', 1 / 255, NUMBER, 1e-6)
     scale = 1 / 255 / (factor if config.get('do_rescale', True, bool) else 1)
     normal = config.get('do_normalize', True, bool)
@@ -334,7 +332,8 @@ def read_model_folder(folder, pictures=True):
 
 
 def build(config, tokenizer, image_tokens):
-    """The Processor of a run, from its flat config. Raises ValueError and OSError."""
+    """The Processor of a run, from its flat config; image_mean, image_std and image_draft are not those of a model
+    folder. Raises ValueError and OSError."""
     form = config.get('processor', 'auto')
     if form == 'auto':
         form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair'}[config['task']]
@@ -454,7 +453,7 @@ class Processor:
     attention stops at the end of a document of a tokenized set. What a model folder says: resample, a filter of PIL;
     resize, how a picture becomes a square: square, (longest, side) first, (shortest, side) and the middle of it;
     template, a chat template instead of the form's, from `where`; opens: a conversation begins with what the
-    tokenizer.json says a text does; text_rule: what SigLIP does to a caption."""
+    tokenizer.json says a text does; text_rule: what SigLIP does to a caption. `end_id` ends an answer."""
 
     def __init__(self, tokenizer, image_size=0, image_tokens=0, prompt='', seq_len=96, form='paligemma', pictures=True,
                  lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5, documents=True, resample=3, resize=('square', 0),
@@ -463,12 +462,13 @@ class Processor:
         self.tokenizer, self.image_size, self.image_tokens, self.prompt = tokenizer, image_size, image_tokens, prompt
         self.seq_len, self.form, self.with_pictures, self.lowdim, self.draft = seq_len, form, pictures, lowdim, draft
         self.resample, self.resize, self.text_rule = resample, resize, text_rule
-        self.opening = getattr(tokenizer, 'opening', []) if opens else []
-        self.function = load_form(form)
+        self.opening = getattr(tokenizer, 'opening', []) if opens else [tokenizer.bos_id] * (form == 'llava')
+        self.function, self.end_id = load_form(form), tokenizer.eos_id
         if self.function is pair:
             self.image_tokens = 0
         if self.function is chat:
             self.chat = Chat(form, tokenizer, template, where)
+            self.end_id = self.chat.markers.get(self.chat.end, self.end_id)
 
     def __getstate__(self):             # a user's function lives in a module that only this process has loaded
         return {k: v for k, v in self.__dict__.items() if k != 'function'}

@@ -114,9 +114,12 @@ class SentencePiece:
         return [j for i in self.model.encode(text) for j in self.spelled.get(i, [i])]
 
     def offsets(self, text):
-        pieces = self.model.encode(text, return_type='proto').pieces
-        rows = [(i, piece.begin, piece.end) for piece in pieces for i in self.spelled.get(piece.id, [piece.id])]
-        return tuple(map(list, zip(*rows))) or ([], [], [])
+        char = np.cumsum([0] + [byte & 0xC0 != 0x80 for byte in text.encode()]).tolist()
+        rows, end = [], len(text.encode())
+        for piece in reversed(self.model.encode(text, return_type='proto').pieces):
+            end = piece.end if piece.end > piece.begin else end     # all but the last byte of a letter are empty
+            rows += [(i, char[piece.begin], char[end]) for i in self.spelled.get(piece.id, [piece.id])[::-1]]
+        return tuple(map(list, zip(*rows[::-1]))) or ([], [], [])
 
     def decode(self, ids):
         return self.model.decode([i for i in ids if i not in self.spelled and i < self.size])
@@ -537,7 +540,7 @@ CHATS = {
 {{- message.content | trim + '<end_of_turn>\\n' }}{% set system.text = '' %}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}''',
-    'llava': '''{{ bos_token }}
+    'llava': '''
 {%- for message in messages %}
 {%- if message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}
 {%- else %}{{ ('USER: ' if message.role == 'user' else '') + message.content + ' ' }}{% endif %}
