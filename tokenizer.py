@@ -290,7 +290,7 @@ class HuggingFace:
 # Characters that Unicode keeps out of texts. BREAK stands inside what looks like a special token but is a user's text;
 # the others around what {% generation %} holds.
 BREAK, BEGIN, CLOSE = '\ufdd0', '\ufdd1', '\ufdd2'
-MAX_WORK = 1 << 25              # of one rendering: characters that pass through; a turn of a loop or a call counts 16
+MAX_WORK = 1 << 23              # of one rendering: characters that pass through; a turn of a loop or a call counts 16
 MAX_SOURCE = 1 << 20            # characters of a template
 
 
@@ -398,9 +398,14 @@ def sandbox():
                        + sum(x for x in (*args, *kwargs.values()) if isinstance(x, int) and x > 0))
             return super().call(context, function, *args, **kwargs)
 
+    def weigh(env, value):
+        env.spend(len(value) + 16 if isinstance(value, str) else 16)
+        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+            weigh(env, item)
+
     @jinja2.pass_context
     def bound(context, value):
-        context.environment.spend(len(value) if isinstance(value, str | list | tuple | dict) else 1)
+        weigh(context.environment, value)       # as a tree: [x, x] in a loop has few objects but no end when printed
         return value
 
     @jinja2.pass_context
@@ -455,7 +460,10 @@ def sandbox():
             self.generic_visit(node)
             return self.wrap(node)
 
-        visit_Call = visit_Concat
+        visit_Call = visit_List = visit_Dict = visit_Concat     # whatever makes something that may be large
+
+        def visit_Tuple(self, node):
+            return self.visit_Concat(node) if node.ctx == 'load' else node
 
     def stop(message):
         raise jinja2.TemplateError(str(message))
@@ -469,6 +477,9 @@ def sandbox():
             if str(name).startswith('_'):
                 raise SecurityError(f'a namespace can not hold {name!r}')
             super().__setitem__(name, value)
+
+        def __repr__(self):
+            return 'namespace'
 
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     keep = set('abs capitalize count d default dictsort e escape first float indent int items join last length list '

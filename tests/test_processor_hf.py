@@ -439,6 +439,10 @@ HOSTILE = {
     'doubles by a method': GROWS % "ns.x.replace('a', 'aa')",
     'doubles by a block': "{% set ns = namespace(x='a') %}{% for i in range(60) %}{% set y %}{{ ns.x }}{{ ns.x }}"
                           '{% endset %}{% set ns.x = y %}{% endfor %}',
+    'nests': GROWS % '[ns.x, ns.x]' + '{{ ns.x }}',
+    'nests tuples': GROWS % '(ns.x, ns.x)' + '{{ {ns.x: 1}[ns.x] }}',
+    'nests dicts': GROWS % "{'a': ns.x, 'b': ns.x}" + '{{ ns.x | tojson }}',
+    'nests namespaces': GROWS % 'namespace(a=[ns.x, ns.x])' + '{{ ns.x }}{{ 1 // 0 }}',
     'a long text': "{{ 'a' * 10000000000 }}", 'a power': '{{ 9 ** 9 ** 9 }}', 'wide': "{{ '%999999999d' % 1 }}",
     'wide format': "{{ '{:999999999}'.format(1) }}", 'wide ljust': "{{ 'a'.ljust(9999999999) }}",
     'wide center': "{{ 'a' | center(9999999999) }}", 'lipsum': '{{ lipsum(n=99999999) }}',
@@ -550,7 +554,7 @@ def test_pixels_are_those_of_transformers(tmp_path, name):
     config = json.loads((tmp_path / 'preprocessor_config.json').read_text())
     (tmp_path / 'preprocessor_config.json').write_text(json.dumps(config | {'processor_class': whole}))
     p = load(tmp_path, 'vlm', size, tok=tokenizer.Bytes())
-    for data in list(pictures())[4 * (name == 'longest'):5 if name == 'longest' else None]:
+    for data in list(pictures())[5 * (name == 'longest'):6 if name == 'longest' else None]:
         ours, opened = pixels(p, data)
         wanted = theirs(images=[opened], return_tensors='np')['pixel_values']
         wanted = wanted.reshape(3, size, size)
