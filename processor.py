@@ -273,7 +273,8 @@ def read_model_folder(folder, pictures=True):
     preprocessor_config.json and processor_config.json are read for pictures (those of PaliGemma, SigLIP, Idefics3,
     SmolVLM and Llava are known), chat_template.jinja, chat_template.json or tokenizer_config.json for conversations. A
     folder without the former, or pictures=False, needs a chat template. Idefics3 and SmolVLM: a picture is never split.
-    Raises ValueError."""
+    Where a processor of transformers differs: text that reads <image>, <bos>, <|im_end|> ... stays text here, and an
+    answer loses the spaces around it if it is a `suffix`. Raises ValueError."""
     found = {}
     for name in ('preprocessor_config.json', 'processor_config.json'):
         if os.path.exists(path := os.path.join(folder, name)):
@@ -313,6 +314,8 @@ def read_model_folder(folder, pictures=True):
                     resize=('longest', config.edge('size', ('longest_edge',), {'longest_edge': 4 * 364})))
         if not out['resize'][1]:        # a square, then another one
             out['resize'] = ('squares', config.edge('size', ('height', 'width')))
+            if not out['resize'][1]:
+                raise config.wrong('size', config['size'])
     else:
         short = config.edge('size', ('shortest_edge',))
         out['image_size'] = short or config.edge('size', ('height', 'width'), {'height': 224, 'width': 224})
@@ -320,6 +323,8 @@ def read_model_folder(folder, pictures=True):
         if short and crop != short or crop not in (0, out['image_size']):
             raise config.wrong('crop_size', crop, 'expected a square of the size')
         out['resize'] = ('shortest' if short else 'square', short)
+    if not out['image_size']:
+        raise config.wrong('size', [config.get('size'), config.get('max_image_size')])
     out['image_tokens'] = config.get('image_seq_length', config.get('image_seq_len', 0), int, 0)
     if form == 'llava' and config.get('patch_size'):
         out['image_tokens'] = ((out['image_size'] // config.get('patch_size', 1, int, 1)) ** 2
@@ -574,6 +579,8 @@ class Processor:
             picture = picture.resize((edge, edge), self.resample)
         elif rule == 'shortest':            # CLIP: the middle of it
             long = int(edge * max(w, h) / min(w, h))
+            if long * edge > MAX_PIXELS:
+                raise BadSample(f'a picture of {w} x {h} pixels is too narrow to be made {long} x {edge}')
             picture = picture.resize((edge, long) if w <= h else (long, edge), self.resample)
             left, top = ((side - size) // 2 for side in picture.size)
             picture = picture.crop((left, top, left + size, top + size))

@@ -15,6 +15,7 @@ import json
 import os
 import re
 from functools import cache
+from itertools import takewhile
 
 import numpy as np
 
@@ -253,7 +254,7 @@ class HuggingFace:
                         if token.special and i not in unknown}
         self.specials = {token.content: i for i, token in added.items() if token.special and i not in unknown}
         try:            # what the file says to write before a text, as most of Llama's say bos
-            self.opening = [i for i in self.model.encode('').ids if i in added]
+            self.opening = list(takewhile(added.__contains__, self.model.encode('a').ids))
         except Exception:                       # a post-processor that the library can not run
             self.opening = []
         self.model.add_special_tokens([BREAK])              # found by `offsets` alone, which leaves it out
@@ -392,10 +393,11 @@ def sandbox():
             raise SecurityError(f'{attribute!r} of {type(obj).__name__} is not for chat templates')
 
         def call(self, context, function, *args, **kwargs):
-            texts = [len(x) for x in (*args, *kwargs.values()) if isinstance(x, str | list | tuple)]
-            owner = getattr(function, '__self__', '')
-            self.spend(16 + max(texts, default=0) * (len(owner) if isinstance(owner, str) else 1)
-                       + sum(x for x in (*args, *kwargs.values()) if isinstance(x, int) and x > 0))
+            given, owner = [*args, *kwargs.values()], getattr(function, '__self__', 0)
+            weigh(self, given)
+            self.spend(sum(abs(x) for x in given if isinstance(x, int)))        # range, ljust
+            if isinstance(owner, str):                                          # replace, join
+                self.spend(len(owner) * max((len(x) for x in given if isinstance(x, str | list | tuple)), default=1))
             return super().call(context, function, *args, **kwargs)
 
     def weigh(env, value):
@@ -414,18 +416,22 @@ def sandbox():
             context.environment.spend(16)
             yield item
 
-    @jinja2.pass_context
-    def grow(context, value, *args, **kwargs):
+    def product(name):
         """join, replace, indent: may write as much as the product of what they are given."""
-        name, *args = args
-        value = list(value) if name == 'join' else value
-        texts = [len(x) for x in (*args, *kwargs.values()) if isinstance(x, str)]
-        context.environment.spend(len(value) * max(texts, default=1))
-        return context.environment.call_filter(name, value, args, kwargs, context)
+        filter = jinja2.filters.FILTERS[name]
+
+        @jinja2.pass_eval_context
+        def grow(eval_ctx, value, *args, **kwargs):
+            value = list(value) if name == 'join' else str(value)
+            texts = [len(x) for x in (*args, *kwargs.values()) if isinstance(x, str)]
+            counts = [abs(x) for x in (*args, *kwargs.values()) if isinstance(x, int)]
+            eval_ctx.environment.spend(len(value) * max(texts + counts, default=1))
+            return filter(*[eval_ctx] * (name != 'indent'), value, *args, **kwargs)
+        return grow
 
     class Bounds(NodeTransformer):
-        def wrap(self, node, name='bound', *args):
-            return nodes.Filter(node, name, [nodes.Const(x) for x in args], [], None, None)
+        def wrap(self, node, name='bound'):
+            return nodes.Filter(node, name, [], [], None, None)
 
         def visit_For(self, node):
             self.generic_visit(node)
@@ -445,12 +451,6 @@ def sandbox():
             node.nodes = [x if isinstance(x, nodes.TemplateData) else self.wrap(x) for x in node.nodes]
             return node
 
-        def visit_Filter(self, node):
-            self.generic_visit(node)
-            if node.name in ('join', 'replace', 'indent'):
-                node.args, node.name = [nodes.Const(node.name), *node.args], 'grow'
-            return self.wrap(node)
-
         def visit_AssignBlock(self, node):
             self.generic_visit(node)
             node.filter = node.filter or self.wrap(None)
@@ -460,7 +460,7 @@ def sandbox():
             self.generic_visit(node)
             return self.wrap(node)
 
-        visit_Call = visit_List = visit_Dict = visit_Concat     # whatever makes something that may be large
+        visit_Call = visit_Filter = visit_List = visit_Dict = visit_Concat     # what makes large things
 
         def visit_Tuple(self, node):
             return self.visit_Concat(node) if node.ctx == 'load' else node
@@ -486,8 +486,7 @@ def sandbox():
                'lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title '
                'trim unique upper'.split())
     env.filters = {k: v for k, v in env.filters.items() if k in keep} | dict(
-        tojson=tojson, bound=bound, count=count, grow=grow)
-    env.filters['length'] = len
+        tojson=tojson, bound=bound, count=count, **{name: product(name) for name in ('join', 'replace', 'indent')})
     env.globals = dict(range=range, namespace=Namespace, raise_exception=stop, dict=dict)
     return env, Bounds()
 
@@ -524,16 +523,16 @@ class Template:
         try:
             text = ''.join(self.compiled.generate(messages=messages, add_generation_prompt=answer, tools=None,
                                                   documents=None, **self.names))
+            out, spans = '', []
+            for part in re.split(f'([{BEGIN}{CLOSE}])', text):
+                if part == BEGIN:
+                    spans.append((len(out), len(out)))
+                elif part == CLOSE:
+                    spans[-1] = (spans[-1][0], len(out))
+                else:
+                    out += part
         except Exception as error:              # whatever a template of a stranger may raise
             raise ValueError(f'{self.where}: {error or type(error).__name__}') from None
-        spans, out = [], ''
-        for part in re.split(f'([{BEGIN}{CLOSE}])', text):
-            if part == BEGIN:
-                spans.append((len(out), len(out)))
-            elif part == CLOSE:
-                spans[-1] = (spans[-1][0], len(out))
-            else:
-                out += part
         return out, spans
 
 
@@ -595,9 +594,10 @@ class Chat:
         opening = self.learn_end()
         if ours and self.end:
             markers.setdefault(self.end, tokenizer.eos_id)      # a tokenizer without that token ends with its own
-            self.broken = any_of(tuple(markers))
+        broken = {*markers, self.end} - {''}
+        self.broken = any_of(tuple(broken))
         self.broken_answers = any_of(tuple(
-            text for text in markers if text in (*tokenizer.specials, self.image, self.end) or text in opening))
+            text for text in broken if text in (*tokenizer.specials, self.image, self.end) or text in opening))
 
     def learn_end(self):
         """Find what ends an answer ('': nothing that may be a token); gives what an answer begins with."""

@@ -442,6 +442,10 @@ HOSTILE = {
     'nests': GROWS % '[ns.x, ns.x]' + '{{ ns.x }}',
     'nests tuples': GROWS % '(ns.x, ns.x)' + '{{ {ns.x: 1}[ns.x] }}',
     'nests dicts': GROWS % "{'a': ns.x, 'b': ns.x}" + '{{ ns.x | tojson }}',
+    'nests arguments': '{% set ns = namespace(x=1) %}{% macro f() %}{% set ns.x = varargs %}{% endmacro %}'
+                       '{% for i in range(60) %}{{ f(ns.x, ns.x) }}{% endfor %}{{ {ns.x: 1} }}',
+    'maps': "{{ ['a' * 99999] | map('replace', 'a', 'b' * 99999) | list | length }}",
+    'indents': "{{ ('a\n' * 9999) | indent(9999) }}", 'marks': '{{ "\ufdd2" }}',
     'nests namespaces': GROWS % 'namespace(a=[ns.x, ns.x])' + '{{ ns.x }}{{ 1 // 0 }}',
     'a long text': "{{ 'a' * 10000000000 }}", 'a power': '{{ 9 ** 9 ** 9 }}', 'wide': "{{ '%999999999d' % 1 }}",
     'wide format': "{{ '{:999999999}'.format(1) }}", 'wide ljust': "{{ 'a'.ljust(9999999999) }}",
@@ -572,6 +576,7 @@ def test_pictures_that_are_split_are_not_here(tmp_path):
 
 
 GOOD = dict(processor_class='SiglipProcessor', size={'height': 16, 'width': 16})
+EDGES = dict(processor_class='Idefics3Processor', do_image_splitting=False)
 BROKEN = {
     'no json': '{', 'a list': '[1]', 'deep': '[' * 100000, 'huge': ' ' * (1 << 21) + '{}', 'empty': '{}',
     'kind': dict(GOOD, processor_class='Blip2Processor'), 'kind of a wrong type': dict(GOOD, processor_class=[1]),
@@ -586,7 +591,17 @@ BROKEN = {
     'tokens of a wrong type': dict(GOOD, image_seq_length='4'), 'nested': dict(GOOD, image_processor=3),
     'crop': dict(GOOD, do_center_crop=True, crop_size=8),
     'nan': '{"processor_class": "SiglipProcessor", "image_mean": NaN}',
-    'shortest': dict(GOOD, size={'shortest_edge': 16}), 'edges': dict(GOOD, size={'height': -1, 'width': -1})}
+    'shortest': dict(GOOD, size={'shortest_edge': 16}), 'edges': dict(GOOD, size={'height': -1, 'width': -1}),
+    'no size': dict(GOOD, size={}), 'no edge': dict(GOOD | EDGES, size={}),
+    'no patch': dict(GOOD | EDGES, max_image_size={'height': 16})}
+
+
+def test_a_picture_that_would_not_fit(tmp_path):
+    CLIPImageProcessorPil(size={'shortest_edge': 224}).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / 'preprocessor_config.json').read_text())
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(config | {'processor_class': 'LlavaProcessor'}))
+    with pytest.raises(BadSample, match='narrow'):
+        load(tmp_path, 'vlm', 224, tok=tokenizer.Bytes()).pixels(encode(np.zeros((1, 60000, 3), np.uint8)))
 
 
 @pytest.mark.parametrize('name', BROKEN)
