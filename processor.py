@@ -167,7 +167,6 @@ def chat(sample, p):
     except ValueError as error:
         raise BadSample(str(error)) from None
     begins, ends = np.array(begins, int), np.array(ends, int)
-    begins = np.minimum(begins, np.concatenate([[0], np.maximum.accumulate(ends)])[:len(ids)])  # some leave spaces out
     learned = np.zeros(len(ids), bool)
     for begin, end in spans:
         learned |= (begins < end) & (ends > begin)
