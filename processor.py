@@ -2,11 +2,13 @@
 and pieces become a batch.
 
 A form says how a sample is written as tokens. It is one plain function: it gets what the sample holds (`fields`) and
-the Processor, and gives [(item, role), ...]. An item is text, `Markup`, a token id or an encoded picture; the role is
+the Processor, and gives [(item, role), ...]. An item is text, `Markup`, a token id, a list of them or an encoded
+picture; the role is
     SEEN    not learned, seen by everything in its SEEN stretch (the prefix of a prefix-LM)
     READ    not learned, causal
     LEARNED learned, causal
-`processor = 'paligemma'` in a config names one of FORMS, `'mine.py:my_form'` a function of your own:
+`processor = 'paligemma'` in a config names one of FORMS, a folder the form of the model in it (`read_model_folder`:
+token ids and pixels are those of its processor in transformers), `'mine.py:my_form'` a function of your own:
 
     def my_form(sample, p):
         return [(picture, SEEN) for picture in sample['pictures']] + [(p.tokenizer.bos_id, SEEN),
@@ -18,18 +20,21 @@ import importlib.util
 import io
 import json
 import os
-import re
+import string
+import warnings
 import zipfile
 
 import numpy as np
 
 from shards import BadSample
+from tokenizer import CHATS, MARKER, Chat, mark_up, read_json, read_template
 
 SEEN, READ, LEARNED = 0, 1, 2
 HERE = os.path.dirname(os.path.abspath(__file__))
 PICTURES = ('jpg', 'jpeg', 'png', 'webp')
 MAX_PIXELS = 64 << 20           # of one picture; more is a bad sample
 MAX_ARRAYS = 64 << 20           # bytes that a .npz may unpack to
+NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
 class Markup(str):
@@ -130,7 +135,7 @@ def pair(sample, p):
     """The caption alone: what SigLIP compares with the picture."""
     if len(sample['pictures']) != 1:
         raise BadSample(f'{len(sample["pictures"])} pictures (.png, .jpg, .webp): a pair has one')
-    return [(sample['pictures'][0], SEEN), (question(sample, p)[1], LEARNED), (p.tokenizer.eos_id, LEARNED)]
+    return [(sample['pictures'][0], SEEN), (p.clean(question(sample, p)[1]), LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
 def question(sample, p):
@@ -142,49 +147,35 @@ def question(sample, p):
     return prefix, answer.strip()
 
 
-# form -> bos?, what opens the conversation, a turn's opening by role, what ends a turn, what follows it, what stands
-# before and after the tokens of a picture, what stands before a turn's text where no picture does
-CHATS = {
-    'chat': (False, '', {role: f'<|im_start|>{role}\n' for role in ('system', 'user', 'assistant')},
-             '<|im_end|>', '\n', ('', '\n'), ''),                                       # ChatML: SmolLM2, Qwen
-    'gemma': (True, '', {'system': '<start_of_turn>user\n', 'user': '<start_of_turn>user\n',
-                         'assistant': '<start_of_turn>model\n'}, '<end_of_turn>', '\n', ('', '\n'), ''),
-    'llava': (True, '', {'system': '', 'user': 'USER: ', 'assistant': 'ASSISTANT: '}, '</s>', ' ', ('', '\n'), ''),
-    'smolvlm': (False, '<|im_start|>', {'system': 'System:', 'user': 'User:', 'assistant': 'Assistant:'},
-                '<end_of_utterance>', '\n',
-                ('<fake_token_around_image><global-img>', '<fake_token_around_image>'), ' '),
-}
-CHATS['idefics3'] = CHATS['smolvlm']
-
-
 def chat(sample, p):
     """A conversation: `messages` of {role, content}, or one question and its answer. Answers alone are learned, with
     the token that ends them. Content is text or a list of {type: text, text: ...} and {type: image}; pictures that no
-    message places stand at the start of the first user's turn."""
-    bos, start, opening, end, after, around, gap = CHATS[p.form]
-    if end.startswith('<') and p.tokenizer.special(end) is None:
-        end = p.tokenizer.eos_id        # a tokenizer without that token ends an answer with its own
-    parts = [(p.tokenizer.bos_id, READ)] if bos else []
-    parts.append((Markup(start), READ))
-    pictures = iter(sample['pictures'])
-    for role, content in turns(sample, p):
-        learned = LEARNED if role == 'assistant' else READ
-        parts.append((Markup(opening[role]), READ))
-        for i, item in enumerate(content):
-            if item is None:
-                picture = next(pictures, None)
-                if picture is None:
-                    raise BadSample('its messages place more pictures than there are')
-                parts += [(Markup(around[0]), READ), (picture, READ), (Markup(around[1]), READ)]
-            else:
-                parts += [(gap * (i == 0), READ), (item, learned)]
-        if role == 'assistant' and sample.get('asking'):
-            break
-        if role == 'assistant' or p.form != 'llava':
-            parts.append((end if isinstance(end, int) else Markup(end), learned))
-        parts.append((after, READ))
-    if next(pictures, None) is not None:
-        raise BadSample('its messages leave pictures without a place')
+    message places stand at the start of the first user's turn. How it is written says the form's chat template."""
+    c, found, asking = p.chat, turns(sample, p), sample.get('asking')
+    if asking:
+        found = found[:-1]
+    try:
+        text, spans = c.render([dict(role=role, content=c.content(items, role)) for role, items in found], asking)
+    except ValueError as error:
+        raise BadSample(str(error)) from None
+    if text.count(c.image) != len(sample['pictures']):
+        raise BadSample(f'its messages place {text.count(c.image)} pictures, there are {len(sample["pictures"])}')
+    shift = len(''.join(c.around))
+    spans = [[x + shift * text.count(c.image, 0, x) for x in span] for span in spans]
+    try:
+        ids, begins, ends = mark_up(p.tokenizer, text.replace(c.image, c.image.join(c.around)), c.markers)
+    except ValueError as error:
+        raise BadSample(str(error)) from None
+    begins, ends = np.array(begins, int), np.array(ends, int)
+    learned = np.zeros(len(ids), bool)
+    for begin, end in spans:
+        learned |= (begins < end) & (ends > begin)
+    ids = np.array(ids, int)
+    parts = [] if text.startswith(p.tokenizer.names.get('bos_token', '\0')) else [(p.opening, READ)]
+    pictures, picture = iter(sample['pictures']), ids == p.tokenizer.image_id
+    cuts = np.flatnonzero(np.diff(learned) | picture[1:] | picture[:-1]) + 1
+    for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(ids)]):
+        parts.append((next(pictures), READ) if picture[a] else (ids[a:b].tolist(), LEARNED if learned[a] else READ))
     return parts
 
 
@@ -200,7 +191,8 @@ def turns(sample, p):
             if isinstance(content, str):
                 content = [{'type': 'text', 'text': content}]
             items = [None if item['type'] == 'image' else item['text'] for item in content]
-            if message['role'] not in CHATS['chat'][2] or not all(isinstance(x, str | None) for x in items):
+            known = message['role'] in ('system', 'user', 'assistant')
+            if not known or not all(isinstance(x, str | None) for x in items):
                 raise TypeError
             out.append((message['role'], items))
     except (KeyError, TypeError):
@@ -242,45 +234,136 @@ def load_form(name):
     return getattr(module, function)
 
 
-def read_model_folder(folder):
-    """What the processor files of a model folder say: form, image_size, image_tokens (0: not said), image_mean,
-    image_std. The classes that are known are PaliGemma's, SigLIP's, Idefics3's and Llava's."""
-    config = {}
+KINDS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava', 'Siglip': 'pair'}
+CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
+            size={'shortest_edge': 224}, crop_size={'height': 224, 'width': 224}, do_center_crop=True)
+NUMBER = int | float
+
+
+class Settings(dict):
+    """What the processor files of a folder say; a value of a wrong type is a ValueError that names it."""
+
+    def __init__(self, folder, values):
+        super().__init__(values)
+        self.folder = folder
+
+    def get(self, key, default=None, kind=None, least=None):
+        value = super().get(key)
+        value = default if value is None else value
+        if kind and (not isinstance(value, kind) or kind is not bool and isinstance(value, bool)
+                     or least is not None and not least <= value < 1 << 16):
+            raise self.wrong(key, value)
+        return value
+
+    def wrong(self, key, value, why='which can not be'):
+        return ValueError(f'processor={self.folder!r}: {key} is {str(value)[:80]!r}, {why}')
+
+    def edge(self, key, names, default=None):
+        """The one side that a size has under one of these names, or 0."""
+        size = self.get(key, default or {}, dict | int)
+        size = {'height': size, 'width': size} if isinstance(size, int) else size
+        sides = {size[name] for name in names if isinstance(size.get(name), NUMBER)}
+        if len(sides) > 1 or not all(type(x) is int and 0 < x < 1 << 14 for x in sides):
+            raise self.wrong(key, size, 'expected a square')
+        return sides.pop() if sides else 0
+
+    def colour(self, key):
+        values = self.get(key, [0.5] * 3, list | NUMBER)
+        values = values if isinstance(values, list) else [values] * 3
+        if len(values) != 3 or not all(type(x) in (int, float) and abs(x) < 1e6 for x in values):
+            raise self.wrong(key, values)
+        return np.array(values, float)
+
+
+def read_model_folder(folder, pictures=True):
+    """What the files of a model folder say, as keywords of Processor: form, template and, for one with pictures, mean,
+    std, resample, resize, opens, text_rule, and image_size and image_tokens (0: not said), which are the model's.
+
+    preprocessor_config.json and processor_config.json are read for pictures (those of PaliGemma, SigLIP, Idefics3,
+    SmolVLM and Llava are known), chat_template.jinja, chat_template.json or tokenizer_config.json for conversations. A
+    folder without the former, or pictures=False, needs a chat template. Idefics3 and SmolVLM: a picture is never split.
+    Where a processor of transformers differs: text that reads <image>, <bos>, <|im_end|> ... stays text here, and an
+    answer loses the spaces around it if it is a `suffix`. Raises ValueError."""
+    found = {}
     for name in ('preprocessor_config.json', 'processor_config.json'):
-        if os.path.exists(os.path.join(folder, name)):
-            with open(os.path.join(folder, name), encoding='utf-8') as f:
-                config |= json.load(f)
-    config = config.get('image_processor', {}) | config
-    kind = config.get('processor_class') or config.get('image_processor_type', '')
-    forms = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava', 'Siglip': 'pair'}
-    form = next((form for start, form in forms.items() if kind.startswith(start)), None)
+        if os.path.exists(path := os.path.join(folder, name)):
+            found |= read_json(path, 1 << 20)
+    config = Settings(folder, found)
+    config.update(config.get('image_processor', {}, dict))
+    template = read_template(folder)
+    if not pictures or not config:
+        if not template:
+            raise ValueError(f'processor={folder!r} has no chat template'
+                             + ' and no preprocessor_config.json' * pictures)
+        return dict(form='chat', template=template)
+    kind = config.get('processor_class', '', str) or config.get('image_processor_type', '', str)
+    form = next((form for start, form in KINDS.items() if kind.startswith(start)), None)
     if form is None:
         raise ValueError(f'processor={folder!r}: its processor_class is {kind or "not given"}, known are those of '
-                         f'{", ".join(forms)}')
-    size = config.get('size', {})
-    sides = {size.get(k, size.get('height')) for k in ('height', 'width', 'longest_edge', 'shortest_edge') if k in size}
-    if len(sides) != 1:
-        raise ValueError(f'processor={folder!r}: size is {size}, expected a square')
-    return dict(form=form, image_size=sides.pop(), image_tokens=config.get('image_seq_length', 0),
-                image_mean=config.get('image_mean', [0.5] * 3), image_std=config.get('image_std', [0.5] * 3))
+                         f'{", ".join(KINDS)}')
+    if config.get('image_processor_type', '', str).startswith(('CLIP', 'Llava')):
+        config.update(CLIP | {k: v for k, v in config.items() if v is not None})
+    if not config.get('do_resize', True, bool) or config.get('do_pad', False, bool) and form != 'smolvlm':
+        raise config.wrong('do_resize, do_pad', [config.get('do_resize'), config.get('do_pad')], 'expected true, false')
+    factor = config.get('rescale_factor', 1 / 255, NUMBER, 1e-6)
+    scale = 1 / 255 / (factor if config.get('do_rescale', True, bool) else 1)
+    normal = config.get('do_normalize', True, bool)
+    mean, std = (config.colour('image_mean'), config.colour('image_std')) if normal else (np.zeros(3), np.ones(3))
+    if (std <= 0).any():
+        raise config.wrong('image_std', std)
+    # to_pixels divides by 255, whatever a folder's rescale_factor says
+    out = dict(form=form, mean=(mean * scale).tolist(), std=(std * scale).tolist(), resize=('square', 0),
+               resample=config.get('resample', 1 if form == 'smolvlm' else 3, int, 0))
+    if out['resample'] > 5:
+        raise config.wrong('resample', out['resample'])
+    if form == 'smolvlm':
+        if config.get('do_image_splitting', True, bool):
+            warnings.warn(f'processor={folder!r}: do_image_splitting is on, but pictures are not split', stacklevel=2)
+        out |= dict(image_size=config.edge('max_image_size', ('longest_edge',), {'longest_edge': 364}),
+                    resize=('longest', config.edge('size', ('longest_edge',), {'longest_edge': 4 * 364})))
+        if not out['resize'][1]:        # a square, then another one
+            out['resize'] = ('squares', config.edge('size', ('height', 'width')))
+            if not out['resize'][1]:
+                raise config.wrong('size', config['size'])
+    else:
+        short = config.edge('size', ('shortest_edge',))
+        out['image_size'] = short or config.edge('size', ('height', 'width'), {'height': 224, 'width': 224})
+        crop = config.edge('crop_size', ('height', 'width')) if config.get('do_center_crop', False, bool) else 0
+        if short and crop != short or crop not in (0, out['image_size']):
+            raise config.wrong('crop_size', crop, 'expected a square of the size')
+        out['resize'] = ('shortest' if short else 'square', short)
+    if not out['image_size']:
+        raise config.wrong('size', [config.get('size'), config.get('max_image_size')])
+    out['image_tokens'] = config.get('image_seq_length', config.get('image_seq_len', 0), int, 0)
+    if form == 'llava' and config.get('patch_size'):
+        out['image_tokens'] = ((out['image_size'] // config.get('patch_size', 1, int, 1)) ** 2
+                               + config.get('num_additional_image_tokens', 0, int, 0)
+                               - (config.get('vision_feature_select_strategy') == 'default'))
+    path = os.path.join(folder, 'tokenizer_config.json')
+    named = read_json(path).get('tokenizer_class') if os.path.isfile(path) and form == 'pair' else ''
+    rules = {'SiglipTokenizer': 'siglip', 'Siglip2Tokenizer': 'siglip2'}
+    return out | dict(template=template * (form in CHATS), opens=True, text_rule=rules.get(str(named), ''))
 
 
 def build(config, tokenizer, image_tokens):
-    """The Processor of a run, from its flat config. Raises ValueError and OSError."""
+    """The Processor of a run, from its flat config; image_mean, image_std and image_draft are not those of a model
+    folder. Raises ValueError and OSError."""
     form = config.get('processor', 'auto')
     if form == 'auto':
         form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair'}[config['task']]
-    mean, std, size = config['image_mean'], config['image_std'], config['vit.image_size']
+    size, files, draft = config['vit.image_size'], dict(form=form), config.get('image_draft', True)
     if os.path.isdir(form):
-        files = read_model_folder(form)
+        files = read_model_folder(form, config['task'] != 'llm') | dict(where=f'processor={form!r}')
         for key, ours in (('image_size', size), ('image_tokens', image_tokens)):
-            if files[key] not in (0, ours) and config['task'] != 'llm':
-                raise ValueError(f'processor={form!r} wants {key} {files[key]}, the model has {ours}: change '
+            theirs = files.pop(key, 0)
+            if theirs not in (0, ours):
+                raise ValueError(f'processor={form!r} wants {key} {theirs}, the model has {ours}: change '
                                  'vit.image_size, vit.patch_size or pixel_shuffle')
-        form, mean, std = files['form'], files['image_mean'], files['image_std']
+        draft = draft and 'resize' not in files         # pixels as transformers has them
     lowdim = tuple(config.get(key, 0) for key in ('action_steps', 'action_dim', 'proprio_dim'))
-    return Processor(tokenizer, size, image_tokens, config['prompt'], config['seq_len'], form, config['task'] != 'llm',
-                     lowdim, config.get('image_draft', True), mean, std, config.get('document_attention', True))
+    files = dict(mean=config['image_mean'], std=config['image_std']) | files
+    return Processor(tokenizer, size, image_tokens, config['prompt'], config['seq_len'], files.pop('form'),
+                     config['task'] != 'llm', lowdim, draft, documents=config.get('document_attention', True), **files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,16 +464,25 @@ class Processor:
     form: a name of FORMS or `file.py:function`; image_tokens: how many tokens a picture takes (0: it has no place in
     the text); pictures=False leaves pictures out; lowdim: (steps, action size, proprio size) that actions are padded
     to, zeros leave them out; draft: JPEGs may be decoded small; mean, std: what `to_pixels` is to be given; documents:
-    attention stops at the end of a document of a tokenized set."""
+    attention stops at the end of a document of a tokenized set. What a model folder says: resample, a filter of PIL;
+    resize, how a picture becomes a square: square, (longest, side) first, (shortest, side) and the middle of it;
+    template, a chat template instead of the form's, from `where`; opens: a conversation begins with what the
+    tokenizer.json says a text does; text_rule: what SigLIP does to a caption. `end_id` ends an answer."""
 
     def __init__(self, tokenizer, image_size=0, image_tokens=0, prompt='', seq_len=96, form='paligemma', pictures=True,
-                 lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5, documents=True):
+                 lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5, documents=True, resample=3, resize=('square', 0),
+                 template='', where='', opens=False, text_rule=''):
         self.mean, self.std, self.documents = mean, std, documents
         self.tokenizer, self.image_size, self.image_tokens, self.prompt = tokenizer, image_size, image_tokens, prompt
         self.seq_len, self.form, self.with_pictures, self.lowdim, self.draft = seq_len, form, pictures, lowdim, draft
-        self.function = load_form(form)
+        self.resample, self.resize, self.text_rule = resample, resize, text_rule
+        self.opening = getattr(tokenizer, 'opening', []) if opens else [tokenizer.bos_id] * (form == 'llava')
+        self.function, self.end_id = load_form(form), tokenizer.eos_id
         if self.function is pair:
             self.image_tokens = 0
+        if self.function is chat:
+            self.chat = Chat(form, tokenizer, template, where)
+            self.end_id = self.chat.markers.get(self.chat.end, self.end_id)
 
     def __getstate__(self):             # a user's function lives in a module that only this process has loaded
         return {k: v for k, v in self.__dict__.items() if k != 'function'}
@@ -410,15 +502,14 @@ class Processor:
         return ids
 
     def encode(self, item):
-        """Token ids of an item of a form: text, Markup, an id, or a picture (bytes)."""
+        """Token ids of an item of a form: text, Markup, an id, ids, or a picture (bytes)."""
+        if isinstance(item, list):
+            return item
         if isinstance(item, bytes):
             return [self.tokenizer.image_id] * self.image_tokens
         if isinstance(item, Markup):
-            ids = []
-            for part in re.split(r'(<[^<>\s]+>)', item):
-                special = self.tokenizer.special(part) if part.startswith('<') else None
-                ids += self.tokenizer.encode(part) if special is None else [special]
-            return ids
+            special = {text: self.tokenizer.special(text) for text in MARKER.findall(item)}
+            return mark_up(self.tokenizer, item, {t: i for t, i in special.items() if i is not None})[0]
         if not isinstance(item, str):
             return [int(item)]
         try:
@@ -435,8 +526,8 @@ class Processor:
                 return self.cut(read_tokens(members[ext], ext))
         sample = fields(members, self.with_pictures, any(self.lowdim))
         asked = sample['pictures'] or sample.keys() & {'prefix', 'suffix', 'messages', 'instruction'}
-        known = self.function in FORMS.values() and self.function is not pair
-        parts = (document if known and not asked else self.function)(sample, self)
+        whole = self.function in FORMS.values() and self.function is not pair and not asked
+        parts = (document if whole else self.function)(sample, self)
         ids, learned, blocks = [], [], []
         for item, role in parts:
             new = self.encode(item)
@@ -445,7 +536,7 @@ class Processor:
             blocks += [role != SEEN] * len(new)
         ids = np.array(ids, np.int32)
         targets = np.where(learned, ids, -100)[1:]
-        if len(parts) == 3 and parts[1][1] == LEARNED and len(ids) > self.seq_len and not sample['pictures']:
+        if whole and len(ids) > self.seq_len:
             return self.cut(ids)
         if len(ids) > self.seq_len:
             raise BadSample(f'{len(ids)} tokens do not fit seq_len={self.seq_len}')
@@ -467,16 +558,42 @@ class Processor:
                      blocks=np.ones(len(ids[a:a + self.seq_len]), np.uint8))
                 for a in range(0, max(len(ids) - 1, 1), self.seq_len)]
 
+    def clean(self, caption):
+        """What SigLIP's tokenizers in transformers do to a text first: lower case, and for the first SigLIP no
+        punctuation and no more than one space."""
+        caption = caption.lower() if self.text_rule else caption
+        if self.text_rule == 'siglip':
+            caption = ' '.join(caption.translate(NO_PUNCTUATION).split())
+        return caption
+
     def pixels(self, data, rng=None):
-        """Encoded picture -> RGB uint8 (image_size, image_size, 3), bicubic, on white."""
+        """Encoded picture -> RGB uint8 (image_size, image_size, 3), on white, bicubic if no folder says otherwise."""
         from PIL import Image
-        size = self.image_size
-        picture = open_picture(data, size if self.draft else 0)
-        if picture.size != (size, size):
-            picture = picture.resize((size, size), Image.Resampling.BICUBIC)
-        if rng is not None:
-            return augment(np.array(picture.convert('RGBA')), rng)
-        return on_background(np.array(picture)) if picture.mode == 'RGBA' else np.array(picture)
+        picture = open_picture(data, self.image_size if self.draft else 0)
+        if picture.mode == 'RGBA' and rng is None:
+            picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
+        picture = self.to_square(picture)
+        return np.array(picture) if rng is None else augment(np.array(picture.convert('RGBA')), rng)
+
+    def to_square(self, picture):
+        """PIL picture of any size -> image_size x image_size, by `resize`."""
+        (rule, edge), size, (w, h) = self.resize, self.image_size, picture.size
+        if rule == 'longest':               # Idefics3: the sides as its image processor rounds them
+            long, short = edge, int(edge * min(w, h) / max(w, h))
+            short = max(short + short % 2, 1)
+            if long > 4096:
+                long, short = 4096, max(int(4096 * short / long), 1)
+            picture = picture.resize((long, short) if w >= h else (short, long), self.resample)
+        elif rule == 'squares':
+            picture = picture.resize((edge, edge), self.resample)
+        elif rule == 'shortest':            # CLIP: the middle of it
+            long = int(edge * max(w, h) / min(w, h))
+            if long * edge > MAX_PIXELS:
+                raise BadSample(f'a picture of {w} x {h} pixels is too narrow to be made {long} x {edge}')
+            picture = picture.resize((edge, long) if w <= h else (long, edge), self.resample)
+            left, top = ((side - size) // 2 for side in picture.size)
+            picture = picture.crop((left, top, left + size, top + size))
+        return picture if picture.size == (size, size) else picture.resize((size, size), self.resample)
 
     def pad_lowdim(self, actions, is_pad, proprio):
         """Actions of one sample at the sizes of the settings, with masks of what is real."""

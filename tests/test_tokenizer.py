@@ -444,6 +444,31 @@ def test_special_knows_special_tokens_and_nothing_else(files, kind):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+def test_offsets_say_where_tokens_come_from(files, kind):
+    t = tokenizer.load(files[kind])
+    for text in TEXTS + LOOKS_SPECIAL + ['', 'né 日本\n  x', any_unicode(200)]:
+        ids, begins, ends = t.offsets(text)
+        assert ids == t.encode(text) and len(begins) == len(ends) == len(ids)
+        assert all(0 <= a <= b <= len(text) for a, b in zip(begins, ends)) and ends == sorted(ends)
+        covered = {i for a, b in zip(begins, ends) for i in range(a, b)}
+        assert not [c for i, c in enumerate(text) if i not in covered and c.isalnum() and ord(c) < 0x3000]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_markers_become_tokens_and_broken_ones_do_not(files, kind):
+    t = tokenizer.load(files[kind])
+    markers = {'<mine>': 7, '<eos>': t.eos_id} | t.specials
+    name = next((text for text, i in t.specials.items() if i == t.eos_id), '<eos>')
+    text = f'one<mine>two {name}<{tokenizer.BREAK}mine>{name[0]}{tokenizer.BREAK}{name[1:]}cat{name}'
+    ids, begins, ends = tokenizer.mark_up(t, text, markers)
+    assert [text[a:b] for i, a, b in zip(ids, begins, ends) if i in (7, t.eos_id) and b - a > 1] == [
+        '<mine>', name, name] and ids.count(t.eos_id) == 2
+    shown = t.decode([i for i in ids if i != 7])
+    assert tokenizer.BREAK not in shown and shown.replace(' ', '') == f'onetwo<mine>{name}cat'
+    assert tokenizer.mark_up(t, 'one', markers)[0] == t.encode('one') and tokenizer.mark_up(t, '', markers)[0] == []
+
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_another_process_gets_the_same_tokenizer(files, kind):
     t = tokenizer.load(files[kind])
     other = pickle.loads(pickle.dumps(t))
