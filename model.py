@@ -280,7 +280,7 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        h = x.float()
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(torch.linalg.vecdot(h, h)[..., None] / h.shape[-1] + eps)
         ctx.save_for_backward(x, weight, scale)
         return (h * scale).mul_(weight).to(x.dtype)
@@ -288,7 +288,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        g, h = grad.float(), x.float()
+        g, h = grad.to(scale.dtype), x.to(scale.dtype)
         grad_weight = scale.flatten() @ (g * h).flatten(0, -2)
         g = g * weight
         along = torch.linalg.vecdot(g, h)[..., None] * scale ** 3 / -h.shape[-1]    # of g, along x
