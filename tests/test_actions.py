@@ -1,12 +1,20 @@
-"""actions.py: statistics beside numpy's, normalisation both ways, rotations beside scipy's, relative actions."""
+"""actions.py beside numpy and scipy; episodes and missing cameras in batches; prepare/stats.py."""
+import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, encode, picture, write_set
 
 import actions
 from actions import KINDS, Normalizer, Statistics
+from data import Batches, InOrder
+from processor import Processor, collate
+from shards import Folder
+from tokenizer import Bytes
 
 RNG = np.random.default_rng(0)
 
@@ -173,3 +181,147 @@ def test_relative_actions():
     assert torch.equal(out[..., 9], action[..., 9]) and torch.equal(action, before), 'a gripper stays'
     torch.testing.assert_close(actions.absolute(out, proprio, **how), action)
     assert torch.equal(actions.relative(action, proprio), action)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# episodes: a .lowdim.npy, whose every row is a sample
+
+ROW = np.dtype([('proprio', '<f4', 3), ('actions', '<f4', 2)])
+
+
+def episode(steps, seed=0, dtype=ROW):
+    rng, rows = np.random.default_rng(seed), np.zeros(steps, dtype)
+    for name in dtype.names:
+        rows[name] = rng.standard_normal(rows[name].shape)
+    return rows
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def npz(**arrays):
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
+
+
+def write_episodes(folder, episodes, dtype=ROW):
+    return write_set(folder, [[(f'e{i}', {'lowdim.npy': npy(episode(n, i, dtype)),
+                                          'json': json.dumps({'instruction': f'do {i}'}).encode()})]
+                              for i, n in enumerate(episodes)], manifest=False)
+
+
+def read_all(path, p):
+    folder = Folder(str(path))
+    return Batches([folder], InOrder(folder.sizes), p)[np.arange(len(folder))]
+
+
+def test_every_step_of_an_episode_is_a_sample(tmp_path):
+    path = write_episodes(tmp_path, [5, 1, 3])
+    batch = read_all(path, Processor(Bytes(), seq_len=16, lowdim=(4, 3, 5), form='text'))
+    assert not batch['bad'] and Folder(str(path)).sizes.tolist() == [5, 1, 3]
+    low, n = batch['lowdim'], 0
+    for i, steps in enumerate([5, 1, 3]):
+        rows = episode(steps, i)
+        for t in range(steps):
+            ahead = rows['actions'][t:t + 4]
+            np.testing.assert_array_equal(low['actions'][n], np.pad(ahead, ((0, 4 - len(ahead)), (0, 1))))
+            np.testing.assert_array_equal(low['proprio'][n], [*rows['proprio'][t], 0, 0])
+            assert low['is_pad'][n].tolist() == [t + k >= steps for k in range(4)]
+            assert bytes(batch['tokens'][n, 1:5].astype(np.uint8)) == f'do {i}'.encode()
+            n += 1
+    assert n == len(low['rows']) == 9 and (low['rows'] == np.arange(9)).all()
+    assert low['action_mask'].all(0).tolist() == [True, True, False] and low['proprio_mask'].sum() == 27
+    assert Folder(str(path)).key(0, 3) == 'e0[3]'
+
+
+def test_episodes_and_single_steps_in_one_set(tmp_path):
+    """Two robots of other sizes, and a state without a word."""
+    single = dict(actions=np.ones((2, 1)), is_pad=[False, True], proprio=np.arange(4))
+    wide = np.dtype([('actions', '<f8', 3), ('proprio', '<f4', 1), ('reward', '<f4')])
+    path = write_set(tmp_path, [[('a', {'lowdim.npz': npz(**single)}), ('b', {'lowdim.npy': npy(episode(2))}),
+                                 ('c', {'lowdim.npy': npy(episode(2, 7, wide))})]], manifest=False)
+    batch = read_all(path, Processor(Bytes(), seq_len=8, lowdim=(2, 3, 4)))
+    assert not batch['bad'], batch['bad']
+    low = batch['lowdim']
+    assert low['action_mask'].sum(1).tolist() == [1, 2, 2, 3, 3] and low['proprio_mask'].sum(1).tolist() == [
+        4, 3, 3, 1, 1]
+    np.testing.assert_array_equal(low['actions'][3], episode(2, 7, wide)['actions'].astype(np.float32))
+    assert low['is_pad'].tolist() == [[False, True], [False, False], [False, True]] + [[False, False], [False, True]]
+
+
+def test_damaged_episodes_are_named(tmp_path):
+    nan = episode(3)
+    nan['actions'][1] = np.nan
+    bad = write_set(tmp_path / 'nan', [[('n', {'lowdim.npy': npy(nan)}), ('f', {'lowdim.npy': npy(
+        np.zeros(2, [('velocity', '<f4', 2)]))})]], manifest=False)
+    batch = read_all(bad, Processor(Bytes(), seq_len=8, lowdim=(1, 2, 3)))
+    assert len(batch['lowdim']['rows']) == 2 and [line.split(', ')[1].split(':')[0] for line in batch['bad']] == [
+        'n[1]', 'f[0]', 'f[1]'] and 'not finite' in batch['bad'][0] and 'velocity' in batch['bad'][1]
+    for i, data in enumerate((npy(episode(3))[:-1], npy(np.zeros((2, 2))), b'no array', npy(episode(0)))):
+        with pytest.raises(ValueError, match='e, |e:|, e'):
+            Folder(str(write_set(tmp_path / f'cut{i}', [[('e', {'lowdim.npy': data})]], manifest=False)))
+
+
+def test_missing_cameras_are_black_and_not_attended():
+    png = encode(picture(3)[..., :3])
+    p = Processor(Bytes(), 16, 4, '', 32, lowdim=(2, 2, 3), cameras=('left', 'wrist', 'right'))
+    low, words = npz(actions=np.ones((2, 2))), b'{"instruction": "go"}'
+    batch = collate([piece | {'part': 0} for members in (
+        {'right.png': png, 'left.png': png, 'other.png': png, 'json': words, 'lowdim.npz': low},
+        {'left.png': png, 'wrist.png': png, 'right.png': png, 'json': words, 'lowdim.npz': low},
+        {'json': words, 'lowdim.npz': low}) for piece in p.pieces(members)], p)
+    assert batch['lowdim']['camera_mask'].tolist() == [[True, False, True], [True] * 3, [False] * 3]
+    assert batch['pictures'].tolist() == [3, 3, 3]
+    assert [bool(pixels.any()) for pixels in batch['pixels']] == [True, False, True] + [True] * 3 + [False] * 3
+    image = batch['tokens'][:, :12].reshape(3, 3, 4) == Bytes().image_id
+    assert image.all()
+    np.testing.assert_array_equal(batch['segments'][:, :12].reshape(3, 3, 4).astype(bool).all(2),
+                                  batch['lowdim']['camera_mask'])
+    assert (batch['segments'][:, 12:16] == 1).all()
+
+
+def stats_command(*args):
+    return subprocess.run([sys.executable, str(ROOT / 'prepare' / 'stats.py'), *args], check=False, text=True,
+                          capture_output=True, timeout=100)
+
+
+def test_stats_of_a_data_set(tmp_path):
+    a = write_episodes(tmp_path / 'a', [40, 7, 30])
+    wide = np.dtype([('proprio', '<f4', 4), ('actions', '<f4', 1)])
+    b = write_episodes(tmp_path / 'b', [20], wide)
+    done = stats_command(f'--data={a}', f'--cache_dir={tmp_path}/cache')
+    assert done.returncode == 0, done.stderr
+    rows = np.concatenate([episode(n, i) for i, n in enumerate([40, 7, 30])])
+    found = json.loads((a / 'stats.json').read_text())
+    for key in ('actions', 'proprio'):
+        x = rows[key].astype(np.float64)
+        np.testing.assert_allclose(found[key]['mean'], x.mean(0), rtol=1e-9)
+        np.testing.assert_allclose(found[key]['std'], x.std(0), rtol=1e-9)
+        np.testing.assert_allclose(found[key]['q99'], np.quantile(x, 0.99, 0), rtol=1e-9)
+        assert found[key]['max'] == x.max(0).tolist() and found[key]['count'] == [77] * x.shape[1]
+    done = stats_command(f'--data={a},{b}', f'--out={tmp_path}/both.json', f'--cache_dir={tmp_path}/cache')
+    assert done.returncode == 0, done.stderr
+    both = json.loads((tmp_path / 'both.json').read_text())
+    assert both['actions']['count'] == [97, 77] and both['proprio']['count'] == [97, 97, 97, 20]
+    np.testing.assert_allclose(both['actions']['mean'][0], np.concatenate(
+        [rows['actions'][:, 0], episode(20, 0, wide)['actions'][:, 0]]).astype(np.float64).mean(), rtol=1e-9)
+
+
+def test_stats_of_relative_actions(tmp_path):
+    a = write_episodes(tmp_path / 'a', [6, 3])
+    done = stats_command(f'--data={a}', '--action_steps=4', '--pairs=[[1, 2]]', f'--cache_dir={tmp_path}/cache')
+    assert done.returncode == 0, done.stderr
+    relative = [rows['actions'][k] - [0, rows['proprio'][t, 2]] for rows in (episode(6, 0), episode(3, 1))
+                for t in range(len(rows)) for k in range(t, min(t + 4, len(rows)))]
+    found = json.loads((a / 'stats.json').read_text())
+    np.testing.assert_allclose(found['actions']['mean'], np.mean(relative, 0), rtol=1e-5)
+    np.testing.assert_allclose(found['actions']['std'], np.std(relative, 0), rtol=1e-5)
+    for args, code, word in ((['--data='], 2, '--data'), ([f'--data={a},{a}'], 2, '--out'), (['--data=gone'], 1, 'gone'),
+                            
+                             ([f'--data={a}', '--pairs=[[9, 0]]', f'--cache_dir={tmp_path}/cache'], 1, 'pairs')):
+        done = stats_command(*args)
+        assert done.returncode == code and word in done.stderr and done.stderr.count('\n') == 1, done.stderr
