@@ -14,11 +14,16 @@ TEST_SEED, tests from there on. What an environment computes depends on task and
 """
 import importlib
 import os
+import sys
 import traceback
 import warnings
 from collections import OrderedDict
 
 import numpy as np
+
+if sys.platform == 'linux':     # before mujoco is imported: draw without a screen
+    os.environ.setdefault('MUJOCO_GL', 'egl')
+os.environ.setdefault('LP_NUM_THREADS', '0')        # Mesa's software renderer is the fastest without threads of its own
 
 TEST_SEED = 1_000_000           # first seed of the test episodes
 HELD_OUT = 3                    # the last so many wordings of a task are not in demonstrations
@@ -89,9 +94,6 @@ class MetaWorld:
     proprio_dim, action_dim, fps = 39, 4, 80
 
     def __init__(self, task, size=0, cameras=('near',), max_steps=500):
-        if size:        # both are read when GL is first used; llvmpipe with no threads of its own is the fastest
-            os.environ.setdefault('MUJOCO_GL', 'egl')
-            os.environ.setdefault('LP_NUM_THREADS', '0')
         self.task, self.size, self.max_steps, self.renderer = task, size, max_steps, None
         self.env = getattr(importlib.import_module('metaworld.envs'), TASKS[task][0])()
         self.env._partially_observable = False              # the goal stands in the state
@@ -163,8 +165,7 @@ class PushT:
         from gym_pusht.envs import PushTEnv
         self.size, self.max_steps, self.cameras = size, max_steps, {'top': 'top'} if size else {}
         self.env = PushTEnv(obs_type='state', render_mode='rgb_array', observation_width=size or 96,
-                            observation_height=size or 96, visualization_width=size or 96,
-                            visualization_height=size or 96)
+                            observation_height=size or 96)
 
     def reset(self, seed):
         self.seed, self.steps = seed, 0
@@ -182,7 +183,7 @@ class PushT:
                     self.size else {}, instruction=instruction('pusht'), task='pusht', seed=self.seed, step=self.steps)
 
     def picture(self, camera):
-        return np.ascontiguousarray(self.env.render())
+        return np.ascontiguousarray(self.env._render())     # render() would draw the action on it
 
     def close(self):
         self.env.close()
@@ -309,14 +310,17 @@ class Process:
         return answers
 
     def close(self):
-        self.pipe.close()
+        try:
+            self.pipe.send(None)        # closing it would not do: later processes have inherited it
+        except OSError:                 # it is dead already
+            pass
         self.process.join(10)
         if self.process.is_alive():
             self.process.kill()
 
 
 def serve(pipe, theirs, make, most):
-    """What a Process runs, until its pipe is closed."""
+    """What a Process runs, until it is told to end or its parent is gone."""
     theirs.close()
     pool = Pool(make, most)
     try:
@@ -324,6 +328,8 @@ def serve(pipe, theirs, make, most):
             try:
                 requests = pipe.recv()
             except EOFError:
+                return
+            if requests is None:
                 return
             try:
                 pool.send(requests)

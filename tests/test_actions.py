@@ -320,8 +320,8 @@ def test_stats_of_relative_actions(tmp_path):
     found = json.loads((a / 'stats.json').read_text())
     np.testing.assert_allclose(found['actions']['mean'], np.mean(relative, 0), rtol=1e-5)
     np.testing.assert_allclose(found['actions']['std'], np.std(relative, 0), rtol=1e-5)
-    for args, code, word in ((['--data='], 2, '--data'), ([f'--data={a},{a}'], 2, '--out'), (['--data=gone'], 1, 'gone'),
-                            
+    for args, code, word in ((['--data='], 2, '--data'), ([f'--data={a},{a}'], 2, '--out'),
+                             (['--data=gone'], 1, 'gone'),
                              ([f'--data={a}', '--pairs=[[9, 0]]', f'--cache_dir={tmp_path}/cache'], 1, 'pairs')):
         done = stats_command(*args)
         assert done.returncode == code and word in done.stderr and done.stderr.count('\n') == 1, done.stderr

@@ -18,8 +18,8 @@ TASKS = ['drawer-close', 'reach']       # the one is done in any way, the other 
 
 
 def prepare(out, *args):
-    return subprocess.run([sys.executable, str(ROOT / 'prepare' / 'metaworld.py'), f'--out={out}', '--workers=1', *args],
-                          check=False, text=True, capture_output=True, timeout=300)
+    command = [sys.executable, str(ROOT / 'prepare' / 'metaworld.py'), f'--out={out}', '--workers=1', *args]
+    return subprocess.run(command, check=False, text=True, capture_output=True, timeout=300)
 
 
 @pytest.fixture(scope='module')
