@@ -313,7 +313,7 @@ class Folder:
     def read(self, shard, index):
         """One sample: {extension: bytes}. pread, never mmap: a file cut short must not kill the process."""
         fd, sample = self.open(shard), {}       # before its index, which it may make void
-        for ext, offset, size, repeated, dtype in self.index(shard).members(index, self.horizon):
+        for ext, offset, size, repeated in self.index(shard).members(index, self.horizon):
             if repeated:
                 raise BadSample(f'.{ext} comes twice in its shard')
             if size > MAX_MEMBER:
@@ -321,8 +321,8 @@ class Folder:
             sample[ext] = os.pread(fd, size, offset)
             if len(sample[ext]) != size:
                 raise BadSample(f'.{ext} has {len(sample[ext])} of {size} bytes')
-            if dtype is not None:
-                sample[ext] = np.frombuffer(sample[ext], dtype)
+        if 'lowdim.npy' in sample:
+            sample['lowdim.npy'] = np.frombuffer(sample['lowdim.npy'], self.index(shard).episode(index)[2])
         if 'tokens.bin' in sample:
             if len(sample['tokens.bin']) % np.dtype(self.dtype).itemsize:
                 raise BadSample(f'.tokens.bin has {len(sample["tokens.bin"])} bytes, which are no row of {self.dtype}')
@@ -476,7 +476,7 @@ class Index:
         """How many samples each key stands for: a `.lowdim.npy` has one a row, which begins there; others are one."""
         self.starts, self.keys, self.rows = [0], [], []
         for first, last in zip(self.first, self.first[1:]):
-            rows, steps = None, 1
+            rows, steps = (None, 0), 1
             for _, key, ext, offset, size, _ in self.table[first:last].tolist():
                 if ext == EPISODE:
                     shape, dtype, header = npy_header(fd, offset, size, f'{path}, {key.decode()}')
@@ -497,20 +497,23 @@ class Index:
         member = bisect_right(self.starts, index) - 1
         return f'{self.keys[member].decode()}[{index - self.starts[member]}]'
 
+    def episode(self, index):
+        """Of a sample: the number of its key; of an episode its row, the type of a row, where rows begin in it."""
+        number = bisect_right(self.starts, index) - 1
+        return number, index - self.starts[number], *self.rows[number]
+
     def members(self, index, horizon=0):
-        """(extension, offset, size, repeated, dtype of an episode's rows) of each member of a sample; of an episode
-        `horizon` rows from the sample's own on, 0: all to its end."""
-        episode, out = None, []
+        """(extension, offset, size, repeated) of each member of a sample; of an episode `horizon` rows from the
+        sample's own on, 0: all to its end."""
+        step, dtype = 0, None
         if self.rows is not None:
-            sample = bisect_right(self.starts, index) - 1
-            index, step, episode = sample, index - self.starts[sample], self.rows[sample]
+            index, step, dtype, header = self.episode(index)
+        out = []
         for _, _, ext, offset, size, repeated in self.table[self.first[index]:self.first[index + 1]].tolist():
-            dtype = None
-            if ext == EPISODE and episode:
-                dtype, header = episode
-                offset, size = offset + header + step * dtype.itemsize, size - header - step * dtype.itemsize
-                size = min(size, horizon * dtype.itemsize) if horizon else size
-            out.append((ext.decode(), offset, size, repeated, dtype))
+            if dtype and ext == EPISODE:
+                begin = header + step * dtype.itemsize
+                offset, size = offset + begin, min(size - begin, (horizon or size) * dtype.itemsize)
+            out.append((ext.decode(), offset, size, repeated))
         return out
 
     def offset(self, index):
