@@ -236,6 +236,7 @@ class Batches:
         self.remote = [part for part, folder in enumerate(folders) if folder.is_remote]
         self.ahead = ahead if self.remote else 0
         for folder in folders:
+            folder.horizon = processor.lowdim[0]        # of an episode no more than a chunk is read
             if folder.sequence_length > processor.seq_len + 1:
                 raise ValueError(f'data set {folder.path!r} has sequence_length={folder.sequence_length}: it needs '
                                  f'seq_len={folder.sequence_length - 1}, not {processor.seq_len}')

@@ -16,6 +16,7 @@ token ids and pixels are those of its processor in transformers), `'mine.py:my_f
 
 Axes: B rows of a batch, T tokens of a row, I pictures of a batch, A samples with actions.
 """
+import base64
 import importlib.util
 import io
 import json
@@ -32,6 +33,7 @@ from tokenizer import CHATS, MARKER, Chat, mark_up, read_json, read_template
 SEEN, READ, LEARNED = 0, 1, 2
 HERE = os.path.dirname(os.path.abspath(__file__))
 PICTURES = ('jpg', 'jpeg', 'png', 'webp')
+BLACK = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC')
 MAX_PIXELS = 64 << 20           # of one picture; more is a bad sample
 MAX_ARRAYS = 64 << 20           # bytes that a .npz may unpack to
 NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
@@ -45,9 +47,10 @@ class Markup(str):
 # what a sample holds
 
 
-def fields(members, pictures=True, lowdim=False):
+def fields(members, pictures=True, lowdim=False, cameras=()):
     """{extension: bytes} -> the keys of .json, and pictures (a list of bytes, in the order of their names),
-    picture_names, text (.txt), lowdim (arrays). Raises BadSample."""
+    picture_names, text (.txt), lowdim (arrays). cameras: the names of the pictures; one that is missing is BLACK, and
+    `camera_mask` says which are there. Raises BadSample."""
     sample = {}
     if 'json' in members:
         try:
@@ -69,10 +72,18 @@ def fields(members, pictures=True, lowdim=False):
         except UnicodeEncodeError:
             raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
     found = sorted((ext.rpartition('.')[0], ext) for ext in members if ext.rpartition('.')[2] in PICTURES)
+    if pictures and cameras:
+        by_name = dict(found)
+        found = [(name, by_name.get(name)) for name in cameras]
+        sample['camera_mask'] = [ext is not None for _, ext in found]
     sample['picture_names'] = [name for name, _ in found] if pictures else []
-    sample['pictures'] = [members[ext] for _, ext in found] if pictures else []
+    sample['pictures'] = [members.get(ext, BLACK) for _, ext in found] if pictures else []
     if lowdim and 'lowdim.npz' in members:
         sample['lowdim'] = read_lowdim(members['lowdim.npz'])
+    elif lowdim and 'lowdim.npy' in members:
+        sample['lowdim'] = read_rows(members['lowdim.npy'])
+    if 'lowdim' in sample and not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages'}:
+        sample.setdefault('instruction', '')            # a state alone is a sample
     if not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages', 'instruction'}:
         raise BadSample(f'neither text nor pictures among its members ({", ".join(sorted(members)) or "none"})')
     return sample
@@ -91,20 +102,41 @@ def read_lowdim(data):
         raise BadSample(f'.lowdim.npz can not be read ({error})') from None
     if size > MAX_ARRAYS:
         raise BadSample(f'.lowdim.npz unpacks to more than {MAX_ARRAYS} bytes')
+    return check_lowdim(arrays, '.lowdim.npz')
+
+
+def read_rows(rows):
+    """Rows of an episode from the anchor on, fields `proprio` (P,) and `actions` (A,) -> what `read_lowdim` gives of
+    them. Raises BadSample."""
+    try:
+        actions, proprio = rows['actions'], rows['proprio'][0]
+    except (ValueError, IndexError):
+        raise BadSample(f'.lowdim.npy has rows of {rows.dtype}: expected fields actions and proprio') from None
+    if actions.dtype != np.float32 or proprio.dtype != np.float32 or not (
+            np.isfinite(actions).all() and np.isfinite(proprio).all()):
+        return check_lowdim(dict(actions=actions, proprio=proprio), '.lowdim.npy')
+    if actions.ndim != 2 or proprio.ndim != 1:
+        raise BadSample(f'.lowdim.npy: actions {actions.shape}, proprio {proprio.shape}: expected (steps, size) '
+                        'and (size,)')
+    return dict(actions=actions, is_pad=np.zeros(len(actions), bool), proprio=proprio)
+
+
+def check_lowdim(arrays, name):
+    """Arrays of a member -> actions, is_pad, proprio as they should be. Raises BadSample."""
     if 'actions' not in arrays or any(array.dtype.kind not in 'biuf' for array in arrays.values()):
         kinds = ', '.join(f'{k} {array.dtype}' for k, array in arrays.items())
-        raise BadSample(f'.lowdim.npz holds {kinds or "nothing known"}: expected numbers in actions, is_pad, proprio')
+        raise BadSample(f'{name} holds {kinds or "nothing known"}: expected numbers in actions, is_pad, proprio')
     actions, is_pad = arrays['actions'], arrays.get('is_pad', np.zeros(arrays['actions'].shape[:1]))
     proprio = arrays.get('proprio', np.zeros(0))
     if actions.ndim != 2 or is_pad.shape != actions.shape[:1] or proprio.ndim != 1:
-        raise BadSample(f'.lowdim.npz: actions {actions.shape}, is_pad {is_pad.shape}, proprio {proprio.shape}: '
+        raise BadSample(f'{name}: actions {actions.shape}, is_pad {is_pad.shape}, proprio {proprio.shape}: '
                         'expected (steps, size), (steps,), (size,)')
     is_pad = is_pad.astype(bool)
     actions = np.where(is_pad[:, None], 0, actions)                     # a padded action may hold anything
     out = dict(actions=actions.astype(np.float32), is_pad=is_pad, proprio=proprio.astype(np.float32))
     for key in ('actions', 'proprio'):
         if not np.isfinite(out[key]).all():
-            raise BadSample(f'.lowdim.npz: {key} holds a value that is not finite')
+            raise BadSample(f'{name}: {key} holds a value that is not finite')
     return out
 
 
@@ -361,7 +393,7 @@ def build(config, tokenizer, image_tokens):
                                  'vit.image_size, vit.patch_size or pixel_shuffle')
         draft = draft and 'resize' not in files         # pixels as transformers has them
     lowdim = tuple(config.get(key, 0) for key in ('action_steps', 'action_dim', 'proprio_dim'))
-    files = dict(mean=config['image_mean'], std=config['image_std']) | files
+    files = dict(mean=config['image_mean'], std=config['image_std'], cameras=config.get('cameras', ())) | files
     return Processor(tokenizer, size, image_tokens, config['prompt'], config['seq_len'], files.pop('form'),
                      config['task'] != 'llm', lowdim, draft, documents=config.get('document_attention', True), **files)
 
@@ -464,17 +496,19 @@ class Processor:
     form: a name of FORMS or `file.py:function`; image_tokens: how many tokens a picture takes (0: it has no place in
     the text); pictures=False leaves pictures out; lowdim: (steps, action size, proprio size) that actions are padded
     to, zeros leave them out; draft: JPEGs may be decoded small; mean, std: what `to_pixels` is to be given; documents:
-    attention stops at the end of a document of a tokenized set. What a model folder says: resample, a filter of PIL;
-    resize, how a picture becomes a square: square, (longest, side) first, (shortest, side) and the middle of it;
-    template, a chat template instead of the form's, from `where`; opens: a conversation begins with what the
-    tokenizer.json says a text does; text_rule: what SigLIP does to a caption. `end_id` ends an answer."""
+    attention stops at the end of a document of a tokenized set; cameras: the pictures of every sample, by name and in
+    this order, where one that is missing is black and masked; none: those that a sample has. What a model folder says:
+    resample, a filter of PIL; resize, how a picture becomes a square: square, (longest, side) first, (shortest, side)
+    and the middle of it; template, a chat template instead of the form's, from `where`; opens: a conversation begins
+    with what the tokenizer.json says a text does; text_rule: what SigLIP does to a caption. `end_id` ends an answer."""
 
     def __init__(self, tokenizer, image_size=0, image_tokens=0, prompt='', seq_len=96, form='paligemma', pictures=True,
-                 lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5, documents=True, resample=3, resize=('square', 0),
-                 template='', where='', opens=False, text_rule=''):
+                 lowdim=(0, 0, 0), draft=True, mean=0.5, std=0.5, documents=True, cameras=(), resample=3,
+                 resize=('square', 0), template='', where='', opens=False, text_rule=''):
         self.mean, self.std, self.documents = mean, std, documents
         self.tokenizer, self.image_size, self.image_tokens, self.prompt = tokenizer, image_size, image_tokens, prompt
         self.seq_len, self.form, self.with_pictures, self.lowdim, self.draft = seq_len, form, pictures, lowdim, draft
+        self.cameras, self.words = tuple(cameras), {}
         self.resample, self.resize, self.text_rule = resample, resize, text_rule
         self.opening = getattr(tokenizer, 'opening', []) if opens else [tokenizer.bos_id] * (form == 'llava')
         self.function, self.end_id = load_form(form), tokenizer.eos_id
@@ -524,7 +558,10 @@ class Processor:
         for ext in ('tokens.npy', 'tokens.bin'):
             if ext in members:
                 return self.cut(read_tokens(members[ext], ext))
-        sample = fields(members, self.with_pictures, any(self.lowdim))
+        episode = any(self.lowdim) and members.keys() == {'json', 'lowdim.npy'} and not self.cameras
+        if episode and members['json'] in self.words:       # an episode without pictures: all steps have its words
+            return [self.words[members['json']] | {'lowdim': self.pad_lowdim(**read_rows(members['lowdim.npy']))}]
+        sample = fields(members, self.with_pictures, any(self.lowdim), self.cameras)
         asked = sample['pictures'] or sample.keys() & {'prefix', 'suffix', 'messages', 'instruction'}
         whole = self.function in FORMS.values() and self.function is not pair and not asked
         parts = (document if whole else self.function)(sample, self)
@@ -543,8 +580,15 @@ class Processor:
         piece = dict(tokens=ids, targets=np.append(targets, -100).astype(np.int32), blocks=np.array(blocks, np.uint8),
                      text=sample.get('suffix', sample.get('text', '')).strip(),
                      pictures=[self.pixels(item, rng) for item, _ in parts if isinstance(item, bytes)])
+        if not all(sample.get('camera_mask', ())):          # who looks through a camera that is missing sees nothing
+            piece['real'] = np.concatenate([[item is not BLACK] * len(self.encode(item)) for item, _ in parts])
+        if episode:
+            self.words = {} if len(self.words) >= 4096 else self.words
+            self.words[members['json']] = piece.copy()
         if 'lowdim' in sample:
             piece['lowdim'] = self.pad_lowdim(**sample['lowdim'])
+            if self.cameras and self.with_pictures:
+                piece['lowdim']['camera_mask'] = np.array(sample['camera_mask'])
         return [piece]
 
     def cut(self, ids):
@@ -601,12 +645,13 @@ class Processor:
         if len(actions) > steps or actions.shape[1] > size or len(proprio) > proprio_size:
             raise BadSample(f'actions {actions.shape} and proprio {proprio.shape} are larger than '
                             f'action_steps={steps}, action_dim={size}, proprio_dim={proprio_size}')
-        short = steps - len(actions)
-        return dict(actions=np.pad(actions, ((0, short), (0, size - actions.shape[1]))),
-                    is_pad=np.pad(is_pad, (0, short), constant_values=True),
-                    action_mask=np.arange(size) < actions.shape[1],
-                    proprio=np.pad(proprio, (0, proprio_size - len(proprio))),
-                    proprio_mask=np.arange(proprio_size) < len(proprio))
+        out = dict(actions=np.zeros((steps, size), np.float32), is_pad=np.ones(steps, bool),
+                   action_mask=np.zeros(size, bool), proprio=np.zeros(proprio_size, np.float32),
+                   proprio_mask=np.zeros(proprio_size, bool))
+        h, a, p = *actions.shape, len(proprio)
+        out['actions'][:h, :a], out['is_pad'][:h], out['action_mask'][:a] = actions, is_pad, True
+        out['proprio'][:p], out['proprio_mask'][:p] = proprio, True
+        return out
 
 
 def read_tokens(data, ext):
@@ -684,9 +729,10 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
 
     tokens, targets int32, blocks uint8, segments int16 (B, T); parts int16 (B, T) or (B, 1), whose data set a target
     is; pixels uint8 (I, H, W, 3), and pictures (B,), how many of them each row has; lowdim: a dict of arrays (A, ...),
-    with `rows` (A,); texts, one a row; num_tokens, num_targets. blocks and segments are left out where a row is just
-    causal. A batch of nothing but sequences of one type has `ids` (B, L) instead, of which `token_rows` makes tokens,
-    targets and segments on the device, and `cut`: whether it needs the segments.
+    with `rows` (A,) and, where the settings name cameras, `camera_mask`; texts, one a row; num_tokens, num_targets.
+    blocks and segments are left out where a row is just causal. A batch of nothing but sequences of one type has `ids`
+    (B, L) instead, of which `token_rows` makes tokens, targets and segments on the device, and `cut`: whether it needs
+    the segments.
 
     pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is one; empty ones fill
     up. ready: sequences and their data set, [(ids, part), ...], which come first."""
@@ -714,7 +760,8 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
         for number, piece in enumerate(pieces[j] for j in row):
             here = slice(a, a + len(piece['tokens']))
             tokens[i, here], targets[i, here], blocks[i, here] = piece['tokens'], piece['targets'], piece['blocks']
-            segments[i, here], parts[i, here if pack else 0] = number + 1, piece['part']
+            segments[i, here] = (number + 1) * piece.get('real', 1)         # 0 is padding
+            parts[i, here if pack else 0] = piece['part']
             pictures += piece['pictures']
             counts[i] += len(piece['pictures'])
             lowdim += [piece['lowdim'] | {'rows': np.int64(i)}] if 'lowdim' in piece else []

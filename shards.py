@@ -136,12 +136,14 @@ class Folder:
     list of shards (.txt), a .tar, or several of those with commas or {braces} between; each a path or a URL.
 
     names (bytes, without .tar) and sizes (samples) are arrays, so that a million shards take little. sequence_length >
-    0: the shards hold sequences of so many tokens of `dtype`; num_bytes: of the text they were made from, if known."""
+    0: the shards hold sequences of so many tokens of `dtype`; num_bytes: of the text they were made from, if known.
+    Each row of a `key.lowdim.npy`, a whole episode, is a sample."""
 
     def __init__(self, spec, data_dir='', cache_dir=CACHE, cache_gb=100.0, max_open=128, max_index_bytes=128 << 20):
         self.path, self.cache_dir = spec, os.path.expanduser(cache_dir)
         self.remote = Remote(self.cache_dir, int(cache_gb * (1 << 30)))
         self.max_open, self.max_index_bytes = max_open, max_index_bytes
+        self.horizon = 0            # rows that are read of an episode for one of its anchors; 0: all to its end
         self.files, self.indexes = OrderedDict(), OrderedDict()     # least recently used first
         self.local, self.coming = {}, {}                            # shard -> path; shard -> thread that fetches it
         self.contents = {}                                          # shard -> what names the content of its file
@@ -311,7 +313,7 @@ class Folder:
     def read(self, shard, index):
         """One sample: {extension: bytes}. pread, never mmap: a file cut short must not kill the process."""
         fd, sample = self.open(shard), {}       # before its index, which it may make void
-        for ext, offset, size, repeated in self.index(shard).members(index):
+        for ext, offset, size, repeated in self.index(shard).members(index, self.horizon):
             if repeated:
                 raise BadSample(f'.{ext} comes twice in its shard')
             if size > MAX_MEMBER:
@@ -319,6 +321,8 @@ class Folder:
             sample[ext] = os.pread(fd, size, offset)
             if len(sample[ext]) != size:
                 raise BadSample(f'.{ext} has {len(sample[ext])} of {size} bytes')
+        if 'lowdim.npy' in sample:
+            sample['lowdim.npy'] = np.frombuffer(sample['lowdim.npy'], self.index(shard).episode(index)[2])
         if 'tokens.bin' in sample:
             if len(sample['tokens.bin']) % np.dtype(self.dtype).itemsize:
                 raise BadSample(f'.tokens.bin has {len(sample["tokens.bin"])} bytes, which are no row of {self.dtype}')
@@ -382,6 +386,7 @@ def write_cache(path, write):
         raise OSError(f'the cache {path} can not be written ({error.strerror}): give another cache_dir') from None
 
 
+EPISODE = b'lowdim.npy'      # a member whose every row is a sample, an anchor
 ROW = [('sample', '<u4'), ('offset', '<u8'), ('size', '<u8'), ('repeated', '?')]      # and key, ext: as long as needed
 
 
@@ -421,6 +426,20 @@ def index_tar(path, fd):
     return np.array(sorted(rows, key=lambda row: row[0]), kind)
 
 
+def npy_header(fd, at, size, where):
+    """(shape, dtype, bytes of the header) of a .npy of so many bytes. Raises ValueError."""
+    header = io.BytesIO(os.pread(fd, min(size, 4096), at))
+    try:
+        version = np.lib.format.read_magic(header)[0]
+        shape, fortran, dtype = (np.lib.format.read_array_header_1_0 if version == 1 else
+                                 np.lib.format.read_array_header_2_0)(header)
+        if fortran and len(shape) > 1 or dtype.hasobject:
+            raise ValueError(f'{dtype} in columns')
+    except ValueError as error:
+        raise ValueError(f'{where}: no .npy file ({error})') from None
+    return shape, dtype, header.tell()
+
+
 class Index:
     """Where the samples of one shard are, from the table of `index_tar`. sequence_length > 0: a sample is a sequence of
     so many tokens, and a member holds several."""
@@ -429,9 +448,11 @@ class Index:
         self.table = table
         samples = int(table['sample'][-1]) + 1 if len(table) else 0
         self.first = np.searchsorted(table['sample'], np.arange(samples + 1)).tolist()
-        self.starts = None
+        self.starts, self.rows = None, None
         if sequence_length:
             self.read_offsets(sequence_length, np.dtype(dtype), fd, path)
+        elif EPISODE in table['ext']:
+            self.read_episodes(fd, path)
 
     def read_offsets(self, sequence_length, dtype, fd, path):
         """Where each member's sequences begin, and the number of the first."""
@@ -440,22 +461,32 @@ class Index:
             if ext not in (b'tokens.bin', b'tokens.npy'):
                 continue
             if ext == b'tokens.npy':
-                header = io.BytesIO(os.pread(fd, min(size, 4096), offset))
-                try:
-                    version = np.lib.format.read_magic(header)[0]
-                    theirs = (np.lib.format.read_array_header_1_0 if version == 1 else
-                              np.lib.format.read_array_header_2_0)(header)[2]
-                except ValueError as error:
-                    raise ValueError(f'{path}, {key.decode()}: no .npy file ({error})') from None
+                _, theirs, header = npy_header(fd, offset, size, f'{path}, {key.decode()}')
                 if theirs != dtype:
                     raise ValueError(f'{path}, {key.decode()}: {theirs}, the manifest says {dtype}')
-                offset, size = offset + header.tell(), size - header.tell()
+                offset, size = offset + header, size - header
             if size % self.stride:
                 raise ValueError(f'{path}, {key.decode()}: {size // dtype.itemsize} tokens are no multiple of '
                                  f'sequence_length={sequence_length}')
             self.starts.append(self.starts[-1] + size // self.stride)
             self.offsets.append(offset)
             self.keys.append(key)
+
+    def read_episodes(self, fd, path):
+        """How many samples each key stands for: a `.lowdim.npy` has one a row, which begins there; others are one."""
+        self.starts, self.keys, self.rows = [0], [], []
+        for first, last in zip(self.first, self.first[1:]):
+            rows, steps = (None, 0), 1
+            for _, key, ext, offset, size, _ in self.table[first:last].tolist():
+                if ext == EPISODE:
+                    shape, dtype, header = npy_header(fd, offset, size, f'{path}, {key.decode()}')
+                    if len(shape) != 1 or not shape[0] or size != header + shape[0] * dtype.itemsize:
+                        raise ValueError(f'{path}, {key.decode()}: .lowdim.npy has {size} bytes and {shape} rows of '
+                                         f'{dtype.itemsize}: make the data set again')
+                    rows, steps = (dtype, header), shape[0]
+            self.starts.append(self.starts[-1] + steps)
+            self.keys.append(self.table['key'][first])
+            self.rows.append(rows)
 
     def __len__(self):
         return self.starts[-1] if self.starts else len(self.first) - 1
@@ -466,10 +497,24 @@ class Index:
         member = bisect_right(self.starts, index) - 1
         return f'{self.keys[member].decode()}[{index - self.starts[member]}]'
 
-    def members(self, index):
-        """(extension, offset, size, repeated) of each member of a sample."""
-        rows = self.table[self.first[index]:self.first[index + 1]].tolist()
-        return [(ext.decode(), offset, size, repeated) for _, _, ext, offset, size, repeated in rows]
+    def episode(self, index):
+        """Of a sample: the number of its key; of an episode its row, the type of a row, where rows begin in it."""
+        number = bisect_right(self.starts, index) - 1
+        return number, index - self.starts[number], *self.rows[number]
+
+    def members(self, index, horizon=0):
+        """(extension, offset, size, repeated) of each member of a sample; of an episode `horizon` rows from the
+        sample's own on, 0: all to its end."""
+        step, dtype = 0, None
+        if self.rows is not None:
+            index, step, dtype, header = self.episode(index)
+        out = []
+        for _, _, ext, offset, size, repeated in self.table[self.first[index]:self.first[index + 1]].tolist():
+            if dtype and ext == EPISODE:
+                begin = header + step * dtype.itemsize
+                offset, size = offset + begin, min(size - begin, (horizon or size) * dtype.itemsize)
+            out.append((ext.decode(), offset, size, repeated))
+        return out
 
     def offset(self, index):
         """Of a sequence."""
