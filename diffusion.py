@@ -12,14 +12,28 @@ What a policy learns from is a dict `lowdim`: actions (A, T, D), and where they 
 A padded action, and a number that action_mask leaves out, is neither input nor target, whatever it is.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import VLM, attention, make_attn_mask
+from model import (
+    VLM,
+    DecoderBlock,
+    KVCache,
+    RMSNorm,
+    VLMConfig,
+    attention,
+    make_attn_mask,
+    positions_of,
+    rope_table,
+    run_block,
+    sized,
+    token_loss,
+)
+from model import build as build_tower
 
 # ----------------------------------------------------------------------------------------------------------------------
 # random numbers from keys: splitmix64 (Steele, Lea, Flood 2014) counts, Box and Muller make normals
@@ -608,3 +622,157 @@ class DiffusionPolicy(nn.Module):
                                  lowdim.get('keys'))
         self.train(was_training)
         return x.where(wanted, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision-language-action model: pi0 (arXiv 2410.24164)
+
+
+@dataclass
+class VLAConfig:
+    action_dim: int = 0         # numbers of an action
+    action_steps: int = 0       # actions of a chunk
+    proprio_dim: int = 0        # numbers of the state (0: its token says nothing)
+    width: int = 96             # of the action expert, whose layers and heads are as the decoder's
+    mlp_dim: int = 384
+    time: str = 'beta'          # how training times fall: beta (pi0) | uniform | logit_normal
+    shift: float = 1.0          # above 1: times are noisier
+    loss: str = 'mse'           # mse | l1 | huber
+    num_noise_draws: int = 1    # noisy versions of a chunk for one pass of the vision-language model
+
+    def check(self, where='vla'):
+        """Raises ValueError for settings that no action expert can have."""
+        if self.loss not in LOSSES:
+            raise ValueError(f'{where}.loss={self.loss!r}: expected one of {", ".join(LOSSES)}')
+        if min(self.action_dim, self.action_steps, self.num_noise_draws) < 1 or self.proprio_dim < 0 or self.width % 2:
+            raise ValueError(f'{where}: action_dim={self.action_dim}, action_steps={self.action_steps} and '
+                             f'num_noise_draws={self.num_noise_draws} must be at least 1, proprio_dim='
+                             f'{self.proprio_dim} at least 0, width={self.width} even')
+
+
+class Prefix:
+    """Takes the place of a KVCache where gradients flow: what the decoder's layers leave for the expert's."""
+
+    def __init__(self):
+        self.layers, self.length = {}, 0
+
+    def update(self, layer, k, v):
+        self.layers[layer] = k, v
+        return k, v
+
+
+class Suffix:
+    """Puts the keys and values of a prefix, of some of its rows (A,), before the expert's own."""
+
+    def __init__(self, prefix, rows):
+        self.prefix, self.rows = prefix, rows
+
+    def update(self, layer, k, v):
+        return tuple(torch.cat((old[self.rows], new), 1) for old, new in zip(self.prefix.layers[layer], (k, v)))
+
+
+class VLA(VLM):
+    """A VLM, and an action expert with weights of its own in every layer, which reads the VLM's keys and values.
+
+    Three blocks, [pictures and text] -> [state] -> [actions], each sees itself and what stands before it. So the first
+    does not depend on the others: it is computed by itself, once a chunk. Time enters as in pi0, by an MLP of each
+    action joined with the time's embedding (not by adaptive norms, as in pi0.5). The weights of the VLM keep their
+    names, so a trained one is where this begins; a row may have targets of text, an action chunk, or both (then
+    the actions see the text that is learned). One row, one sample: rows are not packed."""
+
+    def __init__(self, config, vlm=None):
+        super().__init__(vlm or VLMConfig())
+        self.policy = c = config
+        c.check()
+        d = self.decoder.config
+        self.schedule = FlowSchedule(c.time, c.shift)
+        self.expert = nn.ModuleList(DecoderBlock(replace(d, width=c.width, mlp_dim=c.mlp_dim), i)
+                                    for i in range(len(self.decoder.blocks)))
+        self.expert_norm = RMSNorm(c.width, d.norm_eps, d.norm_offset)
+        self.action_in, self.state_in = nn.Linear(c.action_dim, c.width), nn.Linear(max(c.proprio_dim, 1), c.width)
+        self.time_in, self.time_out = nn.Linear(2 * c.width, c.width), nn.Linear(c.width, c.width)
+        self.action_out = nn.Linear(c.width, c.action_dim)
+
+    def layout(self, tokens, targets, blocks, segments, steps, rows):
+        """Who sees whom, and where everything stands: masks of the decoder for [prefix, state, actions], their
+        positions. tokens (B, S); steps (A, T): actions that are no padding -> (masks (B, L, L), positions (B, L))."""
+        segments = torch.ones_like(tokens) if segments is None else segments
+        blocks = self.default_blocks(tokens, targets) if blocks is None else blocks
+        suffix = torch.ones(len(tokens), 1 + steps.shape[1], dtype=segments.dtype, device=tokens.device)
+        begins = suffix.clone()
+        begins[:, 2:] = 0                                       # the state is a block, all actions are one
+        suffix[rows, 1:] = steps.to(suffix)
+        masks = self.decoder.attn_masks(torch.cat((blocks, begins), 1), torch.cat((segments, suffix), 1))
+        after = (segments > 0).sum(1, keepdim=True) + torch.arange(suffix.shape[1], device=tokens.device)
+        return masks, torch.cat((positions_of(segments), after), 1)
+
+    def prefix(self, tokens, pixels, masks, positions, cache):
+        """Pictures and text through the decoder, which leaves keys and values in `cache`: hidden states (B, S, D)."""
+        S = tokens.shape[1]
+        return self.decoder.features(self.embed(tokens, pixels, always=True), cache=cache, positions=positions[:, :S],
+                                     masks=tuple(mask[:, :S, :S] for mask in masks))
+
+    def velocity(self, x, t, state, mask, positions, cache):
+        """What the expert says of x (A, T, D) at the times t (A,); state (A, P), mask (A, 1 + T, S + 1 + T), positions
+        (A, 1 + T) -> (A, T, D)."""
+        d = self.decoder.config
+        h = self.action_in(x)
+        time = sincos(t, h.shape[-1])[:, None].expand(h.shape).to(h)
+        h = self.time_out(F.silu(self.time_in(torch.cat((h, time), -1))))
+        h = torch.cat((self.state_in(state)[:, None], h), 1)
+        rope = rope_table(positions, d.head_dim, d.rope_theta, d.rope_scaling)
+        ropes = rope, rope_table(positions, d.head_dim, d.rope_local_theta) if d.sliding_window else rope
+        for block in self.expert:                               # the expert sees the whole prefix in local layers, too
+            h = run_block(block, d.remat, h, ropes, (mask, mask), cache)
+        return self.action_out(self.expert_norm(h)[:, 1:])
+
+    def loss(self, tokens, targets=None, pixels=None, blocks=None, segments=None, lowdim=None, noise=None, time=None,
+             reduction='sum', label_smoothing=0.0, z_loss=0.0):
+        """((loss, count) of the text as `VLM.loss` has it, (loss, count) of the actions as `DiffusionPolicy.loss`).
+
+        A weighted sum of both is what is learned: with one left out, some parameters have no gradient (DDP waits)."""
+        c, device = self.policy, tokens.device
+        if lowdim is None:
+            lowdim = nothing(c, device) | dict(proprio=torch.zeros(1, c.proprio_dim, device=device))
+        targets = torch.full_like(tokens, -100) if targets is None else targets
+        rows = torch.as_tensor(lowdim['rows'] if 'rows' in lowdim else range(len(tokens)), device=device)
+        x, t, target, valid = draws_of(lowdim, self.schedule, c.num_noise_draws, noise, time)
+        masks, positions = self.layout(tokens, targets, blocks, segments, valid[::c.num_noise_draws].any(2), rows)
+        prefix, S = Prefix(), tokens.shape[1]
+        hidden = self.prefix(tokens, pixels, masks, positions, prefix)
+        state = state_of(lowdim, c, len(rows), device).repeat_interleave(c.num_noise_draws, 0)
+        rows = rows.repeat_interleave(c.num_noise_draws)
+        output = self.velocity(x, t, state, masks[0][rows, S:], positions[rows, S:], Suffix(prefix, rows))
+        return (token_loss(self.decoder, hidden, targets, reduction, label_smoothing, z_loss),
+                action_loss(c.loss, output, target, valid, c.num_noise_draws, reduction))
+
+    forward = loss
+
+    @torch.no_grad()
+    def sample(self, tokens, pixels=None, blocks=None, segments=None, lowdim=None, noise=None, steps=10,
+               sampler='euler'):
+        """Actions (B, T, D), the prefix computed once. Arguments as of `DiffusionPolicy.sample`; every row of tokens is
+        a prompt, so `rows` are not read."""
+        c, d, device, was_training = self.policy, self.decoder.config, tokens.device, self.training
+        self.eval()
+        lowdim, (batch, S) = lowdim or {}, tokens.shape
+        x, wanted = start_of(lowdim, c, device, noise)
+        state = state_of(lowdim, c, batch, device)
+        real = torch.ones(batch, c.action_steps, dtype=torch.bool, device=device)
+        masks, positions = self.layout(tokens, None, blocks, segments, real, torch.arange(batch, device=device))
+        cache = KVCache(d, batch, S + 1 + c.action_steps, device, self.decoder.embedding.weight.dtype)
+        self.prefix(tokens, pixels, masks, positions, cache)    # velocity leaves its length, and overwrites the rest
+        x = self.schedule.sample(lambda x, t: self.velocity(x, t, state, masks[0][:, S:], positions[:, S:],
+                                                            cache).where(wanted, 0), x, steps, sampler)
+        self.train(was_training)
+        return x
+
+
+def build(task, config, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1):
+    """The model of a task: policy, from a PolicyConfig, or vla, from a VLAConfig; the rest as `model.build`."""
+    if task == 'vla':
+        return VLA(config, VLMConfig(vit, sized(decoder, vocab_size), image_token_id, pixel_shuffle))
+    config.check()
+    encoder = {'none': '', 'text': 'llm', 'vlm': 'vlm'}[config.encoder]
+    return DiffusionPolicy(config, build_tower(encoder, vit, decoder, vocab_size, image_token_id, pixel_shuffle)
+                           if encoder else None)

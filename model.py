@@ -550,12 +550,18 @@ class SigLIP(nn.Module):
     forward = loss
 
 
-def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, pair_scale=10.0, pair_bias=-10.0):
-    """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says."""
+def sized(decoder, vocab_size):
+    """A decoder's settings with a vocabulary that holds the tokenizer's."""
     if decoder.vocab_size == 0:
-        decoder = replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
+        return replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
     if decoder.vocab_size < vocab_size:
         raise ValueError(f'decoder.vocab_size={decoder.vocab_size} is less than the {vocab_size} of the tokenizer')
+    return decoder
+
+
+def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, pair_scale=10.0, pair_bias=-10.0):
+    """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says."""
+    decoder = sized(decoder, vocab_size)
     if task == 'llm':
         return Decoder(decoder)
     config = VLMConfig(vit, decoder, image_token_id, pixel_shuffle)

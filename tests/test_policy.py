@@ -6,8 +6,20 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.models.resnet import ResidualTemporalBlock1D
 
-from diffusion import ConvBlock, DiffusionPolicy, PolicyConfig, normal, random_keys, sincos, uniform, valid_numbers
-from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig
+from diffusion import (
+    VLA,
+    ConvBlock,
+    DiffusionPolicy,
+    PolicyConfig,
+    VLAConfig,
+    build,
+    normal,
+    random_keys,
+    sincos,
+    uniform,
+    valid_numbers,
+)
+from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig, generate, rope_table, rotate
 
 IMAGE, PAD, V = 5, 0, 50
 VIT = ViTConfig(image_size=16, patch_size=8, width=24, depth=1, mlp_dim=48, num_heads=3)
@@ -302,3 +314,257 @@ def test_a_chunk_is_learned_from_the_sentence(denoiser):
 def test_wrong_settings(wrong, message):
     with pytest.raises(ValueError, match=message):
         policy(**wrong)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vision-language-action model
+
+
+def vla(seed=0, text=TEXT, **settings):
+    torch.manual_seed(seed)
+    return shaken(VLA(VLAConfig(**dict(action_dim=3, action_steps=8, proprio_dim=5, width=24, mlp_dim=40) | settings),
+                      VLMConfig(VIT, text, IMAGE)))
+
+
+def with_targets(tokens, rows):
+    """Targets at the last two words of some rows, and the rows' blocks: prefix-LM."""
+    targets, blocks = torch.full_like(tokens, -100), torch.zeros_like(tokens)
+    for i in rows:
+        end = int((tokens[i] != PAD).sum())
+        targets[i, end - 3:end - 1], blocks[i, end - 2:] = tokens[i, end - 2:end], 1
+    return targets, blocks
+
+
+def slow_velocity(model, tokens, pixels, x, t, state):
+    """pi0's forward pass for one row, (1, T, D): both towers side by side, head by head, who sees whom spelt out."""
+    d, prefix = model.decoder.config, model.embed(tokens, pixels)
+    action = model.action_in(x)
+    action = model.time_out(torch.nn.functional.silu(model.time_in(torch.cat((action, sincos(t, 24)[:, None].expand(
+        action.shape)), -1))))
+    suffix = torch.cat((model.state_in(state)[:, None], action), 1)
+    S, L = prefix.shape[1], prefix.shape[1] + suffix.shape[1]
+    block = [0] * S + [1] + [2] * (L - S - 1)
+    rope = rope_table(torch.arange(L)[None], d.head_dim, d.rope_theta)
+    for vlm_block, expert_block in zip(model.decoder.blocks, model.expert):
+        streams = (vlm_block, prefix), (expert_block, suffix)
+        q, k, v = (torch.cat([getattr(b, name)(b.norm1(h)) for b, h in streams], 1).unflatten(-1, (-1, d.head_dim))
+                   for name in 'qkv')
+        q, k = rotate(q, rope), rotate(k, rope)
+        out = torch.zeros(1, L, d.num_heads, d.head_dim)
+        for n in range(d.num_heads):
+            kv = n // (d.num_heads // d.num_kv_heads)
+            for i in range(L):
+                seen = [j for j in range(L) if block[j] <= block[i]]
+                weights = (q[0, i, n] @ k[0, seen, kv].T / d.head_dim ** 0.5).softmax(0)
+                out[0, i, n] = weights @ v[0, seen, kv]
+        new = []
+        for (b, h), part in zip(streams, out.flatten(2).split((S, L - S), 1)):
+            h = h + b.o(part)
+            n = b.norm2(h)
+            new.append(h + b.down(b.activation(b.gate(n)) * b.up(n)))
+        prefix, suffix = new
+    return model.action_out(model.expert_norm(suffix)[:, 1:])
+
+
+def velocities(model, tokens, pixels, segments, x, x_t, t):
+    """The expert's output in training; x_t is t times the noise where the actions are zero."""
+    seen = []
+    hook = model.action_out.register_forward_hook(lambda module, args, out: seen.append(out))
+    model.loss(tokens, None, pixels, segments=segments, lowdim=x, noise=x_t, time=t)
+    hook.remove()
+    return seen[0]
+
+
+def test_vla_equals_a_slow_forward_pass():
+    model, (tokens, pixels, segments) = vla(), observations([2])
+    real = int(segments.sum())
+    tokens, state, noise, t = tokens[:, :real], randn(1, 5), randn(1, 8, 3), torch.ones(1)
+    slow = slow_velocity(model, tokens, pixels, noise, t, state)
+    x = dict(actions=torch.zeros(1, 8, 3), proprio=state)
+    close(velocities(model, tokens, pixels, None, x, noise, t), slow, 1e-5)
+    close(noise - model.sample(tokens, pixels, lowdim=dict(proprio=state), noise=noise, steps=1), slow, 1e-5)
+
+
+@pytest.mark.parametrize('text', [TEXT, replace(TEXT, sliding_window=3, global_every=2, qk_norm=True, post_norms=True,
+                                                attn_logits_softcap=20.0)])
+def test_cached_sampling_equals_the_joint_forward_pass(text):
+    """Ten Euler steps over the cache, and over what training computes; rows of every length."""
+    model, (tokens, pixels, segments) = vla(text=text), observations([2, 0, 1])
+    x = {k: v for k, v in lowdim(3).items() if k not in ('actions', 'is_pad', 'action_mask')}
+    sampled = model.sample(tokens, pixels, segments=segments, lowdim=x)
+    slow = normal(x['keys'], (8, 3))
+    for step in range(10):
+        t = torch.full((3,), 1 - step / 10)
+        zero = x | dict(actions=torch.zeros(3, 8, 3))
+        slow = slow - velocities(model, tokens, pixels, segments, zero, slow / t[:, None, None], t) / 10
+    close(sampled, slow, 1e-5)
+    for i, ends in enumerate((2, 2, 3)):                            # batch equals one by one, without padding
+        real, begins = int(segments[i].sum()), (0, 2, 2)[i]
+        alone = model.sample(tokens[i:i + 1, :real], pixels[begins:ends], lowdim=take(x, i))
+        close(alone, sampled[i:i + 1], 1e-5)
+
+
+def test_prefix_is_computed_once():
+    model, (tokens, pixels, segments) = vla(), observations([1, 1])
+    calls = []
+    for module in (model.vit, model.decoder.blocks[0], model.expert[0]):
+        module.register_forward_hook(lambda module, args, out: calls.append(type(module).__name__))
+    model.sample(tokens, pixels, segments=segments, lowdim=lowdim(2), steps=10)
+    assert calls == ['ViT'] + ['DecoderBlock'] * 11
+
+
+def test_earlier_blocks_do_not_see_later_ones():
+    """Text does not change with state and actions, nor do what the state's token becomes with actions."""
+    model, (tokens, pixels, segments), x = vla(), observations([1, 1]), lowdim(2)
+    targets, blocks = with_targets(tokens, [0, 1])
+    x['actions'].requires_grad_()
+    x['proprio'].requires_grad_()
+    hidden = []
+    model.expert_norm.register_forward_hook(lambda module, args, out: hidden.append(out))
+    (text, _), (action, _) = model.loss(tokens, targets, pixels, blocks, segments, x)
+    assert torch.autograd.grad(text, (x['actions'], x['proprio']), retain_graph=True, allow_unused=True) == (None, None)
+    state = torch.autograd.grad(hidden[0][:, 0].square().sum(), (x['actions'], x['proprio']), retain_graph=True)
+    assert not state[0].any() and state[1].any()
+    grads = torch.autograd.grad(action, (x['actions'], x['proprio'], model.vit.stem.weight,
+                                         model.decoder.embedding.weight))
+    assert all(g.any() for g in grads)                              # the actions see everything
+    # within a block everyone sees everyone: the first action changes with the last
+    first = [velocities(model, tokens, pixels, segments, x | dict(is_pad=torch.zeros(2, 8)), noise, torch.ones(2))[:, 0]
+             for noise in (randn(2, 8, 3), torch.cat((randn(2, 8, 3)[:, :7], randn(2, 1, 3, seed=1)), 1))]
+    assert not torch.equal(*first)
+
+
+def test_vla_padded_actions_do_not_matter():
+    model, (tokens, pixels, segments), x = vla(num_noise_draws=2), observations([1, 0, 2]), lowdim(3)
+    noise, time = randn(6, 8, 3), torch.linspace(0.1, 1, 6)
+    (text, _), (loss, count) = model.loss(tokens, None, pixels, segments=segments, lowdim=x, noise=noise, time=time)
+    grads = gradients(model, text + loss)
+    other = x | dict(actions=x['actions'].where(valid_numbers(x), torch.tensor(float('nan'))))
+    noise2 = noise.where(valid_numbers(x).repeat_interleave(2, 0), 100.0)
+    (text, _), (loss2, count2) = model.loss(tokens, None, pixels, segments=segments, lowdim=other, noise=noise2,
+                                            time=time)
+    assert torch.equal(loss, loss2) and count == count2 == valid_numbers(x).sum()
+    assert all(torch.equal(g, grads[name]) for name, g in gradients(model, text + loss2).items())
+    # nor does it matter that they are there
+    short = int((~x['is_pad'][1]).sum())
+    full = velocities(model, tokens, pixels, segments, x, noise, time)[2:4, :short]
+    model.policy = replace(model.policy, action_steps=short)
+    one = {k: v[1:2, :short] if k in ('actions', 'is_pad') else v[1:2] for k, v in x.items()}
+    close(velocities(model, tokens, pixels, segments, one, noise[2:4, :short], time[2:4]), full, 1e-5)
+
+
+@pytest.mark.parametrize('remat', [False, True])
+def test_text_and_actions_in_one_batch(remat):
+    """Rows with text, with actions, with both; each loss, and each gradient, is what the rows give alone."""
+    model = vla(text=replace(TEXT, remat=remat), num_noise_draws=2)
+    tokens, pixels, segments = observations([1, 0, 2, 1])
+    targets, blocks = with_targets(tokens, [0, 1])
+    x = lowdim(3) | dict(rows=torch.tensor([3, 1, 2]))
+    (text, words), (action, numbers) = model.loss(tokens, targets, pixels, blocks, segments, x)
+    assert words == 4 and numbers == valid_numbers(x).sum()
+    close(text, VLM.loss(model, tokens, targets, pixels, blocks, segments)[0])
+    grads = gradients(model, text + 0.3 * action)
+    assert all(g.any() for g in grads.values())
+    total, begins = {}, (0, 1, 1, 3)
+    for i, ends in enumerate((1, 1, 3, 4)):
+        one = (tokens[i:i + 1], targets[i:i + 1], pixels[begins[i]:ends], blocks[i:i + 1], segments[i:i + 1])
+        j = [3, 1, 2].index(i) if i else None
+        (t, _), (a, _) = model.loss(*one, None if j is None else {k: v[j:j + 1] for k, v in x.items()} | {'rows': [0]})
+        for name, g in gradients(model, t + 0.3 * a).items():
+            total[name] = total.get(name, 0) + g
+    for name, g in grads.items():
+        close(total[name], g, 2e-5)
+    each = model.loss(tokens, targets, pixels, blocks, segments, x, reduction='none')
+    assert [part.shape for pair in each for part in pair] == [(4,), (), (3,), (3,)]
+    close(each[1][0].sum(), action)
+
+
+@pytest.mark.parametrize('case', ['text only', 'no pictures', 'actions only'])
+def test_every_vla_parameter_has_a_gradient(case):
+    model, (tokens, pixels, segments) = vla(), observations([0, 0] if case == 'no pictures' else [1, 1])
+    targets, blocks = with_targets(tokens, [] if case == 'actions only' else [0, 1])
+    x = None if case == 'text only' else lowdim(2)
+    (text, words), (action, numbers) = model.loss(tokens, targets, pixels, blocks, segments, x)
+    grads = gradients(model, text + action)                         # each is there, though it may be zero
+    assert all(g.isfinite().all() for g in grads.values())
+    assert (numbers == 0) == (case == 'text only') and (words == 0) == (case == 'actions only')
+
+
+def test_vla_is_still_a_vlm():
+    model, plain, (tokens, pixels, segments) = vla(), VLM(VLMConfig(VIT, TEXT, IMAGE)), observations([1, 2])
+    missing, unexpected = plain.load_state_dict(model.state_dict(), strict=False)
+    assert not missing and {name.partition('.')[0] for name in unexpected} == {
+        'expert', 'expert_norm', 'action_in', 'state_in', 'time_in', 'time_out', 'action_out'}
+    assert torch.equal(plain.logits(tokens, pixels, segments=segments), model.logits(tokens, pixels, segments=segments))
+    assert generate(plain, tokens, pixels, 4) == generate(model, tokens, pixels, 4)
+
+
+def test_vla_equals_transformers_pi0():
+    """Velocities, loss and ten sampled steps of transformers' PI0 with random weights."""
+    from transformers import PI0Config, PI0ForConditionalGeneration
+    gemma = dict(model_type='gemma', num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1, head_dim=8)
+    torch.manual_seed(0)
+    ref = PI0ForConditionalGeneration(PI0Config(
+        vlm_config=dict(model_type='paligemma', image_token_id=IMAGE, projection_dim=32, text_config=gemma | dict(
+            hidden_size=32, intermediate_size=64, vocab_size=V), vision_config=dict(
+                model_type='siglip_vision_model', hidden_size=24, intermediate_size=48, num_hidden_layers=1,
+                num_attention_heads=3, image_size=16, patch_size=8, vision_use_head=False)),
+        dit_config=gemma | dict(hidden_size=24, intermediate_size=40),
+        chunk_size=8, max_state_dim=5, max_action_dim=3)).eval()
+    model = vla(text=replace(TEXT, num_kv_heads=1)).eval()
+    load_pi0(model, {k: v + 0.05 * torch.randn_like(v) for k, v in ref.state_dict().items()}, ref)
+    tokens, pixels, segments = observations([1, 2])
+    cameras = torch.zeros(2, 2, 3, 16, 16)
+    cameras[0, 0], cameras[1] = pixels[0], pixels[1:]
+    there = torch.tensor([[True, False], [True, True]])
+    state, noise, actions, t = randn(2, 5), randn(2, 8, 3), randn(2, 8, 3, seed=1), torch.tensor([0.7, 0.2])
+    given = dict(input_ids=tokens, pixel_values=cameras, pixel_attention_mask=there, attention_mask=segments)
+    out = ref(state=state, noise=noise, timestep=t, actions=actions, **given)
+    x = dict(actions=actions, proprio=state)
+    _, (loss, count) = model.loss(tokens, None, pixels, torch.zeros_like(tokens), segments, x, noise, t)
+    close(velocities(model, tokens, pixels, segments, x, noise, t), out.logits)
+    close(loss / count, out.loss)
+    close(model.sample(tokens, pixels, torch.zeros_like(tokens), segments, dict(proprio=state), noise),
+          ref.sample_actions(state=state, noise=noise, **given))
+
+
+def load_pi0(model, weights, ref):
+    """Give transformers' PI0 these weights, and ours the same."""
+    ref.load_state_dict(weights)
+    names = {'model.vlm.vision_tower.': 'vit.', 'model.vlm.multi_modal_projector.linear': 'connector',
+             'model.vlm.language_model.': 'decoder.', 'model.dit.norm': 'expert_norm', 'model.dit.layers': 'expert',
+             'embed_action_time.': '', 'vision_model.': '', 'embeddings.patch_embedding': 'stem',
+             'embeddings.position_embedding.weight': 'pos_embed', 'encoder.layers': 'blocks', 'layers.': 'blocks.',
+             'embed_tokens': 'embedding', 'self_attn.': '', 'mlp.': '',
+             'action_out_proj': 'action_out', 'out_proj': 'o', 'action_in_proj': 'action_in', 'state_proj': 'state_in',
+             'action_time_mlp_': 'time_', 'input_layernorm': 'norm1', 'post_attention_layernorm': 'norm2',
+             'post_layernorm': 'norm', 'layer_norm': 'norm', '_proj': ''}
+    renamed = {}
+    for name, value in weights.items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        renamed[name] = value[None] if name == 'vit.pos_embed' else value
+    own = model.state_dict()
+    model.load_state_dict({name: renamed[name] for name in own})
+
+
+@pytest.mark.parametrize('wrong, message', [(dict(loss='l2'), "vla.loss='l2': expected one of mse, l1, huber"),
+                                            (dict(action_steps=0), 'action_steps=0.*at least 1'),
+                                            (dict(width=7), 'width=7 even'), (dict(time='gamma'), "time='gamma'")])
+def test_wrong_vla_settings(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        vla(**wrong)
+
+
+def test_build():
+    vocabulary = dict(vocab_size=70, image_token_id=IMAGE)
+    state = build('policy', SMALL, VIT, TEXT, **vocabulary)
+    seeing = build('policy', replace(SMALL, encoder='vlm'), VIT, replace(TEXT, vocab_size=0), **vocabulary)
+    model = build('vla', VLAConfig(3, 8, 5), VIT, replace(TEXT, vocab_size=0), **vocabulary)
+    assert state.encoder is None and isinstance(seeing.encoder, VLM) and isinstance(model, VLA)
+    assert isinstance(build('policy', replace(SMALL, encoder='text'), VIT, replace(TEXT, vocab_size=0),
+                            **vocabulary).encoder, Decoder)
+    assert model.decoder.config.vocab_size == seeing.encoder.decoder.config.vocab_size == 128
+    assert model.config.image_token_id == IMAGE and model.policy.action_steps == 8
+    with pytest.raises(ValueError, match='vocab_size=50 is less than the 70 of the tokenizer'):
+        build('vla', VLAConfig(3, 8, 5), VIT, TEXT, **vocabulary)
