@@ -413,22 +413,51 @@ class MLPDenoiser(nn.Module):
         return self.output(self.norms[-1](h)).unflatten(1, self.shape)
 
 
+def windows(x, size, stride=1):
+    """(B, T, C) -> (B, T / stride, size * C). A convolution over time is a Linear on these: as short as chunks are, it
+    takes a third to two thirds of the time of conv1d."""
+    return F.pad(x, (0, 0, size // 2, size // 2)).unfold(1, size, stride).transpose(2, 3).flatten(2)
+
+
+class Norm(nn.GroupNorm):
+    """Of 8 groups of channels, x (B, T, C)."""
+
+    def __init__(self, channels):
+        super().__init__(8, channels)
+
+    def forward(self, x):
+        return super().forward(x.mT).mT
+
+
+class Upsample(nn.Module):
+    """A transposed convolution, kernel 4, stride 2: (B, T, C) -> (B, 2 T, C)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.taps, self.bias = nn.Linear(channels, 4 * channels, bias=False), nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        a, b, c, d = F.pad(self.taps(x), (0, 0, 1, 1)).chunk(4, -1)             # (B, T + 2, C)
+        pairs = b[:, 1:-1] + d[:, :-2], c[:, 1:-1] + a[:, 2:]
+        return torch.stack(pairs, 2).flatten(1, 2) + self.bias
+
+
 class ConvBlock(nn.Module):
     """Two convolutions; time and condition scale and shift what is between (FiLM, arXiv 1709.07871)."""
 
     def __init__(self, inputs, outputs, condition, kernel_size):
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv1d(i, outputs, kernel_size, padding=kernel_size // 2)
-                                  for i in (inputs, outputs))
-        self.norm1, self.norm2 = nn.GroupNorm(8, outputs), nn.GroupNorm(8, outputs)
+        self.kernel_size = kernel_size
+        self.conv1, self.conv2 = (nn.Linear(kernel_size * i, outputs) for i in (inputs, outputs))
+        self.norm1, self.norm2 = Norm(outputs), Norm(outputs)
         self.film = nn.Linear(condition, 2 * outputs)
-        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+        self.skip = nn.Linear(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x, condition):
-        """x (B, inputs, T), condition (B, C) after its Mish -> (B, outputs, T)."""
-        scale, shift = self.film(condition)[:, :, None].chunk(2, 1)
-        h = torch.addcmul(shift, scale, F.mish(self.norm1(self.conv1(x))))
-        return F.mish(self.norm2(self.conv2(h))) + self.skip(x)
+        """x (B, T, inputs), condition (B, C) after its Mish -> (B, T, outputs)."""
+        scale, shift = self.film(condition)[:, None].chunk(2, -1)
+        h = torch.addcmul(shift, scale, F.mish(self.norm1(self.conv1(windows(x, self.kernel_size)))))
+        return F.mish(self.norm2(self.conv2(windows(h, self.kernel_size)))) + self.skip(x)
 
 
 class UNet1d(nn.Module):
@@ -436,6 +465,7 @@ class UNet1d(nn.Module):
 
     def __init__(self, action_dim, condition, channels=(256, 512, 1024), kernel_size=5, width=256):
         super().__init__()
+        self.kernel_size = kernel_size
         self.time = nn.Sequential(nn.Linear(width, 4 * width), nn.Mish(), nn.Linear(4 * width, width))
         condition += width
 
@@ -443,26 +473,24 @@ class UNet1d(nn.Module):
             return nn.ModuleList((ConvBlock(i, o, condition, kernel_size), ConvBlock(o, o, condition, kernel_size)))
         sizes = [action_dim, *channels]
         self.down = nn.ModuleList(pair(i, o) for i, o in zip(sizes, channels))
-        self.downsample = nn.ModuleList(nn.Conv1d(c, c, 3, stride=2, padding=1) for c in channels[:-1])
+        self.downsample = nn.ModuleList(nn.Linear(3 * c, c) for c in channels[:-1])
         self.middle = pair(channels[-1], channels[-1])
         self.up = nn.ModuleList(pair(2 * o, i) for i, o in reversed([*zip(channels, channels[1:])]))
-        self.upsample = nn.ModuleList(nn.ConvTranspose1d(c, c, 4, stride=2, padding=1) for c in channels[-2::-1])
-        self.conv = nn.Conv1d(channels[0], channels[0], kernel_size, padding=kernel_size // 2)
-        self.norm = nn.GroupNorm(8, channels[0])
-        self.output = nn.Conv1d(channels[0], action_dim, 1)
+        self.upsample = nn.ModuleList(Upsample(c) for c in channels[-2::-1])
+        self.conv, self.norm = nn.Linear(kernel_size * channels[0], channels[0]), Norm(channels[0])
+        self.output = nn.Linear(channels[0], action_dim)
 
     def forward(self, x, time, condition):
         """x (B, T, D), time's embedding (B, W), condition (B, C) -> (B, T, D)."""
-        condition = F.mish(torch.cat((self.time(time), condition), 1))      # before every film
-        x, skips = x.transpose(1, 2), []
+        condition, skips = F.mish(torch.cat((self.time(time), condition), 1)), []       # Mish: before every film
         for level, (first, second) in enumerate(self.down):
             x = second(first(x, condition), condition)
             skips.append(x)
-            x = self.downsample[level](x) if level < len(self.downsample) else x
+            x = self.downsample[level](windows(x, 3, 2)) if level < len(self.downsample) else x
         x = self.middle[1](self.middle[0](x, condition), condition)
         for (first, second), upsample in zip(self.up, self.upsample):
-            x = upsample(second(first(torch.cat((x, skips.pop()), 1), condition), condition))
-        return self.output(F.mish(self.norm(self.conv(x)))).transpose(1, 2)
+            x = upsample(second(first(torch.cat((x, skips.pop()), -1), condition), condition))
+        return self.output(F.mish(self.norm(self.conv(windows(x, self.kernel_size)))))
 
 
 class DenoiserBlock(nn.Module):

@@ -4,13 +4,15 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from diffusers.models.resnet import ResidualTemporalBlock1D
+from diffusers.models.resnet import Downsample1D, ResidualTemporalBlock1D, Upsample1D
 
 from diffusion import (
     VLA,
     ConvBlock,
     DiffusionPolicy,
     PolicyConfig,
+    UNet1d,
+    Upsample,
     VLAConfig,
     build,
     normal,
@@ -18,6 +20,7 @@ from diffusion import (
     sincos,
     uniform,
     valid_numbers,
+    windows,
 )
 from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig, generate, rope_table, rotate
 
@@ -207,18 +210,31 @@ def test_every_parameter_has_a_gradient(denoiser, encoder):
     assert loss == 0 and count == 0 and not any(g.any() for g in gradients(model, loss).values())
 
 
-def test_film_block_equals_diffusers():
-    """Ours with a scale that is always 1 is the block of diffusers' temporal U-Net."""
+def as_linear(conv):
+    """The weights of a convolution over time, as our Linear on windows has them."""
+    return dict(weight=conv.weight.transpose(1, 2).flatten(1), bias=conv.bias)
+
+
+def test_unet_parts_equal_diffusers():
+    """Ours with a FiLM that only shifts is the block of diffusers' temporal U-Net; halving and doubling are its own."""
     torch.manual_seed(0)
     ours, ref = ConvBlock(3, 16, 10, 5), ResidualTemporalBlock1D(3, 16, 10, 5)
     with torch.no_grad():
-        for a, b in ((ours.conv1, ref.conv_in.conv1d), (ours.norm1, ref.conv_in.group_norm), (ours.skip,
-                     ref.residual_conv), (ours.conv2, ref.conv_out.conv1d), (ours.norm2, ref.conv_out.group_norm)):
-            a.load_state_dict(b.state_dict())
+        for a, b in ((ours.conv1, ref.conv_in.conv1d), (ours.skip, ref.residual_conv), (ours.conv2,
+                                                                                        ref.conv_out.conv1d)):
+            a.load_state_dict(as_linear(b))
+        ours.norm1.load_state_dict(ref.conv_in.group_norm.state_dict())
+        ours.norm2.load_state_dict(ref.conv_out.group_norm.state_dict())
         ours.film.weight[:16], ours.film.bias[:16] = 0, 1
         ours.film.weight[16:], ours.film.bias[16:] = ref.time_emb.weight, ref.time_emb.bias
-    x, condition = randn(2, 3, 8), randn(2, 10, seed=1)
-    close(ours(x, torch.nn.functional.mish(condition)), ref(x, condition), 1e-6)
+    x, condition = randn(2, 8, 3), randn(2, 10, seed=1)
+    close(ours(x, torch.nn.functional.mish(condition)), ref(x.mT, condition).mT, 1e-6)
+    down, up = Downsample1D(3, use_conv=True, padding=1), Upsample1D(3, use_conv_transpose=True)
+    linear, double = torch.nn.Linear(9, 3), Upsample(3)
+    linear.load_state_dict(as_linear(down.conv))
+    close(linear(windows(x, 3, 2)), down(x.mT).mT, 1e-6)
+    double.load_state_dict({'taps.weight': up.conv.weight.permute(2, 1, 0).flatten(0, 1), 'bias': up.conv.bias})
+    close(double(x), up(x.mT).mT, 1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -303,6 +319,13 @@ def test_a_chunk_is_learned_from_the_sentence(denoiser):
         optimizer.zero_grad()
     actions = model.sample(tokens, lowdim=dict(keys=random_keys(2, torch.arange(2))))
     close(actions, chunks, 0.35)
+
+
+def test_sizes():
+    """The paper's U-Net for PushT from states has 65 M parameters; the MLP for MetaWorld 3.8 M."""
+    with torch.device('meta'):
+        assert sum(p.numel() for p in UNet1d(2, 10).parameters()) == 65_353_218
+        assert sum(p.numel() for p in DiffusionPolicy(PolicyConfig(4, 16, 39)).parameters()) == 3_765_824
 
 
 @pytest.mark.parametrize('wrong, message', [
