@@ -684,6 +684,7 @@ class Prefix:
     def __init__(self):
         self.layers, self.length = {}, 0
 
+    @torch.compiler.disable     # of what is compiled block by block, one graph serves all layers
     def update(self, layer, k, v):
         self.layers[layer] = k, v
         return k, v
@@ -695,6 +696,7 @@ class Suffix:
     def __init__(self, prefix, rows):
         self.prefix, self.rows = prefix, rows
 
+    @torch.compiler.disable     # of what is compiled block by block, one graph serves all layers
     def update(self, layer, k, v):
         return tuple(torch.cat((old[self.rows], new), 1) for old, new in zip(self.prefix.layers[layer], (k, v)))
 
