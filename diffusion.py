@@ -333,13 +333,12 @@ def action_loss(kind, output, target, valid, draws, reduction):
     return (losses.sum(), count.sum()) if reduction == 'sum' else (losses, count)
 
 
-def start_of(lowdim, config, device, noise=None):
-    """Noise to sample from, zero where action_mask leaves a number out, and the mask (A or 1, 1, D)."""
+def start_of(lowdim, config, noise=None):
+    """Noise to sample from (A, T, D), as given or by keys, and action_mask (A or 1, 1, D)."""
     if noise is None:
-        noise = normal(lowdim['keys'].to(device), (config.action_steps, config.action_dim))
-    wanted = (lowdim['action_mask'].bool()[:, None] if 'action_mask' in lowdim
-              else torch.ones(1, 1, config.action_dim, dtype=torch.bool, device=device))
-    return noise.where(wanted, 0), wanted
+        noise = normal(lowdim['keys'], (config.action_steps, config.action_dim))
+    everything = torch.ones(1, config.action_dim, dtype=torch.bool, device=noise.device)
+    return noise, lowdim.get('action_mask', everything).bool()[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -643,9 +642,9 @@ class DiffusionPolicy(nn.Module):
         device, was_training = next(self.parameters()).device, self.training
         self.eval()
         lowdim = lowdim or {}
-        x, wanted = start_of(lowdim, self.config, device, noise)
+        x, wanted = start_of(lowdim, self.config, noise)
         encoded = self.encode(lowdim, tokens, pixels, blocks, segments, len(x), device)
-        x = self.schedule.sample(lambda x, t: self.denoise(x, t, *encoded).where(wanted, 0), x, steps,
+        x = self.schedule.sample(lambda x, t: self.denoise(x.where(wanted, 0), t, *encoded), x, steps,
                                  sampler or ('euler' if self.config.objective == 'flow' else 'ddim'),
                                  lowdim.get('keys'))
         self.train(was_training)
@@ -786,16 +785,16 @@ class VLA(VLM):
         c, d, device, was_training = self.policy, self.decoder.config, tokens.device, self.training
         self.eval()
         lowdim, (batch, S) = lowdim or {}, tokens.shape
-        x, wanted = start_of(lowdim, c, device, noise)
+        x, wanted = start_of(lowdim, c, noise)
         state = state_of(lowdim, c, batch, device)
         real = torch.ones(batch, c.action_steps, dtype=torch.bool, device=device)
         masks, positions = self.layout(tokens, None, blocks, segments, real, torch.arange(batch, device=device))
         cache = KVCache(d, batch, S + 1 + c.action_steps, device, self.decoder.embedding.weight.dtype)
         self.prefix(tokens, pixels, masks, positions, cache)    # velocity leaves its length, and overwrites the rest
-        x = self.schedule.sample(lambda x, t: self.velocity(x, t, state, masks[0][:, S:], positions[:, S:],
-                                                            cache).where(wanted, 0), x, steps, sampler)
+        x = self.schedule.sample(lambda x, t: self.velocity(x.where(wanted, 0), t, state, masks[0][:, S:],
+                                                            positions[:, S:], cache), x, steps, sampler)
         self.train(was_training)
-        return x
+        return x.where(wanted, 0)
 
 
 def build(task, config, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1):

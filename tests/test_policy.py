@@ -257,6 +257,9 @@ def test_samples_do_not_depend_on_the_batch(denoiser, objective, sampler):
         close(alone, actions[i:i + 1])
     assert not torch.equal(actions, model.sample(tokens, pixels, segments=segments, lowdim=x | dict(
         keys=x['keys'] + 1), steps=4, sampler=sampler))
+    noise, wanted = randn(3, 8, 3), x['action_mask'][:, None]
+    assert torch.equal(*(model.sample(tokens, pixels, segments=segments, lowdim=x, noise=n, steps=4, sampler=sampler)
+                         for n in (noise, noise.where(wanted, 9.0))))
 
 
 def test_ddim_sampling_equals_diffusers():
@@ -427,6 +430,14 @@ def test_cached_sampling_equals_the_joint_forward_pass(text):
         close(alone, sampled[i:i + 1], 1e-5)
 
 
+def test_vla_samples_only_what_a_robot_has():
+    model, (tokens, pixels, segments), x = vla(), observations([1, 1, 0]), lowdim(3)
+    noise, wanted = randn(3, 8, 3), x['action_mask'][:, None]
+    actions = [model.sample(tokens, pixels, segments=segments, lowdim=x, noise=n)
+               for n in (noise, noise.where(wanted, 9.0))]
+    assert torch.equal(*actions) and (actions[0] == 0).all(1).logical_xor(x['action_mask']).all()
+
+
 def test_prefix_is_computed_once():
     model, (tokens, pixels, segments) = vla(), observations([1, 1])
     calls = []
@@ -469,11 +480,13 @@ def test_vla_padded_actions_do_not_matter():
     assert torch.equal(loss, loss2) and count == count2 == valid_numbers(x).sum()
     assert all(torch.equal(g, grads[name]) for name, g in gradients(model, text + loss2).items())
     # nor does it matter that they are there
-    short = int((~x['is_pad'][1]).sum())
-    full = velocities(model, tokens, pixels, segments, x, noise, time)[2:4, :short]
+    i = int(x['is_pad'].sum(1).argmax())
+    short = int((~x['is_pad'][i]).sum())
+    assert short < 6
+    full = velocities(model, tokens, pixels, segments, x, noise, time)[2 * i:2 * i + 2, :short]
     model.policy = replace(model.policy, action_steps=short)
-    one = {k: v[1:2, :short] if k in ('actions', 'is_pad') else v[1:2] for k, v in x.items()}
-    close(velocities(model, tokens, pixels, segments, one, noise[2:4, :short], time[2:4]), full, 1e-5)
+    one = {k: v[i:i + 1, :short] if k in ('actions', 'is_pad') else v[i:i + 1] for k, v in x.items()}
+    close(velocities(model, tokens, pixels, segments, one, noise[2 * i:2 * i + 2, :short], time[2 * i:2 * i + 2]), full)
 
 
 @pytest.mark.parametrize('remat', [False, True])
