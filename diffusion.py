@@ -301,6 +301,7 @@ def nothing(config, device):
     """A `lowdim` without anything to learn: what a rank goes through whose batch has no actions."""
     shape = 1, config.action_steps, config.action_dim
     return dict(actions=torch.zeros(shape, device=device), is_pad=torch.ones(shape[:2], device=device),
+                proprio=torch.zeros(1, config.proprio_dim, device=device),
                 keys=torch.zeros(1, dtype=torch.long, device=device), rows=[0])
 
 
@@ -547,22 +548,19 @@ class Transformer(nn.Module):
 
 
 class Pool(nn.Module):
-    """Tokens to vectors: `queries` learned queries attend to them, and to one learned token, so that none is missed."""
+    """Tokens to vectors: `queries` learned queries attend to them."""
 
     def __init__(self, context, width, num_heads, queries):
         super().__init__()
         self.num_heads = num_heads
         self.pos_embed = nn.Parameter(torch.randn(1, queries, width))       # the queries
-        self.nothing = nn.Parameter(torch.zeros(1, 1, context))
         self.norm, self.kv, self.o = nn.LayerNorm(context), nn.Linear(context, 2 * width), nn.Linear(width, width)
 
     def forward(self, x, mask):
         """x (B, S, C), mask (B, S) -> (B, queries * width)."""
-        x = self.norm(torch.cat((self.nothing.expand(len(x), -1, -1).to(x), x), 1))
-        mask = F.pad(mask, (1, 0), value=True)[:, None].expand(-1, self.pos_embed.shape[1], -1)
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in (self.pos_embed.expand(len(x), -1, -1).to(x),
-                                                                   *self.kv(x).chunk(2, -1)))
-        return self.o(attention(q, k.to(q), v.to(q), mask).flatten(2)).flatten(1)
+        k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self.kv(self.norm(x)).chunk(2, -1))
+        q = self.pos_embed.to(k).expand(len(x), -1, -1).unflatten(-1, (self.num_heads, -1))
+        return self.o(attention(q, k, v, mask[:, None].expand(-1, q.shape[1], -1)).flatten(2)).flatten(1)
 
 
 class DiffusionPolicy(nn.Module):
@@ -577,8 +575,11 @@ class DiffusionPolicy(nn.Module):
         self.encoder = encoder
         self.schedule = (FlowSchedule(c.time, c.shift) if c.objective == 'flow' else Schedule(
             c.schedule, c.schedule_steps, c.prediction, clip_sample=c.clip_range > 0, clip_sample_range=c.clip_range))
-        context = getattr(encoder, 'decoder', encoder).config.width if encoder else 0
-        condition = max(c.proprio_dim, 1)
+        context, condition = 0, max(c.proprio_dim, 1)
+        if encoder:
+            decoder = getattr(encoder, 'decoder', encoder)
+            decoder.head, context = nn.Identity(), decoder.config.width     # no gradient would reach an output layer
+            self.blank = nn.Parameter(torch.zeros(1, 1, context))           # a token that is there when no other is
         self.pool = Pool(context, c.width, c.num_heads, c.pool) if context and c.denoiser != 'transformer' else None
         condition += c.pool * c.width if self.pool else 0
         if c.denoiser == 'mlp':
@@ -601,6 +602,7 @@ class DiffusionPolicy(nn.Module):
         mask = torch.ones_like(tokens, dtype=torch.bool) if segments is None else segments > 0
         if 'rows' in lowdim:
             x, mask = x[lowdim['rows']], mask[lowdim['rows']]
+        x, mask = torch.cat((self.blank.to(x).expand(len(x), -1, -1), x), 1), F.pad(mask, (1, 0), value=True)
         if self.pool is None:
             return condition, x, mask
         return torch.cat((condition, self.pool(x, mask)), 1), None, None
@@ -625,8 +627,7 @@ class DiffusionPolicy(nn.Module):
         reduction='none': sums and counts of each sample. noise (A * draws, T, D) and time (A * draws,) are given, or
         follow from lowdim's keys. Without lowdim all goes through with a count of 0."""
         c, device = self.config, next(self.parameters()).device
-        lowdim = nothing(c, device) | dict(proprio=torch.zeros(1, c.proprio_dim, device=device)) if lowdim is None \
-            else lowdim
+        lowdim = nothing(c, device) if lowdim is None else lowdim
         encoded = self.encode(lowdim, tokens, pixels, blocks, segments, len(lowdim['actions']), device)
         x, t, target, valid = draws_of(lowdim, self.schedule, c.num_noise_draws, noise, time)
         encoded = (None if e is None else e.repeat_interleave(c.num_noise_draws, 0) for e in encoded)
@@ -761,8 +762,7 @@ class VLA(VLM):
 
         A weighted sum of both is what is learned: with one left out, some parameters have no gradient (DDP waits)."""
         c, device = self.policy, tokens.device
-        if lowdim is None:
-            lowdim = nothing(c, device) | dict(proprio=torch.zeros(1, c.proprio_dim, device=device))
+        lowdim = nothing(c, device) if lowdim is None else lowdim
         targets = torch.full_like(tokens, -100) if targets is None else targets
         rows = torch.as_tensor(lowdim['rows'] if 'rows' in lowdim else range(len(tokens)), device=device)
         x, t, target, valid = draws_of(lowdim, self.schedule, c.num_noise_draws, noise, time)
