@@ -1,10 +1,15 @@
 """diffusion.py: policies. What is padded does not matter, rows do not see each other, and distributions are learned."""
+import multiprocessing
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import DDIMScheduler
 from diffusers.models.resnet import Downsample1D, ResidualTemporalBlock1D, Upsample1D
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion import (
     VLA,
@@ -22,7 +27,18 @@ from diffusion import (
     valid_numbers,
     windows,
 )
-from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig, generate, rope_table, rotate
+from model import (
+    VLM,
+    Decoder,
+    DecoderBlock,
+    DecoderConfig,
+    ViTBlock,
+    ViTConfig,
+    VLMConfig,
+    generate,
+    rope_table,
+    rotate,
+)
 
 IMAGE, PAD, V = 5, 0, 50
 VIT = ViTConfig(image_size=16, patch_size=8, width=24, depth=1, mlp_dim=48, num_heads=3)
@@ -328,18 +344,20 @@ def test_both_modes_of_a_distribution_are_learned(objective, sampler):
     assert distance.median() < 0.15 and (distance < 0.4).float().mean() > 0.93
 
 
-@pytest.mark.parametrize('denoiser', ['unet', 'transformer'])
+@pytest.mark.parametrize('denoiser', ['unet', 'transformer', 'vla'])
 def test_a_chunk_is_learned_from_the_sentence(denoiser):
     torch.manual_seed(0)
-    config = PolicyConfig(1, 4, encoder='text', denoiser=denoiser, width=32, depth=2, mlp_dim=64, num_heads=4,
-                          channels=(16, 32), pool=1)
-    model = DiffusionPolicy(config, Decoder(TEXT))
+    if denoiser == 'vla':
+        model = VLA(VLAConfig(1, 4, width=32, mlp_dim=64, num_noise_draws=16), VLMConfig(VIT, TEXT, IMAGE))
+    else:
+        model = DiffusionPolicy(PolicyConfig(
+            1, 4, encoder='text', denoiser=denoiser, width=32, depth=2, mlp_dim=64, num_heads=4, channels=(16, 32),
+            pool=1, num_noise_draws=16), Decoder(TEXT))
     tokens, chunks = torch.tensor([[10, 20], [20, 10]]), torch.tensor([[1.0, 1, -1, -1], [-1, 1, -1, 1]])[..., None]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(120):
-        keys = random_keys(1, torch.arange(step * 32, (step + 1) * 32))
-        row = torch.arange(32) % 2
-        loss, count = model.loss(tokens, lowdim=dict(actions=chunks[row], keys=keys, rows=row))
+    for step in range(80 if denoiser == 'unet' else 180):
+        x = dict(actions=chunks, keys=random_keys(1, torch.arange(2) + 2 * step))
+        loss, count = model.loss(tokens, lowdim=x) if denoiser != 'vla' else model.loss(tokens, lowdim=x)[1]
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -631,3 +649,49 @@ def test_build():
     assert model.config.image_token_id == IMAGE and model.policy.action_steps == 8
     with pytest.raises(ValueError, match='vocab_size=50 is less than the 70 of the tokenizer'):
         build('vla', VLAConfig(3, 8, 5), VIT, TEXT, **vocabulary)
+
+
+def a_rank(rank, folder, name, sharded):
+    """One of two ranks: the first has a picture and actions, the second neither, but text."""
+    dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2)
+    model = vla() if name == 'vla' else policy(encoder='vlm', denoiser=name)
+    if sharded:
+        mesh = init_device_mesh('cpu', (2,))
+        for module in (*(m for m in model.modules() if isinstance(m, (DecoderBlock, ViTBlock))), model):
+            fully_shard(module, mesh=mesh)
+    run = model if sharded else DistributedDataParallel(model)
+    (2 * total(run(**halves()[rank]))).backward()       # the mean over ranks is to be the sum
+    grads = {n: p.grad.full_tensor() if sharded else p.grad for n, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(grads, f'{folder}/grads.pt')
+    dist.destroy_process_group()
+
+
+def total(out):
+    return out[0][0] + out[1][0] if isinstance(out[0], tuple) else out[0]
+
+
+def halves():
+    first, second = observations([1]), observations([0])
+    out = [dict(tokens=t, pixels=p if len(p) else None, segments=s, lowdim=x)
+           for (t, p, s), x in zip((first, second), (lowdim(1), None))]
+    for half in out:
+        half['targets'], half['blocks'] = with_targets(half['tokens'], [0])
+    return out
+
+
+@pytest.mark.parametrize('name, sharded', [('vla', False), ('vla', True), ('transformer', False), ('unet', True)])
+def test_ranks_without_pictures_or_actions(name, sharded, tmp_path):
+    """DDP and FSDP2 wait for nobody, and the gradient is that of both ranks' batches."""
+    ranks = [multiprocessing.get_context('fork').Process(target=a_rank, args=(rank, tmp_path, name, sharded))
+             for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    hung = [process.kill() for process in ranks if process.is_alive()]
+    assert not hung and [process.exitcode for process in ranks] == [0, 0]
+    model = vla() if name == 'vla' else policy(encoder='vlm', denoiser=name)
+    grads = gradients(model, sum(total(model(**half)) for half in halves()))
+    for key, grad in torch.load(tmp_path / 'grads.pt').items():
+        close(grad, grads[key], 1e-5 * max(1.0, float(grads[key].abs().max())))
