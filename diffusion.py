@@ -54,7 +54,7 @@ def random_keys(seed, positions):
 
 
 def random_bits(keys, count, stream=0):
-    """64 random bits, (B, count), from keys int64 (B,); other streams are independent."""
+    """64 random bits, (B, count), from keys int64 (B,). Streams are independent: 0 noise, 1 times, 16 on DDPM's."""
     start = mix64(mix64(keys.long()) + stream)[:, None]
     return mix64(start + GOLDEN * torch.arange(1, count + 1, device=keys.device))
 
@@ -259,7 +259,6 @@ class FlowSchedule:
     def step(self, output, t, t_next, x):
         """Euler from time t to t_next; numbers, or (B,)."""
         dt = torch.as_tensor(t_next, dtype=torch.float32) - torch.as_tensor(t, dtype=torch.float32)
-        dt = dt.to(x.device)
         return x + (dt.reshape(dt.shape + (1,) * (x.ndim - 1) * dt.ndim) * output).to(x.dtype)
 
     def sample(self, predict, x, n, sampler='euler', keys=None):
@@ -371,24 +370,22 @@ class PolicyConfig:
     loss: str = 'mse'           # mse | l1 | huber
     num_noise_draws: int = 1    # noisy versions of a chunk for one pass of the encoder
 
-    def check(self, where='policy'):
+    def check(self):
         """Raises ValueError for settings that no policy can have."""
         for name, allowed in (('encoder', ('none', 'text', 'vlm')), ('denoiser', ('mlp', 'unet', 'transformer')),
                               ('objective', ('flow', 'ddpm')), ('loss', tuple(LOSSES))):
             if getattr(self, name) not in allowed:
-                raise ValueError(f'{where}.{name}={getattr(self, name)!r}: expected one of {", ".join(allowed)}')
+                raise ValueError(f'policy.{name}={getattr(self, name)!r}: expected one of {", ".join(allowed)}')
         if min(self.action_dim, self.action_steps, self.num_noise_draws, self.pool) < 1 or self.proprio_dim < 0:
-            raise ValueError(f'{where}: action_dim={self.action_dim}, action_steps={self.action_steps}, '
-                             f'num_noise_draws={self.num_noise_draws} and pool={self.pool} must be at least 1, '
-                             f'proprio_dim={self.proprio_dim} at least 0')
+            raise ValueError(f'policy: action_dim={self.action_dim}, action_steps={self.action_steps}, num_noise_draws='
+                             f'{self.num_noise_draws} and pool={self.pool} must be at least 1, proprio_dim='
+                             f'{self.proprio_dim} at least 0')
         if self.width % (2 * self.num_heads):
-            raise ValueError(f'{where}.width={self.width} must be a multiple of twice {where}.num_heads='
-                             f'{self.num_heads}')
-        if self.denoiser == 'unet' and (self.action_steps % 2 ** (len(self.channels) - 1) or
-                                        any(c % 8 for c in self.channels)):
-            raise ValueError(f'{where}.channels={self.channels}: each must be a multiple of 8, and a chunk of '
-                             f'{self.action_steps} actions can be halved {len(self.channels) - 1} times only if it is '
-                             f'a multiple of {2 ** (len(self.channels) - 1)}')
+            raise ValueError(f'policy.width={self.width} must be a multiple of twice policy.num_heads={self.num_heads}')
+        unit = 2 ** (len(self.channels) - 1)
+        if self.denoiser == 'unet' and (self.action_steps % unit or any(c % 8 for c in self.channels)):
+            raise ValueError(f'policy.channels={self.channels} must be multiples of 8, and {self.action_steps} actions '
+                             f'a multiple of {unit}, to be halved for all channels but the first')
 
 
 class MLPDenoiser(nn.Module):
@@ -419,16 +416,6 @@ def windows(x, size, stride=1):
     return F.pad(x, (0, 0, size // 2, size // 2)).unfold(1, size, stride).transpose(2, 3).flatten(2)
 
 
-class Norm(nn.GroupNorm):
-    """Of 8 groups of channels, x (B, T, C)."""
-
-    def __init__(self, channels):
-        super().__init__(8, channels)
-
-    def forward(self, x):
-        return super().forward(x.mT).mT
-
-
 class Upsample(nn.Module):
     """A transposed convolution, kernel 4, stride 2: (B, T, C) -> (B, 2 T, C)."""
 
@@ -449,15 +436,16 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.kernel_size = kernel_size
         self.conv1, self.conv2 = (nn.Linear(kernel_size * i, outputs) for i in (inputs, outputs))
-        self.norm1, self.norm2 = Norm(outputs), Norm(outputs)
+        self.norm1, self.norm2 = nn.GroupNorm(8, outputs), nn.GroupNorm(8, outputs)
         self.film = nn.Linear(condition, 2 * outputs)
         self.skip = nn.Linear(inputs, outputs) if inputs != outputs else nn.Identity()
 
     def forward(self, x, condition):
         """x (B, T, inputs), condition (B, C) after its Mish -> (B, T, outputs)."""
         scale, shift = self.film(condition)[:, None].chunk(2, -1)
-        h = torch.addcmul(shift, scale, F.mish(self.norm1(self.conv1(windows(x, self.kernel_size)))))
-        return F.mish(self.norm2(self.conv2(windows(h, self.kernel_size)))) + self.skip(x)
+        h = F.mish(self.norm1(self.conv1(windows(x, self.kernel_size)).mT)).mT
+        h = torch.addcmul(shift, scale, h)
+        return F.mish(self.norm2(self.conv2(windows(h, self.kernel_size)).mT)).mT + self.skip(x)
 
 
 class UNet1d(nn.Module):
@@ -477,7 +465,7 @@ class UNet1d(nn.Module):
         self.middle = pair(channels[-1], channels[-1])
         self.up = nn.ModuleList(pair(2 * o, i) for i, o in reversed([*zip(channels, channels[1:])]))
         self.upsample = nn.ModuleList(Upsample(c) for c in channels[-2::-1])
-        self.conv, self.norm = nn.Linear(kernel_size * channels[0], channels[0]), Norm(channels[0])
+        self.conv, self.norm = nn.Linear(kernel_size * channels[0], channels[0]), nn.GroupNorm(8, channels[0])
         self.output = nn.Linear(channels[0], action_dim)
 
     def forward(self, x, time, condition):
@@ -490,7 +478,7 @@ class UNet1d(nn.Module):
         x = self.middle[1](self.middle[0](x, condition), condition)
         for (first, second), upsample in zip(self.up, self.upsample):
             x = upsample(second(first(torch.cat((x, skips.pop()), -1), condition), condition))
-        return self.output(F.mish(self.norm(self.conv(windows(x, self.kernel_size)))))
+        return self.output(F.mish(self.norm(self.conv(windows(x, self.kernel_size)).mT)).mT)
 
 
 class DenoiserBlock(nn.Module):
@@ -668,14 +656,14 @@ class VLAConfig:
     loss: str = 'mse'           # mse | l1 | huber
     num_noise_draws: int = 1    # noisy versions of a chunk for one pass of the vision-language model
 
-    def check(self, where='vla'):
+    def check(self):
         """Raises ValueError for settings that no action expert can have."""
         if self.loss not in LOSSES:
-            raise ValueError(f'{where}.loss={self.loss!r}: expected one of {", ".join(LOSSES)}')
+            raise ValueError(f'vla.loss={self.loss!r}: expected one of {", ".join(LOSSES)}')
         if min(self.action_dim, self.action_steps, self.num_noise_draws) < 1 or self.proprio_dim < 0 or self.width % 2:
-            raise ValueError(f'{where}: action_dim={self.action_dim}, action_steps={self.action_steps} and '
-                             f'num_noise_draws={self.num_noise_draws} must be at least 1, proprio_dim='
-                             f'{self.proprio_dim} at least 0, width={self.width} even')
+            raise ValueError(f'vla: action_dim={self.action_dim}, action_steps={self.action_steps} and num_noise_draws='
+                             f'{self.num_noise_draws} must be at least 1, proprio_dim={self.proprio_dim} at least 0, '
+                             f'width={self.width} even')
 
 
 class Prefix:

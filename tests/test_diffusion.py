@@ -222,6 +222,9 @@ def test_heun_is_of_second_order():
         return abs(FlowSchedule().sample(lambda x, t: x, torch.ones(1, 1), n, sampler).item() - math.exp(-1))
     assert 1.8 < error(10, 'euler') / error(20, 'euler') < 2.2
     assert error(20, 'heun') < error(20, 'euler') / 10
+    times = []
+    FlowSchedule().sample(lambda x, t: times.append(float(t)) or x, torch.ones(1, 1), 2, 'heun')
+    assert times == [1, 0.5, 0.5]           # the last step is Euler's, as diffusers' and EDM's
 
 
 @pytest.mark.parametrize('sigmas', [None, torch.linspace(1, 0.1, 10).tolist(), [1.0, 0.8, 0.3]])
