@@ -46,8 +46,8 @@ def compare(what, calls):
                 times[name].append(time.perf_counter() - began)
     medians = {name: 1e3 * statistics.median(t) for name, t in times.items()}
     first = next(iter(medians))
-    print(f'{what:34} ' + ', '.join(f'{name} {ms:.1f} ms' for name, ms in medians.items()) + ': ' + ', '.join(
-        f'{medians[name] / medians[first]:.2f} x as fast' for name in medians if name != first), flush=True)
+    print(f'{what:30} ' + ', '.join(f'{name} {ms:.1f} ms' for name, ms in medians.items()) + f': {first} ' + ', '.join(
+        f'{medians[name] / medians[first]:.2f} x as fast as {name}' for name in medians if name != first), flush=True)
 
 
 def training(model, mean_loss):
