@@ -587,6 +587,15 @@ class SigLIP(nn.Module):
     forward = loss
 
 
+def sized(decoder, vocab_size):
+    """A decoder's settings with a vocabulary that holds the tokenizer's."""
+    if decoder.vocab_size == 0:
+        return replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
+    if decoder.vocab_size < vocab_size:
+        raise ValueError(f'decoder.vocab_size={decoder.vocab_size} is less than the {vocab_size} of the tokenizer')
+    return decoder
+
+
 def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, connector_bias=True, pair_scale=10.0,
           pair_bias=-10.0, towers=None):
     """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says.
@@ -595,10 +604,7 @@ def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, conne
     towers = towers or {}
     if (vit.hf and task != 'llm' and 'vit' not in towers) or (decoder.hf and 'decoder' not in towers):
         raise ValueError(f'vit.hf={vit.hf!r}, decoder.hf={decoder.hf!r}: build takes them as towers (hf.py)')
-    if decoder.vocab_size == 0:
-        decoder = replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
-    if decoder.vocab_size < vocab_size:
-        raise ValueError(f'decoder.vocab_size={decoder.vocab_size} is less than the {vocab_size} of the tokenizer')
+    decoder = sized(decoder, vocab_size)
     if task == 'llm':
         return towers.get('decoder') or Decoder(decoder)
     config = VLMConfig(vit, decoder, image_token_id, pixel_shuffle, connector_bias)
