@@ -27,6 +27,7 @@ from model import (
     VLMConfig,
     attention,
     make_attn_mask,
+    make_attn_masks,
     positions_of,
     rope_table,
     run_block,
@@ -720,7 +721,7 @@ class VLA(VLM):
         begins = suffix.clone()
         begins[:, 2:] = 0                                       # the state is a block, all actions are one
         suffix[rows, 1:] = steps.to(suffix)
-        masks = self.decoder.attn_masks(torch.cat((blocks, begins), 1), torch.cat((segments, suffix), 1))
+        masks = make_attn_masks(self.decoder.config, torch.cat((blocks, begins), 1), torch.cat((segments, suffix), 1))
         after = (segments > 0).sum(1, keepdim=True) + torch.arange(suffix.shape[1], device=tokens.device)
         return masks, torch.cat((positions_of(segments), after), 1)
 

@@ -280,19 +280,21 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(torch.linalg.vecdot(h, h)[..., None] / h.shape[-1] + eps)
-        ctx.save_for_backward(x, weight, scale)
-        return (h * scale).mul_(weight).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):          # it would take vecdot in half precision
+            h = x.to(torch.promote_types(x.dtype, torch.float32))
+            scale = torch.rsqrt(torch.linalg.vecdot(h, h)[..., None] / h.shape[-1] + eps)
+            ctx.save_for_backward(x, weight, scale)
+            return (h * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, scale = ctx.saved_tensors
-        g, h = grad.to(scale.dtype), x.to(scale.dtype)
-        grad_weight = scale.flatten() @ (g * h).flatten(0, -2)
-        g = g * weight
-        along = torch.linalg.vecdot(g, h)[..., None] * scale ** 3 / -h.shape[-1]    # of g, along x
-        return g.mul_(scale).addcmul_(h, along).to(x.dtype), grad_weight, None
+        with torch.autocast(x.device.type, enabled=False):
+            g, h = grad.to(scale.dtype), x.to(scale.dtype)
+            along_h = g * h
+            grad_weight = scale.flatten() @ along_h.flatten(0, -2)
+            along = (along_h @ weight.to(scale.dtype))[..., None] * scale ** 3 / -h.shape[-1]   # of the gradient, on x
+            return (g * weight).mul_(scale).addcmul_(h, along).to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
