@@ -202,6 +202,36 @@ def shifted(actions, proprio, pairs, rotations, sign):
     return out
 
 
+class Units(nn.Module):
+    """Between a robot's numbers and a model's: relative to the anchor where stats.json says so, and normalised.
+
+    stats: what prepare/stats.py wrote. Raises ValueError."""
+
+    def __init__(self, stats, kind, steps, action_dim, proprio_dim):
+        super().__init__()
+        try:
+            self.pairs, self.rotations = stats.get('pairs', []), stats.get('rotations', [])
+            if (self.pairs or self.rotations) and stats['action_steps'] != steps:
+                raise ValueError(f'they are of relative actions in chunks of {stats["action_steps"]}, not of {steps}')
+            self.actions = Normalizer(stats['actions'], kind, action_dim)
+            self.proprio = Normalizer(stats['proprio'], kind, proprio_dim)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'no statistics of actions ({error!r}): make them with prepare/stats.py') from None
+
+    def encode(self, lowdim):
+        """lowdim as the data set has it -> as a model learns it; `actions` may be missing."""
+        proprio, out = lowdim['proprio'], dict(lowdim)
+        out['proprio'] = self.proprio(proprio, lowdim['proprio_mask'].bool())
+        if 'actions' in lowdim:
+            chunk = relative(lowdim['actions'], proprio, self.pairs, self.rotations)
+            out['actions'] = self.actions(chunk, lowdim['action_mask'].bool()[:, None])
+        return out
+
+    def decode(self, actions, proprio):
+        """What a model gave (A, steps, D), and the state (A, P) as the robot has it -> the robot's actions."""
+        return absolute(self.actions.inverse(actions), proprio, self.pairs, self.rotations)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # rotations: 6D is the first two columns of the matrix, one after the other (Zhou et al. 2019, arXiv 1812.07035);
 # quaternions are (w, x, y, z), as MuJoCo's; axis-angle is the axis times the angle in radians

@@ -18,6 +18,7 @@ import re
 import shutil
 import threading
 import zlib
+from dataclasses import replace
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 import processor as processors
 import tokenizer as tokenizers
-from model import DecoderConfig, ViTConfig, build
+from model import VLM, DecoderConfig, ViTConfig, build
 from shards import patiently
 
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException)
@@ -94,24 +95,43 @@ def newest(folder, say):
     return '', {}
 
 
+def build_model(run, tok, weights=True):
+    """The model of a run's settings (flat, as in config.json) and its tokenizer. weights=False: those of `vit.hf` and
+    `decoder.hf` are not loaded. Raises ValueError."""
+    def part(name, kind):
+        return kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
+
+    vit, decoder, task = part('vit', ViTConfig), part('decoder', DecoderConfig), run['task']
+    shape = vit, decoder, tok.vocab_size, tok.image_id, run['pixel_shuffle'], run.get('connector_bias', True)
+    if task in ('policy', 'vla'):
+        import diffusion
+        config = part(task, dict(policy=diffusion.PolicyConfig, vla=diffusion.VLAConfig)[task])
+        config = replace(config, **{key: run[key] for key in ('action_steps', 'action_dim', 'proprio_dim')})
+        return diffusion.build(task, config, *shape)
+    towers = {}
+    if vit.hf or decoder.hf:
+        import hf
+        towers = hf.towers(vit, decoder, tok.vocab_size, weights)
+    return build(task, *shape, run.get('pair_scale', 1.0), run.get('pair_bias', 0.0), towers)
+
+
+def image_tokens(model):
+    """Tokens that a picture takes in a model; 0 where it has no place in the text."""
+    model = getattr(model, 'encoder', model)        # of a policy
+    return model.config.image_tokens if isinstance(model, VLM) else 0
+
+
 def load_run(path, ema=True):
-    """(settings, tokenizer, model with its weights) of a run, or of one of its checkpoints. ema: with the averages of
-    the weights, where the run kept them. Raises ValueError."""
+    """(settings, tokenizer, model with its weights) of a run, or of one of its checkpoints; settings['folder'] is the
+    checkpoint. ema: with the averages of the weights, where the run kept them. Raises ValueError."""
     folder = os.path.abspath(path)
     if os.path.basename(os.path.dirname(folder)) != 'checkpoints' and not os.path.exists(
             os.path.join(folder, 'model.safetensors')):
         folder = os.path.join(folder, 'checkpoints', 'latest')
     try:
         run = read_json(os.path.join(folder, 'config.json'))
-        vit, decoder = (kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
-                        for name, kind in (('vit', ViTConfig), ('decoder', DecoderConfig)))
         tok = tokenizers.load('bytes' if run['tokenizer'] == 'bytes' else folder)
-        towers = {}
-        if vit.hf or decoder.hf:
-            import hf
-            towers = hf.towers(vit, decoder, tok.vocab_size, weights=False)
-        model = build(run['task'], vit, decoder, tok.vocab_size, tok.image_id, run['pixel_shuffle'],
-                      run.get('connector_bias', True), towers=towers)
+        model = build_model(run, tok, weights=False)
         weights = load_file(os.path.join(folder, 'model.safetensors'))
         if ema and run.get('ema'):
             weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
@@ -122,7 +142,7 @@ def load_run(path, ema=True):
         raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)') from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}') from None
-    return run, tok, model.eval()
+    return run | dict(folder=folder), tok, model.eval()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,6 +158,14 @@ def shapes(folder):
 def load(tensors, folder):
     """Fill tensors {name: tensor}, sharded or not, from the safetensors files of a folder, in place."""
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
+
+
+def is_policy(path):
+    """Is it a run of a DiffusionPolicy, or a checkpoint of one?"""
+    for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
+        if os.path.exists(os.path.join(folder, 'model.safetensors')):
+            return any(name.startswith('denoiser.') for name in shapes(folder))
+    return False
 
 
 def load_weights(model, path, skip=()):

@@ -3,8 +3,8 @@ import re
 
 import shards
 
-CHOICES = {'task': ('vlm', 'llm', 'siglip'), 'resume': ('auto', 'never'), 'pair_with': ('batch', 'all'),
-           'optimizer': ('adamw', 'muon'), 'dtype': ('float32', 'bfloat16', 'float16'),
+CHOICES = {'task': ('vlm', 'llm', 'siglip', 'policy', 'vla'), 'resume': ('auto', 'never'),
+           'pair_with': ('batch', 'all'), 'optimizer': ('adamw', 'muon'), 'dtype': ('float32', 'bfloat16', 'float16'),
            'matmul': ('highest', 'high', 'medium'), 'schedule': ('cosine', 'linear', 'constant', 'wsd')}
 
 
@@ -14,6 +14,8 @@ def check(s, world):
         if getattr(s, key) not in allowed:
             raise ValueError(f'{key}={getattr(s, key)!r}: expected one of {", ".join(allowed)}')
     check_batch(s, world)
+    if s.task in ('policy', 'vla'):
+        check_policy(s)
     if sum(x > 0 for x in (s.max_steps, s.max_samples, s.epochs)) != 1 or min(s.max_steps, s.max_samples, s.epochs) < 0:
         raise ValueError(f'the run\'s length is one of max_steps={s.max_steps}, max_samples={s.max_samples}, '
                          f'epochs={s.epochs}: set one above 0 and leave the others at 0')
@@ -32,6 +34,18 @@ def check(s, world):
                          f'warmup={s.warmup}, seed={s.seed} and skip_bad_steps={s.skip_bad_steps} at least 0')
     if not 0 < s.decay <= 1:
         raise ValueError(f'decay={s.decay}: expected a fraction of the run, above 0 and at most 1')
+
+
+def check_policy(s):
+    """A policy's settings, and what it has no use for."""
+    for key in ('action_dim', 'action_steps', 'proprio_dim'):
+        if getattr(s, f'{s.task}.{key}'):
+            raise ValueError(f'{s.task}.{key}={getattr(s, f"{s.task}.{key}")}: set {key}, which samples have, too')
+    if min(s.action_dim, s.action_steps) < 1 or min(s.proprio_dim, s.action_weight) < 0:
+        raise ValueError(f'task={s.task}: action_dim={s.action_dim} and action_steps={s.action_steps} must be at least '
+                         f'1, proprio_dim={s.proprio_dim} and action_weight={s.action_weight} at least 0')
+    if s.pack:
+        raise ValueError(f'pack=True: task={s.task} has a row for every sample')
 
 
 def check_batch(s, world):

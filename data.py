@@ -8,6 +8,7 @@ function of the position: nothing is recorded to resume, and nothing depends on 
 import fnmatch
 import functools
 import itertools
+import json
 import os
 import re
 import sys
@@ -269,7 +270,7 @@ class Batches:
                 try:
                     rng = None if self.seed is None else Random(self.seed, 4, n)
                     new = self.processor.pieces(folder.read(s, i), rng)
-                    pieces += [(n, piece | {'part': part}) for piece in new]
+                    pieces += [(n, piece | {'part': part, 'position': n}) for piece in new]
                 except BadSample as error:
                     pieces.append((n, None))
                     bad.append(f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {error}')
@@ -348,6 +349,21 @@ def leave_with(parent):
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
+
+
+def read_stats(folders, path=''):
+    """What prepare/stats.py has written: of `path`, or beside the one data set of a mix. Raises ValueError."""
+    if not path and len(folders) > 1:
+        raise ValueError(f'{len(folders)} data sets have one stats.json: python prepare/stats.py --data='
+                         f'{",".join(folder.path for folder in folders)} --out=stats.json, and --stats=stats.json')
+    path = path or folders[0].base.rstrip('/') + '/stats.json'
+    try:
+        import fsspec
+        with fsspec.open(path, 'r', encoding='utf-8') as file:
+            return json.load(file)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f'stats={path!r} can not be read ({error}): python prepare/stats.py --data='
+                         f'{folders[0].path} makes it') from None
 
 
 def all_texts(folders, processor):

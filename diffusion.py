@@ -610,7 +610,7 @@ class DiffusionPolicy(nn.Module):
         return self.denoiser(x, time, condition, mask, context, context_mask)
 
     def loss(self, tokens=None, targets=None, pixels=None, blocks=None, segments=None, lowdim=None, noise=None,
-             time=None, reduction='sum'):
+             time=None, reduction='sum', num_targets=None):
         """Sum of the losses, a mean over the noise draws, and the count of `valid_numbers`; `targets` are not read.
 
         reduction='none': sums and counts of each sample. noise (A * draws, T, D) and time (A * draws,) are given, or
@@ -746,7 +746,7 @@ class VLA(VLM):
         return self.action_out(self.expert_norm(h)[:, 1:])
 
     def loss(self, tokens, targets=None, pixels=None, blocks=None, segments=None, lowdim=None, noise=None, time=None,
-             reduction='sum', label_smoothing=0.0, z_loss=0.0):
+             reduction='sum', label_smoothing=0.0, z_loss=0.0, num_targets=None):
         """((loss, count) of the text as `VLM.loss` has it, (loss, count) of the actions as `DiffusionPolicy.loss`).
 
         A weighted sum of both is what is learned: with one left out, some parameters have no gradient (DDP waits)."""
@@ -761,7 +761,7 @@ class VLA(VLM):
         state = state_of(lowdim, c, len(rows), device).repeat_interleave(c.num_noise_draws, 0)
         rows = rows.repeat_interleave(c.num_noise_draws)
         output = self.velocity(x, t, state, masks[0][rows, S:], positions[rows, S:], Suffix(prefix, rows))
-        return (token_loss(self.decoder, hidden, targets, reduction, label_smoothing, z_loss),
+        return (token_loss(self.decoder, hidden, targets, reduction, label_smoothing, z_loss, num_targets),
                 action_loss(c.loss, output, target, valid, c.num_noise_draws, reduction))
 
     forward = loss
@@ -786,11 +786,11 @@ class VLA(VLM):
         return x.where(wanted, 0)
 
 
-def build(task, config, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1):
+def build(task, config, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, connector_bias=True):
     """The model of a task: policy, from a PolicyConfig, or vla, from a VLAConfig; the rest as `model.build`."""
     if task == 'vla':
-        return VLA(config, VLMConfig(vit, sized(decoder, vocab_size), image_token_id, pixel_shuffle))
+        return VLA(config, VLMConfig(vit, sized(decoder, vocab_size), image_token_id, pixel_shuffle, connector_bias))
     config.check()
     encoder = {'none': '', 'text': 'llm', 'vlm': 'vlm'}[config.encoder]
-    return DiffusionPolicy(config, build_tower(encoder, vit, decoder, vocab_size, image_token_id, pixel_shuffle)
-                           if encoder else None)
+    return DiffusionPolicy(config, build_tower(encoder, vit, decoder, vocab_size, image_token_id, pixel_shuffle,
+                                               connector_bias) if encoder else None)

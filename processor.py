@@ -163,6 +163,14 @@ def text(sample, p):
             (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
+def robot(sample, p):
+    """<image>..., bos, instruction, newline, all seen by all, and an answer, if there is one, as in paligemma."""
+    prefix, suffix = question(sample, p)
+    answer = [(suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)] if suffix or sample.get('asking') else []
+    return [*((picture, SEEN) for picture in sample['pictures']), (p.tokenizer.bos_id, SEEN), (prefix + '\n', SEEN),
+            *answer]
+
+
 def pair(sample, p):
     """The caption alone: what SigLIP compares with the picture."""
     if len(sample['pictures']) != 1:
@@ -237,7 +245,7 @@ def turns(sample, p):
     return out
 
 
-FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair} | dict.fromkeys(CHATS, chat)
+FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair, 'robot': robot} | dict.fromkeys(CHATS, chat)
 
 
 # of a model folder, what a processor is made from
@@ -382,10 +390,12 @@ def build(config, tokenizer, image_tokens):
     folder. Raises ValueError and OSError."""
     form = config.get('processor', 'auto')
     if form == 'auto':
-        form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair'}[config['task']]
+        form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair'}.get(config['task'], 'robot')
+    # a policy may see nothing but its state and a sentence
+    pictures = config['task'] != 'llm' and (config['task'] != 'policy' or config['policy.encoder'] == 'vlm')
     size, files, draft = config['vit.image_size'], dict(form=form), config.get('image_draft', True)
     if os.path.isdir(form):
-        files = read_model_folder(form, config['task'] != 'llm') | dict(where=f'processor={form!r}')
+        files = read_model_folder(form, pictures) | dict(where=f'processor={form!r}')
         for key, ours in (('image_size', size), ('image_tokens', image_tokens)):
             theirs = files.pop(key, 0)
             if theirs not in (0, ours):
@@ -395,7 +405,7 @@ def build(config, tokenizer, image_tokens):
     lowdim = tuple(config.get(key, 0) for key in ('action_steps', 'action_dim', 'proprio_dim'))
     files = dict(mean=config['image_mean'], std=config['image_std'], cameras=config.get('cameras', ())) | files
     return Processor(tokenizer, size, image_tokens, config['prompt'], config['seq_len'], files.pop('form'),
-                     config['task'] != 'llm', lowdim, draft, documents=config.get('document_attention', True), **files)
+                     pictures, lowdim, draft, documents=config.get('document_attention', True), **files)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -764,7 +774,8 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
             parts[i, here if pack else 0] = piece['part']
             pictures += piece['pictures']
             counts[i] += len(piece['pictures'])
-            lowdim += [piece['lowdim'] | {'rows': np.int64(i)}] if 'lowdim' in piece else []
+            lowdim += [piece['lowdim'] | {'rows': np.int64(i), 'positions': np.int64(piece.get('position', 0))}
+                       ] if 'lowdim' in piece else []
             texts[i] = piece['text']
             a = here.stop
     if p.function is pair:              # one target a pair, so that pairs are what the loss is a mean over
@@ -827,6 +838,8 @@ def to_device(batch, device, p):
         out |= dict(zip(('tokens', 'targets', 'segments')[:2 + batch['cut']], rows))
     if 'pixels' in batch:
         out['pixels'] = to_pixels(batch['pixels'], device, p.mean, p.std)
+    if 'lowdim' in batch:
+        out['lowdim'] = {k: as_tensor(v).to(device, non_blocking=True) for k, v in batch['lowdim'].items()}
     return out
 
 

@@ -4,11 +4,12 @@
     python sample.py --out_dir=out/vlm_emoji --image='pictures/*.png,other.jpg'         (many at once; a folder, too)
     python sample.py --out_dir=out/vlm_emoji --eval=mix,fluent-emoji-flat               (exact match, controls, a grid)
     python sample.py --out_dir=out/llm --prompt='Once upon'
+    python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20  (success, and controls)
 """
 import glob
 import os
 import sys
-from json import dumps
+from json import dumps, load
 
 import numpy as np
 import torch
@@ -34,6 +35,16 @@ top_k = 0                       # 0: all tokens
 top_p = 1.0                     # 1: all tokens
 seed = 0
 batch_size = 64                 # rows at once
+env = ''                        # metaworld | pusht: let a policy act there
+tasks = ''                      # of MetaWorld, separated by commas (empty: all eight)
+episodes = 20                   # a task; their goals are in no demonstration
+execute = 8                     # actions done of a chunk before the policy looks again
+sample_steps = 10               # of denoising
+sampler = ''                    # euler | heun | ddim | ddpm (empty: the first that fits)
+held_out = False                # say the task in words that no demonstration has
+controls = True                 # also measure the expert, a replayed demonstration, random, zero, and a wrong sentence
+film = ''                       # a GIF of the first episode of each task (needs pictures: a policy that sees)
+processes = 2                   # that step environments
 data_dir = ''                   # where --eval looks for its data set (empty: the run's own)
 device = 'auto'                 # auto: cuda if there is one, else cpu
 configure(globals())
@@ -56,7 +67,7 @@ if device == 'auto':
 try:
     run, tok, model = checkpoints.load_run(os.path.join(out_dir, 'checkpoints', checkpoint), ema)
     model.to(device)
-    processor = processors.build(run, tok, model.config.image_tokens if run['task'] == 'vlm' else 0)
+    processor = processors.build(run, tok, checkpoints.image_tokens(model))
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
 if run['task'] == 'siglip':
@@ -190,7 +201,104 @@ def draw(path, name, pixels, texts, given, score, columns=8, rows=5):
     print(f'grid of {len(chosen)} pictures: {path}', file=sys.stderr)
 
 
-if eval:
+# ----------------------------------------------------------------------------------------------------------------------
+# robots
+
+
+def policy_of(words=None, blank=False):
+    """A function of observations, as envs.rollout takes it. words: task -> the sentence it is told; blank: it sees
+    white pictures."""
+    import actions
+    import diffusion
+    with open(os.path.join(run['folder'], 'stats.json'), encoding='utf-8') as f:
+        units = actions.Units(load(f), run['normalize'], run['action_steps'], run['action_dim'], run['proprio_dim'])
+
+    def act(seen):
+        sentences = [words(o['task']) if words else o['instruction'] for o in seen]
+        pictures = [[o['pictures'][name] for name in run['cameras'] or o['pictures']] if processor.image_tokens else []
+                    for o in seen]
+        rows = [processor.prefix(text, len(p)) for text, p in zip(sentences, pictures)]
+        tokens = torch.full((len(rows), max(map(len, rows))), tok.pad_id)
+        for i, row in enumerate(rows):
+            tokens[i, :len(row)] = torch.tensor(row)
+        lengths = torch.tensor([len(row) for row in rows])
+        pixels = np.stack([p for group in pictures for p in group]) if any(pictures) else None
+        pixels = None if pixels is None else processors.to_pixels(
+            np.full_like(pixels, 255) if blank else pixels, device, processor.mean, processor.std)
+        proprio = torch.tensor(np.stack([o['proprio'] for o in seen]))
+        proprio = torch.nn.functional.pad(proprio, (0, run['proprio_dim'] - proprio.shape[1]))
+        positions = torch.tensor([o['seed'] * 4096 + o['step'] for o in seen])
+        low = units.encode(dict(proprio=proprio, proprio_mask=torch.ones_like(proprio)))
+        low |= dict(keys=diffusion.random_keys(seed, positions))
+        low = {k: v.to(device) for k, v in low.items()}
+        given = model.sample(tokens.to(device), pixels, torch.zeros_like(tokens).to(device),
+                             (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long().to(device), low,
+                             steps=sample_steps, sampler=sampler)
+        return units.decode(given.cpu(), proprio).numpy()
+    return act
+
+
+def demonstrations(names):
+    """{task: actions (T, A)} of one demonstration each, in the run's data sets; nothing of those that have none."""
+    found = {}
+    for name in run['mix']:
+        folder = shards.Folder(name, data_dir or run['data_dir'])
+        for shard in range(len(folder.sizes)):
+            members = folder.read(shard, 0)
+            task = processors.fields(members, pictures=False, lowdim=True).get('task')
+            if 'lowdim.npy' in members and task in names:
+                found.setdefault(task, members['lowdim.npy']['actions'])
+    return found
+
+
+def act_out():
+    """A table of successes: a row a task, the policy beside its controls; 95 % intervals by Wilson."""
+    import envs
+    names = [t for t in tasks.split(',') if t] or (list(envs.TASKS) if env == 'metaworld' else ['pusht'])
+    size = run['vit.image_size'] if processor.image_tokens else 0
+    chosen = [(task, envs.TEST_SEED + i) for task in names for i in range(episodes)]
+    wrong = dict(zip(names, names[1:] + names[:1]))
+    rows = {'policy': policy_of((lambda task: envs.instruction(task, 0, True)) if held_out else None)}
+    if controls and env == 'metaworld':
+        shown = demonstrations(names)
+        rows |= {'expert': envs.expert, 'random': envs.random_policy([-1] * 4, [1] * 4, execute),
+                 'zero': envs.zero(4, execute)}
+        rows |= {'replay': envs.replay(shown, execute)} if set(shown) == set(names) else {}
+        if len(names) > 1 and run.get('policy.encoder') != 'none':
+            rows |= {'wrong words': policy_of(lambda task: envs.instruction(wrong[task]))}
+        rows |= {'blank picture': policy_of(blank=True)} if size else {}
+    for label, policy in rows.items():
+        results = envs.rollout(chosen, policy, 1 if label == 'expert' else execute, parallel=batch_size,
+                               make=lambda task: envs.make(task, size, run['cameras'] or ('near',)),
+                               processes=processes, film=bool(film) and label == 'policy')
+        if film and label == 'policy':
+            write_films(results)
+        won = {task: sum(r['success'] for r in results if r['task'] == task) for task in names}
+        share, (low, high) = sum(won.values()) / len(chosen), envs.wilson(sum(won.values()), len(chosen))
+        print(dumps(dict(policy=label, success=share, low=low, high=high, episodes=episodes, tasks=won)) if json else
+              f'{label:14} {share:6.1%} [{low:.1%}, {high:.1%}] of {len(chosen)}: ' +
+              ', '.join(f'{task} {n}' for task, n in won.items()), flush=True)
+
+def write_films(results):
+    from PIL import Image
+    firsts = {r['task']: r['frames'] for r in reversed(results)}
+    for task, frames in firsts.items():
+        path = f'{film.removesuffix(".gif")}_{task}.gif'
+        first, *rest = (Image.fromarray(frame) for frame in frames[::4])
+        first.save(path, save_all=True, append_images=rest, duration=50, loop=0)
+        print(f'film of {task}: {path}', file=sys.stderr)
+
+
+if env:
+    if run['task'] not in ('policy', 'vla') or env not in ('metaworld', 'pusht'):
+        fail(f'--env={env}: {out_dir} is task={run["task"]}; policies act in metaworld or pusht')
+    try:
+        act_out()
+    except (OSError, ValueError, ImportError) as error:
+        fail(f'--env={env}: {error}')
+elif run['task'] in ('policy', 'vla') and not (image or eval or prompt):
+    fail(f'{out_dir} is task={run["task"]}: give --env=metaworld')
+elif eval:
     evaluate()
 else:
     main()

@@ -39,13 +39,20 @@ import shards
 import tokenizer as tokenizers
 from checkpoint import read_json, write_json
 from configurator import configure
-from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, build, generate, positions_where
+from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, generate, positions_where
+
+try:
+    import actions
+    import diffusion
+except ModuleNotFoundError:     # deleted: what is left trains language and vision-language models
+    actions = diffusion = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings
 
 # what is trained, and where it goes
-task = 'vlm'                        # vlm | llm | siglip (a vision tower on picture-name pairs)
+task = 'vlm'                        # vlm | llm | siglip (a vision tower on picture-name pairs) | policy (a robot's
+#                                     actions, by diffusion) | vla (a vlm with an action expert)
 vit = ViTConfig()
 decoder = DecoderConfig()           # siglip: the text tower
 pixel_shuffle = 1                   # vlm: squares of so many patches a side become one image token
@@ -53,6 +60,8 @@ connector_bias = True               # vlm: of the linear layer between vit and d
 pair_scale = 10.0                   # siglip: the factor of the cosines at the start
 pair_with = 'batch'                 # siglip: batch: a picture is compared with the texts of its batch | all: of the mix
 pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
+policy = diffusion.PolicyConfig() if diffusion else {}
+vla = diffusion.VLAConfig() if diffusion else {}
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;
@@ -74,9 +83,12 @@ prompt = ''                         # vlm: the text between a picture and its an
 image_mean = 0.5                    # subtracted from pixels of 0 to 1 (1.0: white is 0)
 image_std = 0.5                     # and what they are then divided by
 image_draft = True                  # JPEGs may be decoded at 1/2, 1/4 or 1/8, where that is at least vit.image_size
-action_steps = 0                    # actions of a sample are padded to so many steps
+action_steps = 0                    # policy, vla: actions of a chunk; a sample is padded to so many
 action_dim = 0                      # of so many numbers,
 proprio_dim = 0                     # and the state to so many
+cameras = []                        # names of the pictures of every sample, in this order; [] those that it has
+stats = ''                          # a stats.json of prepare/stats.py; empty: the one beside the data set
+normalize = 'quantile'              # actions and states: quantile (1 %, 99 % to -1, 1) | min_max | mean_std | none
 seq_len = 96                        # tokens a row, patches and padding included
 pack = False                        # several samples share a row, each sees itself alone; micro_batch_size: of rows
 document_attention = True           # tokenized sets: attention stops at a document's end (False: faster, less exact)
@@ -109,6 +121,7 @@ groups = [(r'norm|bias|scale|pos_embed|embedding', {'weight_decay': 0.0}), (r'.*
 ema = 0.0                           # decay of a moving average of the weights, kept and saved beside them (0: none)
 # loss
 loss_weights = {}                   # data set of the mix -> what its targets weigh (1.0)
+action_weight = 1.0                 # vla: of the mean over actions, beside the mean over text
 label_smoothing = 0.0
 z_loss = 0.0                        # weight of log(sum of exponentials)^2, which keeps logits small
 skip_bad_steps = 0                  # so many steps in a row may have a loss or gradient that is not finite
@@ -204,10 +217,8 @@ try:
     val_folders = {name: shards.Folder(path, data_dir, cache_dir, cache_gb) for name, path in val.items()}
     tok = tokenizers.load(tokenizer if tokenizer == 'bytes' else hub.locate(tokenizer, data_dir, 'tokenizer'))
     torch.manual_seed(seed)                         # the same weights on every rank
-    towers = hf.towers(vit, decoder, tok.vocab_size) if vit.hf or decoder.hf else {}
-    raw_model = build(task, vit, decoder, tok.vocab_size, tok.image_id, pixel_shuffle, connector_bias, pair_scale,
-                      pair_bias, towers).to(device)
-    image_tokens = raw_model.config.image_tokens if task == 'vlm' else 0
+    raw_model = checkpoint.build_model(config, tok).to(device)
+    image_tokens = checkpoint.image_tokens(raw_model)
     files = {}                                      # of a model folder's processor: every checkpoint keeps them
     if processors.is_folder(processor):
         folder = hub.locate(processor, data_dir, 'processor')
@@ -215,6 +226,10 @@ try:
                  if os.path.exists(os.path.join(folder, name))}
         processor = folder
     rows_of = processors.build(config | dict(processor=processor), tok, image_tokens)
+    known, units = {}, None                         # statistics, and what turns a robot's numbers into the model's
+    if task in ('policy', 'vla'):
+        known = data.read_stats(folders, stats)
+        units = actions.Units(known, normalize, action_steps, action_dim, proprio_dim).to(device)
     train_data = data.Batches(folders, order, rows_of, seed if augment else None, pack, micro_batch if pack else 1,
                               window * lanes)
     # answers can be told apart only where each has a row of its own
@@ -263,7 +278,28 @@ def checked(batch):
 
 
 def to_device(batch):
-    return processors.to_device(batch, device, rows_of)
+    tensors = processors.to_device(batch, device, rows_of)
+    low = tensors.pop('lowdim', None)
+    if units and low:
+        keys = diffusion.random_keys(seed, low['positions'])        # a sample's noise and times, whoever draws them
+        tensors['lowdim'] = units.encode(low) | dict(keys=keys)
+    return tensors
+
+
+# what is learned of a batch, each a mean of its own, and what that weighs
+kinds = {'policy': {'actions': 1.0}, 'vla': {'text': 1.0, 'actions': action_weight}}.get(task, {'text': 1.0})
+
+
+def count_learned(batch):
+    """Targets of text and numbers of actions in a batch, as far as they are learned."""
+    low = batch.get('lowdim')
+    numbers = 0 if low is None else int(((~low['is_pad']).sum(1) * low['action_mask'].sum(1)).sum())
+    return [batch['num_targets'] if kind == 'text' else numbers for kind in kinds]
+
+
+def total(sums, counts):
+    """The loss: means over all targets of the global batch, weighed. sums and counts: one for each of `kinds`."""
+    return sum(weight * a / max(n, 1) for weight, a, n in zip(kinds.values(), sums, counts))
 
 
 def count_targets(batch):
@@ -276,7 +312,7 @@ def count_targets(batch):
 def flops_of_step():
     """Floating point operations of a step: those of one forward pass times three, counted on the first micro-batch."""
     batch = checked(train_data[np.arange(micro_batch)])
-    if not batch['num_targets']:
+    if not any(count_learned(batch)):
         fail(f'task={task} learns nothing from the first {micro_batch} samples: {(batch["bad"] or ["?"])[0]}', 2)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, autocast:
         raw_model.loss(**to_device(batch), **fixed)
@@ -288,9 +324,11 @@ step_flops = flops_of_step()            # before compiled blocks, whose operatio
 # ----------------------------------------------------------------------------------------------------------------------
 # over the ranks: DDP, or FSDP2 block by block; compiled block by block
 
-model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, (ViTBlock, DecoderBlock))]
-blocks += [layer for tower in towers.values() for layer in hf.layers_of(tower)]
+block_kinds = (ViTBlock, DecoderBlock, *((diffusion.DenoiserBlock, diffusion.ConvBlock) if diffusion else ()))
+model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, block_kinds)]
+blocks += [layer for m in raw_model.modules() if isinstance(m, (hf.HFViT, hf.HFDecoder)) for layer in hf.layers_of(m)]
 if compile:
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True       # one graph for all layers, whatever their number
     for block in blocks:
         block.forward = torch.compile(block.forward)        # inside what FSDP puts around a block
 sharded = fsdp != 1 and world > 1
@@ -362,8 +400,9 @@ def load_checkpoint(path, saved):
 def check_changed(path, old):
     """Refuse to resume with other model settings; print the other settings that changed."""
     for key in (k for k in old if k in config and config[k] != old[k]):
-        if key.startswith(('vit.', 'decoder.')) and not key.endswith('.remat') or key in (
-                'task', 'tokenizer', 'lanes', 'pixel_shuffle', 'connector_bias', 'optimizer'):
+        if key.startswith(('vit.', 'decoder.', 'policy.', 'vla.')) and not key.endswith('.remat') or key in (
+                'task', 'tokenizer', 'lanes', 'pixel_shuffle', 'connector_bias', 'optimizer', 'action_steps',
+                'action_dim', 'proprio_dim', 'normalize'):
             fail(f'{key}={config[key]!r}, but {path} was made with {old[key]!r}: a run keeps its model and lanes; give '
                  'another out_dir', 2)
         say(f'changed since {path}: {key} {old[key]!r} -> {config[key]!r}')
@@ -380,10 +419,14 @@ def load_weights(path):
             if world > 1:
                 dist.barrier()
             folder = os.path.join(folder, next(iter(checkpoint.names(folder)), ''))
+        # a vision-language model begins a policy's encoder
+        inside = task == 'policy' and policy.encoder != 'none' and not checkpoint.is_policy(folder)
+        target, prefix = (raw_model.encoder, 'encoder.') if inside else (raw_model, '')
         if hub.is_foreign(folder):
-            loaded, unused = set(hub.load(raw_model, hub.fetch(folder), init_skip)), set()
+            loaded, unused = hub.load(target, hub.fetch(folder), init_skip), set()
         else:
-            loaded, unused = checkpoint.load_weights(raw_model, folder, init_skip)
+            loaded, unused = checkpoint.load_weights(target, folder, init_skip)
+        loaded = {prefix + name for name in loaded}
     except checkpoint.ERRORS as error:
         fail(f'init_from={path!r}: {error}', 2)
     fresh, parts = raw_model.state_dict().keys() - loaded, checkpoint.parts
@@ -428,7 +471,8 @@ def save():
                       path for path in tok.files}
     saver.save(progress['step'], weights, averages, optim.state_tensors(optimizers, trained), {
         'config.json': config, 'progress.json': progress | dict(world=world),
-        'shards.json': data.provenance(order, folders, progress['step'] * batch_size) if master else {}}, copies)
+        'shards.json': data.provenance(order, folders, progress['step'] * batch_size) if master else {}}
+        | ({'stats.json': known} if known else {}), copies)
 
 
 def saving(action):
@@ -504,7 +548,7 @@ def validate(name, folder):
     model.eval()
     swap_averages()
     positions = np.array_split(np.arange(len(folder))[rank::world], math.ceil(len(folder) / world / micro_batch))
-    loss, targets, right, samples = 0.0, 0, 0, 0
+    sums, counts, right, samples = [0.0] * len(kinds), [0] * len(kinds), 0, 0
     for chunk in positions:
         batch = checked(val_data[name][chunk]) if len(chunk) else processors.collate([], rows_of) | dict(bad=[])
         if batch['bad']:
@@ -514,8 +558,9 @@ def validate(name, folder):
         cut = [(part, to_device(part)) for part in cut]
         for _, tensors in cut:
             with autocast:
-                loss_sum, count = model(**tensors, **fixed)
-            loss, targets = loss + loss_sum.item(), targets + count.item()
+                out = model(**tensors, **fixed)
+            for k, (loss_sum, count) in enumerate(out if len(kinds) > 1 else (out,)):
+                sums[k], counts[k] = sums[k] + loss_sum.item(), counts[k] + int(count)
         if task == 'vlm' and exact_match:
             with autocast, gathered():
                 right += sum(count_right(*one) for one in cut if (one[1]['targets'] != -100).any())
@@ -526,10 +571,10 @@ def validate(name, folder):
             row['exact_match'] = nearest_text(folder, val_data[name])
     swap_averages()
     model.train()
-    loss, targets, right, samples = all_sum(loss, targets, right, samples)
-    row['val_loss'] = loss / max(targets, 1)
+    right, samples, *both = all_sum(right, samples, *sums, *counts)
+    row['val_loss'] = total(both[:len(kinds)], both[len(kinds):])
     if folder.num_bytes and task == 'llm':
-        row['bits_per_byte'] = loss / math.log(2) / folder.num_bytes
+        row['bits_per_byte'] = both[0] / math.log(2) / folder.num_bytes
     if task == 'vlm' and exact_match:
         row['exact_match'] = right / samples
     return row
@@ -577,7 +622,25 @@ if master:
 since = dict(steps=0, tokens=0, data=0.0, seconds=0.0)
 weights_of_sets = np.array([float(loss_weights.get(name, 1.0)) for name in mix])
 weigh = torch.tensor(weights_of_sets, dtype=torch.float32, device=device)
-extra = dict(label_smoothing=label_smoothing, z_loss=z_loss) if task != 'siglip' else {}
+extra = dict(label_smoothing=label_smoothing, z_loss=z_loss) if task not in ('siglip', 'policy') else {}
+
+
+def losses_of(batch):
+    """[(losses, what each of them counts, its data set), ...] of a micro-batch, for each of `kinds`."""
+    tensors, count, found = to_device(batch), count_targets(batch), []
+    with autocast:
+        out = model(**tensors, **fixed, **extra, reduction='none', num_targets=count)
+    parts = torch.as_tensor(batch['parts']).to(device, non_blocking=True).int()
+    for kind, (losses, counts) in zip(kinds, out if len(kinds) > 1 else (out,)):
+        if kind == 'text':
+            part = parts.expand_as(tensors['targets']).flatten()[positions_where(tensors['targets'] != -100, count)]
+            counts = torch.ones_like(losses)
+        else:                           # a rank without actions goes through one that counts nothing
+            part = parts[tensors['lowdim']['rows'], 0] if 'lowdim' in tensors else parts[:1, 0]
+        found.append((losses, counts, part))
+    return found
+
+
 model.train()
 while progress['step'] < steps:
     t0 = time.perf_counter()
@@ -587,9 +650,9 @@ while progress['step'] < steps:
     micro = [part for batch in read for part in processors.split(batch, micro_batch)]
     t1 = time.perf_counter()
     # Counted over all ranks before the backward pass: the gradient is of one mean, however the batch is cut.
-    counts = all_ranks(sum(b['num_targets'] for b in read), sum(b['num_tokens'] for b in read),
+    counts = all_ranks(*np.sum([count_learned(b) for b in read], 0), sum(b['num_tokens'] for b in read),
                        sum(len(b['bad']) for b in read), stop['signal'], len(micro))
-    targets, tokens, bad, stopping, _ = counts.sum(0).tolist()
+    *learned, tokens, bad, stopping, _ = counts.sum(0).tolist()
     # Where texts are long or packed a rank may have fewer rows than another: it goes through empty ones.
     passes = int(counts[:, -1].max())
     micro += [processors.collate([], rows_of)] * (passes - len(micro))
@@ -598,32 +661,28 @@ while progress['step'] < steps:
     if progress['bad_samples'] > max(1, max_bad_fraction * max(seen, dataset_samples)):
         fail(f'{progress["bad_samples"]} bad samples of {seen} are over max_bad_fraction={max_bad_fraction}; they are '
              'named above: mend the data set or raise the bound', 1)
-    if not targets:
+    if not any(learned):
         fail(f'no sample of step {progress["step"]} has anything to learn: is seq_len={seq_len} too short?', 1)
 
     torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))   # dropout's, by the step
-    by_part = torch.zeros(2, len(mix), dtype=torch.float64, device=device)      # of each data set, losses and targets
+    by_part = torch.zeros(len(kinds), 2, len(mix), dtype=torch.float64, device=device)  # losses and counts, by data set
     for i, batch in enumerate(micro):
         if sharded:                                                 # gradients travel once a step
             model.set_requires_gradient_sync(i == passes - 1)
         elif world > 1:
             model.require_backward_grad_sync = i == passes - 1
-        tensors = to_device(batch)
-        count = count_targets(batch)
-        with autocast:
-            losses, _ = model(**tensors, **fixed, **extra, reduction='none', num_targets=count)
-        part = torch.as_tensor(batch['parts']).to(device, non_blocking=True).int().expand_as(tensors['targets'])
-        part = part.flatten()[positions_where(tensors['targets'] != -100, count)]
+        found = losses_of(batch)
         # the mean over the ranks, which DDP and FSDP take, is to be the sum
-        ((losses * weigh[part]).sum() * (world / targets * progress['loss_scale'])).backward()
-        losses = losses.detach().double()
-        by_part.index_add_(1, part, torch.stack((losses, torch.ones_like(losses))))
+        (total([(losses * weigh[part]).sum() for losses, _, part in found], learned) * (
+            world * progress['loss_scale'])).backward()
+        for k, (losses, counted, part) in enumerate(found):
+            by_part[k].index_add_(1, part, torch.stack((losses.detach().double(), counted.double())))
     if progress['loss_scale'] != 1:
         torch._foreach_mul_([p.grad for p in trained.values() if p.grad is not None], 1 / progress['loss_scale'])
     grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), grad_clip or math.inf)
     grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
-    by_part = np.array(all_sum(*by_part.flatten().tolist())).reshape(2, -1)
-    loss = float(by_part[0] @ weights_of_sets) / targets
+    by_part = np.array(all_sum(*by_part.flatten().tolist())).reshape(len(kinds), 2, -1)
+    loss = float(total(by_part[:, 0] @ weights_of_sets, learned))
     if math.isfinite(loss) and math.isfinite(grad_norm):
         for opt in optimizers:
             for group in opt.param_groups:
@@ -667,9 +726,11 @@ while progress['step'] < steps:
             mfu=round(step_flops * n / seconds / peak, 4), data_time=round(since['data'] / n, 5),
             step_time=round(seconds / n, 5), mem_gb=logs.memory_gb(device), bad_samples=progress['bad_samples']) | {
                 key: value for d, name in enumerate(mix if len(mix) > 1 else ()) for key, value in (
-                    (f'loss/{name}', float(by_part[0, d] / max(by_part[1, d], 1))),
+                    (f'loss/{name}', float(total(by_part[:, 0, d], by_part[:, 1, d]))),
                     (f'epoch/{name}', round(order.before(step * batch_size, d) / order.samples[d], 4)))
-                if by_part[1, d] or key.startswith('epoch')}
+                if by_part[:, 1, d].any() or key.startswith('epoch')}
+            | {f'loss/{kind}': float(a.sum() / max(n.sum(), 1)) for kind, (a, n) in zip(kinds, by_part)
+               if len(kinds) > 1}
             | ({'loss_scale': progress['loss_scale']} if dtype == 'float16' else {}))
         since = dict.fromkeys(since, 0)
     if master:

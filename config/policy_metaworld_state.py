@@ -1,0 +1,35 @@
+"""A robot policy from states and a sentence: eight tasks of MetaWorld, flow matching, an MLP that denoises 16 actions.
+
+    python prepare/metaworld.py && python prepare/stats.py --data=datasets/metaworld
+    python train.py config/policy_metaworld_state.py
+    MUJOCO_GL=egl python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20
+"""
+task = 'policy'
+out_dir = 'out/policy_metaworld_state'
+mix = {'metaworld': 1.0}
+seq_len = 56                    # bytes of a sentence
+
+action_steps = 16
+action_dim = 4                  # xyz of the hand, gripper
+proprio_dim = 39
+policy.encoder = 'text'         # the state does not say whether to reach or to pick
+policy.num_noise_draws = 2
+policy.pool = 1
+policy.width = 512
+policy.depth = 3
+policy.mlp_dim = 1024
+decoder.width = 48
+decoder.depth = 1
+decoder.mlp_dim = 96
+decoder.num_heads = 2
+decoder.head_dim = 24
+
+max_steps = 1400
+batch_size = 128
+lr = 1e-3
+betas = (0.9, 0.95)
+weight_decay = 0.01
+warmup = 0.03
+ema = 0.995
+workers = 1
+log_every = 50
