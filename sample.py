@@ -9,7 +9,7 @@
 import glob
 import os
 import sys
-from json import dumps, load
+from json import dumps, load, loads
 
 import numpy as np
 import torch
@@ -84,8 +84,8 @@ def answers(prefixes, pixels):
             tokens[i, len(tokens[i]) - len(row):] = torch.tensor(row)
         pictures = None if pixels is None else processors.to_pixels(
             pixels[a:a + batch_size], device, processor.mean, processor.std)
-        out += [tok.decode(ids) for ids in generate(model, tokens, pictures, max_new_tokens, temperature, top_k, top_p,
-                                                    tok.eos_id, tok.pad_id, seed + a)]
+        out += [tok.decode(ids).strip() if run['task'] == 'vlm' else tok.decode(ids) for ids in generate(model, tokens, pictures, max_new_tokens, temperature, top_k, top_p,
+                                                    processor.end_id, tok.pad_id, seed + a)]
     return out
 
 
@@ -243,11 +243,16 @@ def demonstrations(names):
     found = {}
     for name in run['mix']:
         folder = shards.Folder(name, data_dir or run['data_dir'])
-        for shard in range(len(folder.sizes)):
-            members = folder.read(shard, 0)
-            task = processors.fields(members, pictures=False, lowdim=True).get('task')
-            if 'lowdim.npy' in members and task in names:
-                found.setdefault(task, members['lowdim.npy']['actions'])
+        for shard, size in enumerate(folder.sizes):
+            i = 0
+            while i < size and set(found) < set(names):
+                members = folder.read(shard, i)             # an episode from its first step on
+                if 'lowdim.npy' not in members:
+                    return found
+                task, rows = loads(members['json']).get('task'), members['lowdim.npy']
+                i += len(rows)
+                if task in names:
+                    found.setdefault(task, rows['actions'])
     return found
 
 
@@ -255,6 +260,8 @@ def act_out():
     """A table of successes: a row a task, the policy beside its controls; 95 % intervals by Wilson."""
     import envs
     names = [t for t in tasks.split(',') if t] or (list(envs.TASKS) if env == 'metaworld' else ['pusht'])
+    for task in set(names) - {*envs.TASKS, 'pusht'}:
+        fail(f'--tasks={tasks}: {task!r} is none of {", ".join(envs.TASKS)}')
     size = run['vit.image_size'] if processor.image_tokens else 0
     chosen = [(task, envs.TEST_SEED + i) for task in names for i in range(episodes)]
     wrong = dict(zip(names, names[1:] + names[:1]))

@@ -584,8 +584,8 @@ def count_right(batch, tensors):
     """How many rows are answered to the letter, from the picture and its prompt alone."""
     learned = (tensors['targets'] != -100).int()
     prompts = torch.where(learned.cumsum(1) - learned == 0, tensors['tokens'], tok.pad_id)  # up to the first target
-    answers = generate(raw_model, prompts, tensors.get('pixels'), seq_len, eos_id=tok.eos_id, pad_id=tok.pad_id)
-    return sum(tok.decode(a) == text for a, text in zip(answers, batch['texts']))
+    answers = generate(raw_model, prompts, tensors.get('pixels'), seq_len, eos_id=rows_of.end_id, pad_id=tok.pad_id)
+    return sum(tok.decode(a).strip() == text for a, text in zip(answers, batch['texts']))
 
 
 def nearest_text(folder, batches):
