@@ -84,8 +84,9 @@ def answers(prefixes, pixels):
             tokens[i, len(tokens[i]) - len(row):] = torch.tensor(row)
         pictures = None if pixels is None else processors.to_pixels(
             pixels[a:a + batch_size], device, processor.mean, processor.std)
-        out += [tok.decode(ids).strip() if run['task'] == 'vlm' else tok.decode(ids) for ids in generate(model, tokens, pictures, max_new_tokens, temperature, top_k, top_p,
-                                                    processor.end_id, tok.pad_id, seed + a)]
+        texts = [tok.decode(ids) for ids in generate(model, tokens, pictures, max_new_tokens, temperature, top_k, top_p,
+                                                     processor.end_id, tok.pad_id, seed + a)]
+        out += [text.strip() for text in texts] if run['task'] == 'vlm' else texts
     return out
 
 
