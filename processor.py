@@ -2,7 +2,7 @@
 and pieces become a batch.
 
 A form says how a sample is written as tokens. It is one plain function: it gets what the sample holds (`fields`) and
-the Processor, and gives [(item, role), ...]. An item is text, a token id, a list of them or an encoded picture;
+the Processor, and gives [(item, role), ...]. An item is text, a token id, a list of ids or an encoded picture;
 the role is
     SEEN    not learned, seen by everything in its SEEN stretch (the prefix of a prefix-LM)
     READ    not learned, causal
@@ -114,11 +114,11 @@ def check_lowdim(arrays, name):
         kinds = ', '.join(f'{k} {array.dtype}' for k, array in arrays.items())
         raise BadSample(f'{name} holds {kinds or "nothing known"}: expected numbers in actions, is_pad, proprio')
     actions, proprio = arrays['actions'], arrays.get('proprio', np.zeros(0))
-    is_pad = arrays.get('is_pad', np.zeros(actions.shape[:1], bool)).astype(bool, copy=False)
+    is_pad = arrays['is_pad'].astype(bool) if 'is_pad' in arrays else np.zeros(actions.shape[:1], bool)
     if actions.ndim != 2 or is_pad.shape != actions.shape[:1] or proprio.ndim != 1:
         raise BadSample(f'{name}: actions {actions.shape}, is_pad {is_pad.shape}, proprio {proprio.shape}: '
                         'expected (steps, size), (steps,), (size,)')
-    if is_pad.any():
+    if 'is_pad' in arrays:
         actions = np.where(is_pad[:, None], 0, actions)                 # a padded action may hold anything
     actions, proprio = actions.astype(np.float32, copy=False), proprio.astype(np.float32, copy=False)
     if not (np.isfinite(actions).all() and np.isfinite(proprio).all()):

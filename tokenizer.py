@@ -249,9 +249,8 @@ class HuggingFace:
             unknown = {token.id for token in self.model.model.tokenize('\U0010ffff')}
         except Exception:                       # it has none
             unknown = set()
-        self.spelled = {i: spell(token.content, self.model.token_to_id) for i, token in added.items()
-                        if token.special and i not in unknown}
         self.specials = {token.content: i for i, token in added.items() if token.special and i not in unknown}
+        self.spelled = {i: spell(text, self.model.token_to_id) for text, i in self.specials.items()}
         try:            # what the file says to write before a text, as most of Llama's say bos
             self.opening = list(takewhile(added.__contains__, self.model.encode('a').ids))
         except Exception:                       # a post-processor that the library can not run
