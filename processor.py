@@ -2,8 +2,8 @@
 and pieces become a batch.
 
 A form says how a sample is written as tokens. It is one plain function: it gets what the sample holds (`fields`) and
-the Processor, and gives [(item, role), ...]. An item is text, `Markup`, a token id, a list of them or an encoded
-picture; the role is
+the Processor, and gives [(item, role), ...]. An item is text, a token id, a list of ids or an encoded picture;
+the role is
     SEEN    not learned, seen by everything in its SEEN stretch (the prefix of a prefix-LM)
     READ    not learned, causal
     LEARNED learned, causal
@@ -17,18 +17,19 @@ token ids and pixels are those of its processor in transformers), `'mine.py:my_f
 Axes: B rows of a batch, T tokens of a row, I pictures of a batch, A samples with actions.
 """
 import base64
-import importlib.util
 import io
 import json
 import os
+import runpy
 import string
 import warnings
-import zipfile
+from itertools import takewhile
 
 import numpy as np
 
+from chat import CHATS, Chat, read_messages, read_template
 from shards import BadSample
-from tokenizer import CHATS, MARKER, Chat, mark_up, read_json, read_template
+from tokenizer import read_json
 
 SEEN, READ, LEARNED = 0, 1, 2
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -37,10 +38,6 @@ BLACK = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQV
 MAX_PIXELS = 64 << 20           # of one picture; more is a bad sample
 MAX_ARRAYS = 64 << 20           # bytes that a .npz may unpack to
 NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
-
-
-class Markup(str):
-    """Text of a form in which <|im_end|> and the like become the special tokens that the tokenizer has."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -65,10 +62,10 @@ def fields(members, pictures=True, lowdim=False, cameras=()):
         except UnicodeDecodeError:
             raise BadSample('.txt is not UTF-8') from None
     for key in ('text', 'prefix', 'suffix', 'instruction'):
-        if not isinstance(sample.get(key, ''), str):
-            raise BadSample(f'.json: {key} is no text')
         try:
             sample.get(key, '').encode('utf-8')
+        except AttributeError:
+            raise BadSample(f'.json: {key} is no text') from None
         except UnicodeEncodeError:
             raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
     found = sorted((ext.rpartition('.')[0], ext) for ext in members if ext.rpartition('.')[2] in PICTURES)
@@ -91,17 +88,13 @@ def fields(members, pictures=True, lowdim=False, cameras=()):
 
 def read_lowdim(data):
     """Bytes of a .npz -> dict of actions fp32 (H, A), is_pad bool (H,), proprio fp32 (P,). Raises BadSample."""
-    arrays = {}
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as z:
-            size = sum(info.file_size for info in z.infolist())
-        if size <= MAX_ARRAYS:
-            with np.load(io.BytesIO(data), allow_pickle=False) as z:
-                arrays = {k: z[k] for k in ('actions', 'is_pad', 'proprio') if k in z}
-    except Exception as error:          # zipfile, zlib and numpy have errors of their own; nothing of ours runs here
+        with np.load(io.BytesIO(data), allow_pickle=False) as z:
+            if sum(info.file_size for info in z.zip.infolist()) > MAX_ARRAYS:
+                raise ValueError(f'it unpacks to more than {MAX_ARRAYS} bytes')
+            arrays = {k: z[k] for k in ('actions', 'is_pad', 'proprio') if k in z}
+    except Exception as error:          # zipfile, zlib and numpy have errors of their own
         raise BadSample(f'.lowdim.npz can not be read ({error})') from None
-    if size > MAX_ARRAYS:
-        raise BadSample(f'.lowdim.npz unpacks to more than {MAX_ARRAYS} bytes')
     return check_lowdim(arrays, '.lowdim.npz')
 
 
@@ -109,16 +102,10 @@ def read_rows(rows):
     """Rows of an episode from the anchor on, fields `proprio` (P,) and `actions` (A,) -> what `read_lowdim` gives of
     them. Raises BadSample."""
     try:
-        actions, proprio = rows['actions'], rows['proprio'][0]
+        arrays = dict(actions=rows['actions'], proprio=rows['proprio'][0])
     except (ValueError, IndexError):
         raise BadSample(f'.lowdim.npy has rows of {rows.dtype}: expected fields actions and proprio') from None
-    if actions.dtype != np.float32 or proprio.dtype != np.float32 or not (
-            np.isfinite(actions).all() and np.isfinite(proprio).all()):
-        return check_lowdim(dict(actions=actions, proprio=proprio), '.lowdim.npy')
-    if actions.ndim != 2 or proprio.ndim != 1:
-        raise BadSample(f'.lowdim.npy: actions {actions.shape}, proprio {proprio.shape}: expected (steps, size) '
-                        'and (size,)')
-    return dict(actions=actions, is_pad=np.zeros(len(actions), bool), proprio=proprio)
+    return check_lowdim(arrays, '.lowdim.npy')
 
 
 def check_lowdim(arrays, name):
@@ -126,18 +113,17 @@ def check_lowdim(arrays, name):
     if 'actions' not in arrays or any(array.dtype.kind not in 'biuf' for array in arrays.values()):
         kinds = ', '.join(f'{k} {array.dtype}' for k, array in arrays.items())
         raise BadSample(f'{name} holds {kinds or "nothing known"}: expected numbers in actions, is_pad, proprio')
-    actions, is_pad = arrays['actions'], arrays.get('is_pad', np.zeros(arrays['actions'].shape[:1]))
-    proprio = arrays.get('proprio', np.zeros(0))
+    actions, proprio = arrays['actions'], arrays.get('proprio', np.zeros(0))
+    is_pad = arrays['is_pad'].astype(bool) if 'is_pad' in arrays else np.zeros(actions.shape[:1], bool)
     if actions.ndim != 2 or is_pad.shape != actions.shape[:1] or proprio.ndim != 1:
         raise BadSample(f'{name}: actions {actions.shape}, is_pad {is_pad.shape}, proprio {proprio.shape}: '
                         'expected (steps, size), (steps,), (size,)')
-    is_pad = is_pad.astype(bool)
-    actions = np.where(is_pad[:, None], 0, actions)                     # a padded action may hold anything
-    out = dict(actions=actions.astype(np.float32), is_pad=is_pad, proprio=proprio.astype(np.float32))
-    for key in ('actions', 'proprio'):
-        if not np.isfinite(out[key]).all():
-            raise BadSample(f'{name}: {key} holds a value that is not finite')
-    return out
+    if 'is_pad' in arrays:
+        actions = np.where(is_pad[:, None], 0, actions)                 # a padded action may hold anything
+    actions, proprio = actions.astype(np.float32, copy=False), proprio.astype(np.float32, copy=False)
+    if not (np.isfinite(actions).all() and np.isfinite(proprio).all()):
+        raise BadSample(f'{name} holds a value that is not finite')
+    return dict(actions=actions, is_pad=is_pad, proprio=proprio)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,61 +174,26 @@ def question(sample, p):
 
 
 def chat(sample, p):
-    """A conversation: `messages` of {role, content}, or one question and its answer. Answers alone are learned, with
-    the token that ends them. Content is text or a list of {type: text, text: ...} and {type: image}; pictures that no
-    message places stand at the start of the first user's turn. How it is written says the form's chat template."""
-    c, found, asking = p.chat, turns(sample, p), sample.get('asking')
-    if asking:
-        found = found[:-1]
+    """A conversation: `messages` (see `read_messages`), or one question and its answer, as the chat template writes it.
+    Answers alone are learned, with the token that ends them."""
+    pictures, asking = sample['pictures'], sample.get('asking', False)
     try:
-        text, spans = c.render([dict(role=role, content=c.content(items, role)) for role, items in found], asking)
+        if 'messages' in sample:
+            turns = read_messages(sample['messages'], len(pictures))
+        else:
+            prefix, suffix = question(sample, p)
+            turns = [('user', [None] * len(pictures) + [prefix]), ('assistant', [suffix])]
+        ids, learned = p.chat.encode(turns[:-1] if asking else turns, asking)
     except ValueError as error:
         raise BadSample(str(error)) from None
-    if text.count(c.image) != len(sample['pictures']):
-        raise BadSample(f'its messages place {text.count(c.image)} pictures, there are {len(sample["pictures"])}')
-    shift = len(''.join(c.around))
-    spans = [[x + shift * text.count(c.image, 0, x) for x in span] for span in spans]
-    try:
-        ids, begins, ends = mark_up(p.tokenizer, text.replace(c.image, c.image.join(c.around)), c.markers)
-    except ValueError as error:
-        raise BadSample(str(error)) from None
-    begins, ends = np.array(begins, int), np.array(ends, int)
-    learned = np.zeros(len(ids), bool)
-    for begin, end in spans:
-        learned |= (begins < end) & (ends > begin)
-    ids = np.array(ids, int)
-    parts = [] if text.startswith(p.tokenizer.names.get('bos_token', '\0')) else [(p.opening, READ)]
-    pictures, picture = iter(sample['pictures']), ids == p.tokenizer.image_id
+    picture = ids == p.tokenizer.image_id
+    if picture.sum() != len(pictures):
+        raise BadSample(f'its messages place {picture.sum()} pictures, there are {len(pictures)}')
+    parts, rest = [] if ids[:1].tolist() == [p.tokenizer.bos_id] else [(p.opening, READ)], iter(pictures)
     cuts = np.flatnonzero(np.diff(learned) | picture[1:] | picture[:-1]) + 1
     for a, b in zip([0, *cuts.tolist()], [*cuts.tolist(), len(ids)]):
-        parts.append((next(pictures), READ) if picture[a] else (ids[a:b].tolist(), LEARNED if learned[a] else READ))
+        parts.append((next(rest), READ) if picture[a] else (ids[a:b].tolist(), LEARNED if learned[a] else READ))
     return parts
-
-
-def turns(sample, p):
-    """[(role, [text or None for a picture, ...]), ...] of a conversation."""
-    if 'messages' not in sample:
-        prefix, suffix = question(sample, p)
-        return [('user', [None] * len(sample['pictures']) + [prefix]), ('assistant', [suffix])]
-    out = []
-    try:
-        for message in sample['messages']:
-            content = message['content']
-            if isinstance(content, str):
-                content = [{'type': 'text', 'text': content}]
-            items = [None if item['type'] == 'image' else item['text'] for item in content]
-            known = message['role'] in ('system', 'user', 'assistant')
-            if not known or not all(isinstance(x, str | None) for x in items):
-                raise TypeError
-            out.append((message['role'], items))
-    except (KeyError, TypeError):
-        raise BadSample('messages: expected [{"role": "system|user|assistant", "content": "..."}, ...]') from None
-    if not any(role == 'assistant' for role, _ in out):
-        raise BadSample('messages hold no answer')
-    if not any(item is None for _, items in out for item in items):
-        first = next((items for role, items in out if role == 'user'), [])
-        first[:0] = [None] * len(sample['pictures'])
-    return out
 
 
 FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair, 'robot': robot} | dict.fromkeys(CHATS, chat)
@@ -266,12 +217,10 @@ def load_form(name):
     path = path if os.path.isfile(path) else os.path.join(HERE, path)
     if not path.endswith('.py') or not os.path.isfile(path):
         raise ValueError(f'processor={name!r}: expected one of {", ".join(FORMS)}, a model folder, or file.py:function')
-    spec = importlib.util.spec_from_file_location('user_processor', path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    found = runpy.run_path(path).get(function)
+    if not callable(found):
         raise ValueError(f'processor={name!r}: {path} has no function {function!r}')
-    return getattr(module, function)
+    return found
 
 
 KINDS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava', 'Siglip': 'pair'}
@@ -287,11 +236,11 @@ class Settings(dict):
         super().__init__(values)
         self.folder = folder
 
-    def get(self, key, default=None, kind=None, least=None):
+    def get(self, key, default=None, kind=None, least=None, most=1 << 16):
         value = super().get(key)
         value = default if value is None else value
         if kind and (not isinstance(value, kind) or kind is not bool and isinstance(value, bool)
-                     or least is not None and not least <= value < 1 << 16):
+                     or least is not None and not least <= value <= most):
             raise self.wrong(key, value)
         return value
 
@@ -353,18 +302,13 @@ def read_model_folder(folder, pictures=True):
         raise config.wrong('image_std', std)
     # to_pixels divides by 255, whatever a folder's rescale_factor says
     out = dict(form=form, mean=(mean * scale).tolist(), std=(std * scale).tolist(), resize=('square', 0),
-               resample=config.get('resample', 1 if form == 'smolvlm' else 3, int, 0))
-    if out['resample'] > 5:
-        raise config.wrong('resample', out['resample'])
+               resample=config.get('resample', 1 if form == 'smolvlm' else 3, int, 0, 5))
     if form == 'smolvlm':
         if config.get('do_image_splitting', True, bool):
             warnings.warn(f'processor={folder!r}: do_image_splitting is on, but pictures are not split', stacklevel=2)
-        out |= dict(image_size=config.edge('max_image_size', ('longest_edge',), {'longest_edge': 364}),
-                    resize=('longest', config.edge('size', ('longest_edge',), {'longest_edge': 4 * 364})))
-        if not out['resize'][1]:        # a square, then another one
-            out['resize'] = ('squares', config.edge('size', ('height', 'width')))
-            if not out['resize'][1]:
-                raise config.wrong('size', config['size'])
+        out['image_size'] = config.edge('max_image_size', ('longest_edge',), {'longest_edge': 364})
+        longest = config.edge('size', ('longest_edge',), {'longest_edge': 4 * 364})
+        out['resize'] = ('longest', longest) if longest else ('squares', config.edge('size', ('height', 'width')))
     else:
         short = config.edge('size', ('shortest_edge',))
         out['image_size'] = short or config.edge('size', ('height', 'width'), {'height': 224, 'width': 224})
@@ -372,7 +316,7 @@ def read_model_folder(folder, pictures=True):
         if short and crop != short or crop not in (0, out['image_size']):
             raise config.wrong('crop_size', crop, 'expected a square of the size')
         out['resize'] = ('shortest' if short else 'square', short)
-    if not out['image_size']:
+    if not out['image_size'] or out['resize'] == ('squares', 0):
         raise config.wrong('size', [config.get('size'), config.get('max_image_size')])
     out['image_tokens'] = config.get('image_seq_length', config.get('image_seq_len', 0), int, 0)
     if form == 'llava' and config.get('patch_size'):
@@ -538,22 +482,14 @@ class Processor:
         """Token ids of pictures and a prompt, up to where the answer begins."""
         parts = self.function(dict(pictures=[b''] * pictures, prefix=self.prompt if prompt is None else prompt,
                                    suffix='', asking=True), self)
-        ids = []
-        for item, role in parts:
-            if role == LEARNED:
-                break
-            ids += self.encode(item)
-        return ids
+        return [i for item, _ in takewhile(lambda part: part[1] != LEARNED, parts) for i in self.encode(item)]
 
     def encode(self, item):
-        """Token ids of an item of a form: text, Markup, an id, ids, or a picture (bytes)."""
+        """Token ids of an item of a form: text, an id, ids, or a picture (bytes)."""
         if isinstance(item, list):
             return item
         if isinstance(item, bytes):
             return [self.tokenizer.image_id] * self.image_tokens
-        if isinstance(item, Markup):
-            special = {text: self.tokenizer.special(text) for text in MARKER.findall(item)}
-            return mark_up(self.tokenizer, item, {t: i for t, i in special.items() if i is not None})[0]
         if not isinstance(item, str):
             return [int(item)]
         try:
@@ -714,10 +650,8 @@ def count_tokens(ids, seq_len, tokenizer, documents=True):
     padding = np.iinfo(ids.dtype).max
     ended = np.zeros_like(ids[:, 1:], bool) if bos == eos else ids[:, :-1] == eos
     cut = documents and (ended | (ids[:, 1:] == bos))[:, :n - 1].any() or n < seq_len
-    if ids.max(initial=0) != padding:
-        return len(ids) * n, ended.size - np.count_nonzero(ended), bool(cut)
     real = ids != padding
-    return np.count_nonzero(real[:, :n]), np.count_nonzero(real[:, 1:] & ~ended), True
+    return np.count_nonzero(real[:, :n]), np.count_nonzero(real[:, 1:] & ~ended), bool(cut or not real[:, :n].all())
 
 
 def fill_rows(lengths, seq_len):

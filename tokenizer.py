@@ -6,9 +6,7 @@ Face) or a folder that holds one of them; nothing is downloaded. Every tokenizer
 into one of them, nor into one of `specials` ({text: id}, what a tokenizer.json flags as special, a sentencepiece model
 as control); <loc0001> and <seg001> of PaliGemma it does turn into. `special('<start_of_turn>')` is the id of the token
 spelled so, or None; `names`: how a file spells bos_token, eos_token ...; `files`: what was read.
-
-`mark_up(tokenizer, text, markers)` encodes what a chat template wrote, whose markers do become special tokens.
-`Template` is such a chat template; it is data of strangers, so it runs in a sandbox and under bounds.
+`mark_up` encodes what a chat template wrote, whose markers do become special tokens.
 """
 import base64
 import json
@@ -27,6 +25,7 @@ O200K = '|'.join([rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+(?i:'s|'t|'re|'ve|'m|
                   rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
                   r'\p{N}{1,3}', r' ?[^\s\p{L}\p{N}]+[\r\n/]*', r'\s*[\r\n]+', r'\s+(?!\S)', r'\s+'])
 END = '<|endoftext|>'
+BREAK = '\ufdd0'        # Unicode keeps it out of texts; it stands in what looks like a marker but is a user's
 PLACES = re.compile(r'<loc\d{4}>|<seg\d{3}>')      # of PaliGemma: boxes and masks, which answers write as text
 # A .tiktoken file's name begins so -> how text is split, least number of ranks of the real file, its special tokens.
 # From tiktoken_ext/openai_public.py, whose functions would download the ranks.
@@ -250,9 +249,8 @@ class HuggingFace:
             unknown = {token.id for token in self.model.model.tokenize('\U0010ffff')}
         except Exception:                       # it has none
             unknown = set()
-        self.spelled = {i: spell(token.content, self.model.token_to_id) for i, token in added.items()
-                        if token.special and i not in unknown}
         self.specials = {token.content: i for i, token in added.items() if token.special and i not in unknown}
+        self.spelled = {i: spell(text, self.model.token_to_id) for text, i in self.specials.items()}
         try:            # what the file says to write before a text, as most of Llama's say bos
             self.opening = list(takewhile(added.__contains__, self.model.encode('a').ids))
         except Exception:                       # a post-processor that the library can not run
@@ -285,16 +283,6 @@ class HuggingFace:
         return self.added.get(text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# chat templates
-
-# Characters that Unicode keeps out of texts. BREAK stands inside what looks like a special token but is a user's text;
-# the others around what {% generation %} holds.
-BREAK, BEGIN, CLOSE = '\ufdd0', '\ufdd1', '\ufdd2'
-MAX_WORK = 1 << 23              # of one rendering: characters that pass through; a turn of a loop or a call counts 16
-MAX_SOURCE = 1 << 20            # characters of a template
-
-
 @cache
 def any_of(texts):
     """A pattern that finds any of the texts, the longest first."""
@@ -305,16 +293,19 @@ def mark_up(tokenizer, text, markers):
     """Text in which `markers` ({text: id}) become tokens -> (ids, begins, ends), where in the text each comes from.
 
     A tokenizer.json's own markers are left to the tokenizers library, so that ids are those that transformers gives
-    for the whole text; text between other markers is encoded piece by piece."""
+    for the whole text; text between other markers is encoded piece by piece. What BREAK stands in is no marker."""
     own = tokenizer.specials if isinstance(tokenizer, HuggingFace) else {}
     for joint in (own, {}):
-        foreign = {t: i for t, i in markers.items() if t not in joint} | ({} if joint else {BREAK: None})
+        foreign = {t: i for t, i in markers.items() if t not in joint}
+        cuts = any_of((*foreign,) if joint else (*foreign, BREAK))
         ids, begins, ends, at = [], [], [], 0
-        for part in re.split(f'({any_of(tuple(foreign)).pattern})', text):
+        for part in re.split(f'({cuts.pattern})', text):
             if part in foreign:
-                new = ([foreign[part]], [0], [len(part)]) if part != BREAK else ([], [], [])
+                new = [foreign[part]], [0], [len(part)]
+            elif part in ('', BREAK):
+                new = [], [], []
             else:
-                new = (tokenizer.offsets(part, True) if joint else tokenizer.offsets(part)) if part else ([], [], [])
+                new = tokenizer.offsets(part, True) if joint else tokenizer.offsets(part)
             ids += new[0]
             begins += [at + i for i in new[1]]
             ends += [at + i for i in new[2]]
@@ -324,320 +315,6 @@ def mark_up(tokenizer, text, markers):
         if not joint or sum(i in known for i in ids) == sum(1 for _ in any_of(tuple(markers)).finditer(text)):
             break
     return ids, begins, ends
-
-
-def read_template(folder):
-    """The chat template of a model folder, or ''. Raises ValueError."""
-    path = os.path.join(folder, 'chat_template.jinja')
-    if os.path.isfile(path):
-        with open(path, encoding='utf-8') as f:
-            try:
-                return f.read(MAX_SOURCE + 1)
-            except UnicodeDecodeError:
-                raise ValueError(f'{path!r} is not UTF-8') from None
-    for name in ('chat_template.json', 'tokenizer_config.json'):
-        path = os.path.join(folder, name)
-        source = read_json(path).get('chat_template') if os.path.isfile(path) else None
-        if isinstance(source, list):            # several, by name
-            source = next((x.get('template') for x in source if isinstance(x, dict) and x.get('name') == 'default'), 0)
-        if not isinstance(source, str | None):
-            raise ValueError(f'{path!r}: chat_template is neither text nor a list with a "default" of text')
-        if source:
-            return source
-    return ''
-
-
-@cache
-def sandbox():
-    """The environment that chat templates run in: what transformers gives them, less what writes without end, needs
-    the day or chance, or formats by a width. `spend` ends what is too much work."""
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-    from jinja2.visitor import NodeTransformer
-
-    class Generation(jinja2.ext.Extension):
-        tags = {'generation'}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            return nodes.CallBlock(self.call_method('around'), [], [], body).set_lineno(line)
-
-        def around(self, caller):
-            return BEGIN + caller() + CLOSE
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(['+', '*', '**', '%'])
-
-        def spend(self, work):
-            self.left -= work
-            if self.left < 0:
-                raise SecurityError('it takes too long or writes too much')
-
-        def call_binop(self, context, operator, left, right):
-            sizes = [len(x) if isinstance(x, str | list | tuple) else x for x in (left, right)]
-            if operator == '**' or operator == '%' and isinstance(left, str):
-                raise SecurityError(f'{operator} is not for chat templates')
-            if operator == '*':
-                self.spend(abs(sizes[0] * sizes[1]))
-            return bound(context, super().call_binop(context, operator, left, right))
-
-        def wrap_str_format(self, value):
-            return None                 # then these methods are attributes as others, which are not safe
-
-        def is_safe_attribute(self, obj, attr, value):
-            return attr not in ('format', 'format_map') and super().is_safe_attribute(obj, attr, value)
-
-        def unsafe_undefined(self, obj, attribute):
-            raise SecurityError(f'{attribute!r} of {type(obj).__name__} is not for chat templates')
-
-        def call(self, context, function, *args, **kwargs):
-            given, owner = [*args, *kwargs.values()], getattr(function, '__self__', 0)
-            weigh(self, given)
-            self.spend(sum(abs(x) for x in given if isinstance(x, int)))        # range, ljust
-            if isinstance(owner, str):                                          # replace, join
-                self.spend(len(owner) * max((len(x) for x in given if isinstance(x, str | list | tuple)), default=1))
-            return super().call(context, function, *args, **kwargs)
-
-    def weigh(env, value):
-        env.spend(len(value) + 16 if isinstance(value, str) else 16)
-        for item in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-            weigh(env, item)
-
-    @jinja2.pass_context
-    def bound(context, value):
-        weigh(context.environment, value)       # as a tree: [x, x] in a loop has few objects but no end when printed
-        return value
-
-    @jinja2.pass_context
-    def count(context, items):
-        for item in items:
-            context.environment.spend(16)
-            yield item
-
-    def product(name):
-        """join, replace, indent: may write as much as the product of what they are given."""
-        filter = jinja2.filters.FILTERS[name]
-
-        @jinja2.pass_eval_context
-        def grow(eval_ctx, value, *args, **kwargs):
-            value = list(value) if name == 'join' else str(value)
-            texts = [len(x) for x in (*args, *kwargs.values()) if isinstance(x, str)]
-            counts = [abs(x) for x in (*args, *kwargs.values()) if isinstance(x, int)]
-            eval_ctx.environment.spend(len(value) * max(texts + counts, default=1))
-            return filter(*[eval_ctx] * (name != 'indent'), value, *args, **kwargs)
-        return grow
-
-    class Bounds(NodeTransformer):
-        def wrap(self, node, name='bound'):
-            return nodes.Filter(node, name, [], [], None, None)
-
-        def visit_For(self, node):
-            self.generic_visit(node)
-            if node.recursive:
-                raise SecurityError('a recursive loop is not for chat templates')
-            node.iter = self.wrap(node.iter, 'count')
-            return node
-
-        def visit_CallBlock(self, node):
-            call = node.call
-            self.generic_visit(node)
-            node.call = call            # its arguments are bounded; it has to stay a call
-            return node
-
-        def visit_Output(self, node):
-            self.generic_visit(node)
-            node.nodes = [x if isinstance(x, nodes.TemplateData) else self.wrap(x) for x in node.nodes]
-            return node
-
-        def visit_AssignBlock(self, node):
-            self.generic_visit(node)
-            node.filter = node.filter or self.wrap(None)
-            return node
-
-        def visit_Concat(self, node):
-            self.generic_visit(node)
-            return self.wrap(node)
-
-        visit_Call = visit_Filter = visit_List = visit_Dict = visit_Concat     # what makes large things
-
-        def visit_Tuple(self, node):
-            return self.visit_Concat(node) if node.ctx == 'load' else node
-
-    def stop(message):
-        raise jinja2.TemplateError(str(message))
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=min(indent, 64) if indent else None,
-                          separators=separators, sort_keys=sort_keys)
-
-    class Namespace(jinja2.utils.Namespace):
-        def __setitem__(self, name, value):
-            if str(name).startswith('_'):
-                raise SecurityError(f'a namespace can not hold {name!r}')
-            super().__setitem__(name, value)
-
-        def __repr__(self):
-            return 'namespace'
-
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
-    keep = set('abs capitalize count d default dictsort e escape first float indent int items join last length list '
-               'lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title '
-               'trim unique upper'.split())
-    env.filters = {k: v for k, v in env.filters.items() if k in keep} | dict(
-        tojson=tojson, bound=bound, count=count, **{name: product(name) for name in ('join', 'replace', 'indent')})
-    env.globals = dict(range=range, namespace=Namespace, raise_exception=stop, dict=dict)
-    return env, Bounds()
-
-
-class Template:
-    """A chat template: jinja2 source -> text of a conversation. Raises ValueError where the source can not be used.
-
-    Runs as in transformers, but `strftime_now` is not there (a run must not depend on the day; templates that ask for
-    it have a date of their own), and work is bounded."""
-
-    def __init__(self, source, names=(), where='chat template'):
-        self.source, self.names, self.where = source, dict(names), where
-        if len(source) > MAX_SOURCE:
-            raise ValueError(f'{where}: longer than {MAX_SOURCE} characters')
-        try:
-            import jinja2
-        except ImportError:
-            raise ValueError(f'{where} needs a package that is not here: pip install jinja2') from None
-        self.env, bounds = sandbox()
-        try:
-            self.env.left = MAX_WORK
-            code = self.env.compile(bounds.visit(self.env.parse(source)))
-        except (jinja2.TemplateError, SyntaxError, RecursionError, MemoryError, ValueError, OverflowError) as error:
-            raise ValueError(f'{where}: {error or type(error).__name__}') from None
-        self.compiled = jinja2.Template.from_code(self.env, code, self.env.make_globals(None))
-
-    def __reduce__(self):
-        return Template, (self.source, self.names, self.where)
-
-    def render(self, messages, answer=False):
-        """(text, [(begin, end) of what {% generation %} holds]) of [{role, content}, ...]; answer: up to where the next
-        answer begins. Raises ValueError."""
-        self.env.left = MAX_WORK
-        try:
-            text = ''.join(self.compiled.generate(messages=messages, add_generation_prompt=answer, tools=None,
-                                                  documents=None, **self.names))
-            out, spans = '', []
-            for part in re.split(f'([{BEGIN}{CLOSE}])', text):
-                if part == BEGIN:
-                    spans.append((len(out), len(out)))
-                elif part == CLOSE:
-                    spans[-1] = (spans[-1][0], len(out))
-                else:
-                    out += part
-        except Exception as error:              # whatever a template of a stranger may raise
-            raise ValueError(f'{self.where}: {error or type(error).__name__}') from None
-        return out, spans
-
-
-# Chat templates of forms. Those whose content is text get a picture as its token and a newline.
-CHATS = {
-    'chat': '''
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}''',          # ChatML: SmolLM2, Qwen
-    'gemma': '''{{ bos_token }}
-{%- set system = namespace(text='') %}
-{%- for message in messages %}
-{%- if message.role == 'system' %}{% set system.text = message.content + '\\n\\n' %}
-{%- else %}{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\\n' + system.text }}
-{{- message.content | trim + '<end_of_turn>\\n' }}{% set system.text = '' %}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}''',
-    'llava': '''
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}{{ 'ASSISTANT: ' + message.content + eos_token }}
-{%- else %}{{ ('USER: ' if message.role == 'user' else '') + message.content + ' ' }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}ASSISTANT:{% endif %}''',
-    'smolvlm': '''<|im_start|>
-{%- for message in messages %}{{ message.role | capitalize }}
-{{- ':' if message.content and message.content[0].type == 'image' else ': ' }}
-{%- for item in message.content %}{{ '<image>' if item.type == 'image' else item.text }}{% endfor %}
-{{- '<end_of_utterance>\\n' }}{% endfor %}
-{%- if add_generation_prompt %}Assistant:{% endif %}''',
-}
-CHATS['idefics3'] = CHATS['smolvlm']
-AROUND = dict.fromkeys(('smolvlm', 'idefics3'), ('<fake_token_around_image><global-img>', '<fake_token_around_image>'))
-MARKER = re.compile(r'<[^<>\s]+>|\[/?[A-Z_]+\]')        # what a template writes that may be a token
-
-
-class Chat:
-    """A chat template together with a tokenizer: what becomes a token and what is learned.
-
-    What a template writes becomes special tokens, what messages hold never does, even if it reads `<|im_end|>`; here we
-    differ from transformers on purpose (it has sanitize_control_tokens). Answers may hold tokens that a tokenizer.json
-    does not flag as special, as <think>."""
-
-    def __init__(self, form, tokenizer, source='', where=''):       # where the source is from, if it is not ours
-        names = dict(tokenizer.names)
-        markers = dict(tokenizer.specials)
-        ours = not source
-        if ours:                                # a form of ours serves tokenizers that lack its tokens
-            for role, text, i in (('bos_token', '<bos>', tokenizer.bos_id), ('eos_token', '<eos>', tokenizer.eos_id)):
-                markers[names.setdefault(role, text)] = i
-        self.image = names.get('image_token', '<image>')
-        self.around = AROUND.get(form, ('', ''))
-        self.template = Template(source or CHATS[form], names, where or f'processor={form!r}')
-        source = self.template.source
-        self.lists = re.search(r'''['"]image['"]''', source) is not None        # content is a list of texts and images
-        markers |= {text: tokenizer.special(text) for text in MARKER.findall(source + ''.join(self.around))
-                    if tokenizer.special(text) is not None} | {self.image: tokenizer.image_id}
-        self.markers, self.broken = markers, any_of(tuple(markers))
-        self.broken_answers = self.broken
-        opening = self.learn_end()
-        if ours and self.end:
-            markers.setdefault(self.end, tokenizer.eos_id)      # a tokenizer without that token ends with its own
-        broken = {*markers, self.end} - {''}
-        self.broken = any_of(tuple(broken))
-        self.broken_answers = any_of(tuple(
-            text for text in broken if text in (*tokenizer.specials, self.image, self.end) or text in opening))
-
-    def learn_end(self):
-        """Find what ends an answer ('': nothing that may be a token); gives what an answer begins with."""
-        asked, answered = (dict(role=role, content=self.content([role])) for role in ('user', 'assistant'))
-        head, (text, spans) = self.template.render([asked], True)[0], self.template.render([asked, answered])
-        opening = head[len(os.path.commonprefix([head, self.template.render([asked])[0]])):]
-        follows = text.startswith(head) and (opening or text[len(head):].lstrip().startswith('assistant'))
-        if not spans and not follows:
-            raise ValueError(f'{self.template.where}: with add_generation_prompt it does not write what comes before '
-                             'an answer, so that what is to be learned is not known')
-        known = re.compile(f'{any_of(tuple(self.markers)).pattern}|{MARKER.pattern}')
-        end = known.search(text, max(text.rfind('assistant'), len(head)))
-        self.end = end[0] if end and not spans else ''
-        return opening
-
-    def content(self, items, role='user'):
-        """[text or None for a picture, ...] -> content of a message as the template wants it."""
-        broken = self.broken_answers if role == 'assistant' else self.broken
-        items = [item if item is None else broken.sub(lambda m: m[0][0] + BREAK + m[0][1:],
-                                                      re.sub(f'[{BREAK}{BEGIN}{CLOSE}]', '', item)) for item in items]
-        for i, (a, b) in enumerate(zip(items, items[1:]), 1):       # two texts that only together read so
-            if a and b and (broken.search(a + b) or broken.search(a.rstrip() + b.lstrip())):
-                items[i] = BREAK + b
-        if self.lists:
-            return [{'type': 'image'} if item is None else {'type': 'text', 'text': item} for item in items]
-        return ''.join(self.image + '\n' if item is None else item for item in items)
-
-    def render(self, messages, asking=False):
-        """(text, [(begin, end) of what is learned, ...]) of [{role, content}, ...]. Raises ValueError."""
-        text, spans = self.template.render(messages, asking)
-        if spans or asking:
-            return text, spans * (not asking)
-        for i, message in enumerate(messages):
-            if message['role'] == 'assistant':
-                head = self.template.render(messages[:i], True)[0]
-                end = text.find(self.end, len(head)) if self.end else len(self.template.render(messages[:i + 1])[0])
-                if not text.startswith(head) or end < 0:
-                    raise ValueError(f'{self.template.where} does not write an answer as it asks for one')
-                spans.append((len(head), end + len(self.end)))
-        return text, spans
 
 
 def load(name):
