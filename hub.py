@@ -628,7 +628,8 @@ def write_processor(config, settings, c, folder):
 
 
 def write_tokenizer(tok, folder):
-    """The tokenizer's files as transformers looks for them."""
+    """The tokenizer's files as transformers looks for them. (Of a Llama-like tokenizer.model it makes a tokenizer that
+    swallows the space before a text that begins with one.)"""
     names = dict(bos_token='<bos>', eos_token='<eos>', pad_token='<pad>', image_token='<image>')
     added = {}
     for role, text in names.items():

@@ -19,6 +19,7 @@ tf = pytest.importorskip('transformers')
 import checkpoint  # noqa: E402
 import hf  # noqa: E402
 import hub  # noqa: E402
+import tokenizer as tokenizers  # noqa: E402
 from model import DecoderConfig, generate  # noqa: E402
 
 tf.logging.set_verbosity_error()
@@ -139,6 +140,27 @@ def test_a_run_of_bytes_reads_the_same_text_in_transformers(tmp_path):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
     with torch.no_grad():
         assert (theirs(torch.tensor([ids])).logits - ours.logits(torch.tensor([ids]))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('names', [dict(bos_piece='<bos>', eos_piece='<eos>', pad_piece='<pad>', pad_id=0, eos_id=1,
+                                        bos_id=2, unk_id=3), dict(pad_id=-1, add_dummy_prefix=True)])
+def test_sentencepiece_in_transformers(names, tmp_path):
+    """Gemma's and Llama's tokenizer.model: the same ids, special tokens and those that are new, too."""
+    import sentencepiece
+    (tmp_path / 'text').write_text((tiny.ROOT / 'README.md').read_text())
+    sentencepiece.SentencePieceTrainer.train(**dict(
+        input=tmp_path / 'text', model_prefix=str(tmp_path / 'm'), vocab_size=500, model_type='bpe', minloglevel=2,
+        byte_fallback=True, normalization_rule_name='identity', remove_extra_whitespaces=False,
+        add_dummy_prefix=False) | names)
+    ours = tokenizers.load(str(tmp_path / 'm.model'))
+    (tmp_path / 'hf').mkdir()
+    hub.write_tokenizer(ours, str(tmp_path / 'hf'))
+    theirs = tf.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+    spaced = [] if 'add_dummy_prefix' in names else [' x']          # see write_tokenizer
+    for text in ('hello world', 'Train a model, turn it into', 'naïve 東京 `code`\n  two', '<b>', *spaced):
+        assert theirs(text, add_special_tokens=False)['input_ids'] == ours.encode(text)
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (ours.bos_id, ours.eos_id, ours.pad_id)
+    assert theirs.convert_tokens_to_ids('<image>') == ours.image_id
 
 
 def test_init_from_says_what_does_not_fit(pali, tmp_path):
