@@ -437,7 +437,8 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
     kind = {DecoderConfig: Decoder, ViTConfig: ViT, VLMConfig: VLM}[type(config)]
     with torch.device('meta'):                  # nothing is allocated before a file is known to hold it
         model = kind(config)
-    loaded = {name: tensor.to(dtype) for name, tensor in tensors(model, folder)}
+    # copied: what safe_open gives is the file itself, mapped, and who changes that would change the model
+    loaded = {name: tensor.to(dtype, copy=True) for name, tensor in tensors(model, folder)}
     if lacking := model.state_dict().keys() - loaded.keys():
         raise ValueError(f'{folder!r} lacks {", ".join(sorted(lacking)[:3])}')
     model.load_state_dict(loaded, assign=True)
