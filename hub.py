@@ -29,6 +29,7 @@ import checkpoint
 import shards
 import tokenizer as tokenizers
 from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig, VLMConfig
+from tokenizer import read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
 # names: ours -> theirs. Llama's names are those of all decoders; Gemma 2 and 3 name one norm otherwise.
@@ -246,20 +247,6 @@ def locate(name, data_dir='', what='file'):
         if not re.fullmatch(REPOSITORY, name) or os.path.splitext(name)[1] in ('.model', '.json', '.tiktoken', '.py'):
             raise
         return fetch(name)
-
-
-def read_json(path, limit=16 << 20):
-    """A .json file that holds an object. Raises ValueError and FileNotFoundError."""
-    if os.path.getsize(path) > limit:
-        raise ValueError(f'{path} is larger than {limit} bytes')
-    with open(path, encoding='utf-8') as f:
-        try:
-            content = json.load(f)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f'{path} is no JSON ({error})') from None
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is no JSON object')
-    return content
 
 
 def is_foreign(name):
