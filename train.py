@@ -60,8 +60,8 @@ connector_bias = True               # vlm: of the linear layer between vit and d
 pair_scale = 10.0                   # siglip: the factor of the cosines at the start
 pair_with = 'batch'                 # siglip: batch: a picture is compared with the texts of its batch | all: of the mix
 pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
-policy = diffusion.PolicyConfig() if diffusion else {}
-vla = diffusion.VLAConfig() if diffusion else {}
+policy = diffusion.PolicyConfig() if diffusion else {}      # task=policy
+vla = diffusion.VLAConfig() if diffusion else {}            # task=vla, beside vit and decoder
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;
