@@ -104,10 +104,10 @@ def build_model(run, tok, weights=True):
     vit, decoder, task = part('vit', ViTConfig), part('decoder', DecoderConfig), run['task']
     shape = vit, decoder, tok.vocab_size, tok.image_id, run['pixel_shuffle'], run.get('connector_bias', True)
     if task in ('policy', 'vla'):
-        import diffusion
-        config = part(task, dict(policy=diffusion.PolicyConfig, vla=diffusion.VLAConfig)[task])
+        import policies
+        config = part(task, dict(policy=policies.PolicyConfig, vla=policies.VLAConfig)[task])
         config = replace(config, **{key: run[key] for key in ('action_steps', 'action_dim', 'proprio_dim')})
-        return diffusion.build(task, config, *shape)
+        return policies.build(task, config, *shape)
     towers = {}
     if vit.hf or decoder.hf:
         import hf

@@ -42,10 +42,14 @@ from configurator import configure
 from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, generate, positions_where
 
 try:
-    import actions
     import diffusion
 except ModuleNotFoundError:     # deleted: what is left trains language and vision-language models
-    actions = diffusion = None
+    diffusion = None
+try:
+    import actions
+    import policies
+except ModuleNotFoundError:     # deleted: no robots
+    actions = policies = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # settings
@@ -60,8 +64,8 @@ connector_bias = True               # vlm: of the linear layer between vit and d
 pair_scale = 10.0                   # siglip: the factor of the cosines at the start
 pair_with = 'batch'                 # siglip: batch: a picture is compared with the texts of its batch | all: of the mix
 pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
-policy = diffusion.PolicyConfig() if diffusion else {}      # task=policy
-vla = diffusion.VLAConfig() if diffusion else {}            # task=vla, beside vit and decoder
+policy = policies.PolicyConfig() if policies else {}      # task=policy
+vla = policies.VLAConfig() if policies else {}            # task=vla, beside vit and decoder
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;
@@ -324,7 +328,7 @@ step_flops = flops_of_step()            # before compiled blocks, whose operatio
 # ----------------------------------------------------------------------------------------------------------------------
 # over the ranks: DDP, or FSDP2 block by block; compiled block by block
 
-block_kinds = (ViTBlock, DecoderBlock, *((diffusion.DenoiserBlock, diffusion.ConvBlock) if diffusion else ()))
+block_kinds = (ViTBlock, DecoderBlock, *((policies.DenoiserBlock, policies.ConvBlock) if policies else ()))
 model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, block_kinds)]
 blocks += [layer for m in raw_model.modules() if isinstance(m, (hf.HFViT, hf.HFDecoder)) for layer in hf.layers_of(m)]
 if compile:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from configurator import configure  # noqa: E402
-from diffusion import VLA, DiffusionPolicy, PolicyConfig, VLAConfig, random_keys  # noqa: E402
+from diffusion import random_keys  # noqa: E402
 from model import DecoderConfig, ViTConfig, VLMConfig  # noqa: E402
+from policies import VLA, DiffusionPolicy, PolicyConfig, VLAConfig  # noqa: E402
 
 action_dim = 8
 action_steps = 16

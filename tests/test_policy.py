@@ -1,4 +1,4 @@
-"""diffusion.py: policies. What is padded does not matter, rows do not see each other, and distributions are learned."""
+"""policies.py. What is padded does not matter, rows do not see each other, and distributions are learned."""
 import multiprocessing
 from dataclasses import replace
 
@@ -11,22 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from diffusion import (
-    VLA,
-    ConvBlock,
-    DiffusionPolicy,
-    PolicyConfig,
-    UNet1d,
-    Upsample,
-    VLAConfig,
-    build,
-    normal,
-    random_keys,
-    sincos,
-    uniform,
-    valid_numbers,
-    windows,
-)
+from diffusion import normal, random_keys, sincos, uniform
 from model import (
     VLM,
     Decoder,
@@ -38,6 +23,18 @@ from model import (
     generate,
     rope_table,
     rotate,
+)
+from policies import (
+    VLA,
+    ConvBlock,
+    DiffusionPolicy,
+    PolicyConfig,
+    UNet1d,
+    Upsample,
+    VLAConfig,
+    build,
+    valid_numbers,
+    windows,
 )
 
 IMAGE, PAD, V = 5, 0, 50
