@@ -90,11 +90,13 @@ def make(task, size=0, cameras=('near',), max_steps=0):
 
 
 class MetaWorld:
-    """A task of MetaWorld v3. size > 0: pictures of the cameras, of those in CAMERAS or of MetaWorld's own."""
-    proprio_dim, action_dim, fps = 39, 4, 80
+    """A task of MetaWorld v3. size > 0: pictures of the cameras, of those in CAMERAS or of MetaWorld's own. With
+    pictures `proprio` is the hand's place and the gripper's, 4 numbers: where things and goals are is to be seen."""
+    action_dim, fps = 4, 80
 
     def __init__(self, task, size=0, cameras=('near',), max_steps=500):
         self.task, self.size, self.max_steps, self.renderer = task, size, max_steps, None
+        self.proprio_dim = 4 if size else 39
         self.env = getattr(importlib.import_module('metaworld.envs'), TASKS[task][0])()
         self.env._partially_observable = False              # the goal stands in the state
         self.env.__dict__.pop('sawyer_observation_space', None)     # which its bounds would clip to zero
@@ -127,10 +129,11 @@ class MetaWorld:
         return self.observe(pictures), bool(info['success'])
 
     def observe(self, pictures=True):
-        """proprio fp32 (P,), pictures {camera: uint8 (size, size, 3)}, instruction, task, seed, step."""
+        """proprio fp32 (P,), pictures {camera: uint8 (size, size, 3)}, instruction, task, seed, step; `state`, all
+        that the simulator knows, is for the expert."""
         seen = {name: self.picture(name) for name in self.cameras} if pictures else {}
-        return dict(proprio=self.state.astype(np.float32), pictures=seen, instruction=instruction(self.task),
-                    task=self.task, seed=self.seed, step=self.steps)
+        return dict(proprio=self.state[:self.proprio_dim].astype(np.float32), pictures=seen, state=self.state,
+                    instruction=instruction(self.task), task=self.task, seed=self.seed, step=self.steps)
 
     def picture(self, camera):
         """uint8 (size, size, 3), the right way up. Without shadows, reflections and multisampling: 10 ms, not 135."""
@@ -348,7 +351,7 @@ EXPERTS = {}
 
 def expert(observations):
     """MetaWorld's scripted experts, for execute=1: actions (N, 1, 4), clipped to [-1, 1]."""
-    return np.stack([expert_action(seen['task'], seen['proprio'].astype(np.float64)) for seen in observations])[:, None]
+    return np.stack([expert_action(seen['task'], seen['state']) for seen in observations])[:, None]
 
 
 def expert_action(task, state):

@@ -246,14 +246,18 @@ def demonstrations(names):
         folder = shards.Folder(name, data_dir or run['data_dir'])
         for shard, size in enumerate(folder.sizes):
             i = 0
-            while i < size and set(found) < set(names):
-                members = folder.read(shard, i)             # an episode from its first step on
-                if 'lowdim.npy' not in members:
-                    return found
-                task, rows = loads(members['json']).get('task'), members['lowdim.npy']
-                i += len(rows)
-                if task in names:
-                    found.setdefault(task, rows['actions'])
+            while i < size:
+                members = folder.read(shard, i)
+                meta, chunk = loads(members['json']), processors.fields(members, False, True).get('lowdim')
+                if meta.get('task') not in names or chunk is None:
+                    break                                   # a shard has one task
+                whole = 'lowdim.npy' in members             # an episode from its first step on, or a sample a step
+                if not whole and len(found.get(meta['task'], ())) > meta.get('frame', 0):
+                    break                                   # the next episode
+                found.setdefault(meta['task'], []).extend(chunk['actions'] if whole else chunk['actions'][:1])
+                i += 1
+                if whole:
+                    break
     return found
 
 
@@ -286,6 +290,7 @@ def act_out():
         print(dumps(dict(policy=label, success=share, low=low, high=high, episodes=episodes, tasks=won)) if json else
               f'{label:14} {share:6.1%} [{low:.1%}, {high:.1%}] of {len(chosen)}: ' +
               ', '.join(f'{task} {n}' for task, n in won.items()), flush=True)
+
 
 def write_films(results):
     from PIL import Image

@@ -12,7 +12,7 @@ a task: the expert 100 %, one demonstration replayed 25 %, random 8 %, zero 0 %.
 task = 'policy'
 out_dir = 'out/policy_metaworld_state'
 mix = {'metaworld': 1.0}
-seq_len = 56                    # bytes of a sentence
+seq_len = 48                    # bytes of a sentence
 
 action_steps = 16
 action_dim = 4                  # xyz of the hand, gripper

@@ -10,8 +10,9 @@ The seed decides the goal (see envs.py), and tests begin at seed 1,000,000: thei
 
 States are stored by episodes: `key.lowdim.npy`, a row a time step with fields `proprio` (39) and `actions` (4); each
 row is a sample, and training decides how long chunks are. With pictures a sample is a time step: `key.<camera>.png` (or
-.jpg), `key.lowdim.npz` with a chunk of `action_steps` actions, `is_pad` at the episode's end. `key.json` has the
-instruction, one of those of envs.TASKS that are not held out. stats.json: `python prepare/stats.py --data=...`.
+.jpg), `key.lowdim.npz` with a chunk of `action_steps` actions, `is_pad` at the episode's end; hand and gripper (4) are
+what is left of the state, for all else is to be seen. `key.json` has the instruction, one of those of envs.TASKS that
+are not held out. stats.json: `python prepare/stats.py --data=...`.
 
 Needs `pip install metaworld packaging`, and EGL for pictures (Debian and Ubuntu: apt install libegl1 if it is missing).
 """

@@ -102,11 +102,13 @@ def test_pictures(tmp_path):
             seen, _ = env.step(envs.expert_action(env.task, env.state))
     assert seen['pictures']['near'].std() > 20 and not (seen['pictures']['near'] == seen['pictures']['corner3']).all()
     # the right way up: the floor's grey is above the table in no picture of a camera that hangs upside-down
-    p = Processor(Bytes(), 32, 4, '', 64, lowdim=(5, 4, 39), cameras=('near', 'corner3'))
+    p = Processor(Bytes(), 32, 4, '', 64, lowdim=(5, 4, 4), cameras=('near', 'corner3'))
     folder = Folder(str(tmp_path))
     batch = Batches([folder], InOrder(folder.sizes), p)[np.arange(len(folder))]
     assert not batch['bad'] and batch['lowdim']['camera_mask'].all() and len(batch['pixels']) == 2 * len(samples)
     assert batch['lowdim']['is_pad'][-1].tolist() == [False] + [True] * 4
+    assert np.array_equal(batch['lowdim']['proprio'][3], seen['proprio']), 'what is to be seen is not told'
+    assert np.array_equal(seen['proprio'], np.float32(seen['state'][:4]))
     env.close()
 
 
