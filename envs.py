@@ -13,6 +13,8 @@ of the seed draws them anew at each reset, so that other seeds are other goals. 
 TEST_SEED, tests from there on. What an environment computes depends on task and seed alone, bit for bit.
 """
 import importlib
+import io
+import json
 import os
 import sys
 import traceback
@@ -121,8 +123,8 @@ class MetaWorld:
 
     def step(self, action, pictures=True):
         """action (4,) in [-1, 1], clipped. The observation after it, and whether the task is done."""
-        action = np.clip(np.asarray(action, np.float32), -1, 1)
-        self.state, _, _, _, info = self.env.step(action)
+        self.action = np.clip(np.asarray(action, np.float32), -1, 1)
+        self.state, _, _, _, info = self.env.step(self.action)
         self.steps += 1
         return self.observe(pictures), bool(info['success'])
 
@@ -174,7 +176,8 @@ class PushT:
         return self.observe()
 
     def step(self, action, pictures=True):
-        self.state, _, done, _, _ = self.env.step(np.clip(np.asarray(action, np.float32), 0, 512))
+        self.action = np.clip(np.asarray(action, np.float32), 0, 512)
+        self.state, _, done, _, _ = self.env.step(self.action)
         self.steps += 1
         return self.observe(pictures), bool(done)
 
@@ -193,40 +196,55 @@ class PushT:
 # rollouts
 
 
-def rollout(episodes, policy, execute=8, make=make, parallel=16, processes=1, film=False):
+def rollout(*args, **settings):
+    """What `rollouts` gives, in the order of the episodes."""
+    return [result for _, result in sorted(rollouts(*args, **settings), key=lambda pair: pair[0])]
+
+
+def rollouts(episodes, policy, execute=8, make=make, parallel=16, processes=1, keep=()):
     """Run a policy in closed loop: it looks, `execute` of the actions that it gives are done, it looks again.
 
     episodes: a list of (task, seed); make(task) builds an environment. `parallel` episodes at a time stand before the
     policy as one batch; `processes` step them. The result does not depend on `processes`, and on `parallel` only so far
     as the policy's rounding depends on its batch. An episode ends with its first success.
 
-    A list of dicts, one an episode: task, seed, success, steps, goal, and with film=True `frames`, a uint8
-    (steps + 1, size, size, 3) of the first camera. Raises RuntimeError with what went wrong in an environment."""
+    Yields (number of the episode, dict of task, seed, success, steps, goal, instruction) as they end; of those in
+    `keep`, of (task, seed), also proprio (steps, P), actions (steps, A) as they were executed, and pictures {camera:
+    uint8 (steps + 1, size, size, 3)}, the last of which shows how it ended. Raises RuntimeError with what went wrong in
+    an environment."""
     pools = [Process(make, parallel) for _ in range(processes)] if processes > 1 else [Pool(make, parallel)]
-    results, frames, running, waiting = [None] * len(episodes), {}, {}, list(range(len(episodes)))
+    trails, running, waiting, keep = {}, {}, list(range(len(episodes))), {tuple(e) for e in keep}
+    kept = [tuple(e) in keep for e in episodes]
     try:
         while waiting or running:
             begun = waiting[:parallel - len(running)]
             waiting = waiting[len(begun):]
-            for k, (seen, first) in zip(begun, ask(pools, [(k, 'begin', k, *episodes[k], film) for k in begun])):
-                running[k], frames[k] = seen, [first] if film else []
+            for k, seen in zip(begun, ask(pools, [(k, 'begin', k, *episodes[k]) for k in begun])):
+                running[k], trails[k] = seen, [(None, seen)]
             now = sorted(running)
             given = np.asarray(policy([running[k] for k in now]))
             if len(given) != len(now) or given.ndim != 3 or given.shape[1] < execute:
                 raise ValueError(f'the policy gave actions {given.shape} for {len(now)} observations: expected '
                                  f'({len(now)}, {execute} or more, size)')
-            for k, (seen, success, done, steps, goal, shown) in zip(now, ask(pools, [
-                    (k, 'run', k, actions[:execute], film) for k, actions in zip(now, given)])):
+            for k, (seen, success, done, steps, goal, trail) in zip(now, ask(pools, [
+                    (k, 'run', k, actions[:execute], kept[k]) for k, actions in zip(now, given)])):
                 running[k] = seen
-                frames[k] += shown
+                trails[k] += trail
                 if done:
-                    results[k] = dict(task=episodes[k][0], seed=episodes[k][1], success=success, steps=steps, goal=goal)
-                    results[k] |= {'frames': np.stack(frames.pop(k))} if film else {}
-                    del running[k]
+                    task, seed = episodes[k]
+                    yield k, dict(task=task, seed=seed, success=success, steps=steps, goal=goal,
+                                  instruction=seen['instruction']) | (joined(trails[k]) if kept[k] else {})
+                    del running[k], trails[k]
     finally:
         for pool in pools:
             pool.close()
-    return results
+
+
+def joined(trail):
+    """[(action, the observation after it)], the first without an action, as arrays."""
+    actions, seen = zip(*trail)
+    return dict(actions=np.stack(actions[1:]), proprio=np.stack([o['proprio'] for o in seen[:-1]]), pictures={
+        name: np.stack([o['pictures'][name] for o in seen]) for name in seen[0]['pictures']})
 
 
 def ask(pools, requests):
@@ -244,25 +262,24 @@ class Pool:
     def __init__(self, make, most):
         self.make, self.most, self.free, self.busy = make, most, OrderedDict(), {}
 
-    def begin(self, episode, task, seed, film):
+    def begin(self, episode, task, seed):
         kept = next((key for key in self.free if key[0] == task), None)
         env = self.free.pop(kept) if kept else self.make(task)
         self.busy[episode] = env
-        seen = env.reset(seed)
-        return seen, first_picture(env, seen) if film else None
+        return env.reset(seed)
 
-    def run(self, episode, actions, film):
-        env, frames, success = self.busy[episode], [], False
+    def run(self, episode, actions, keep):
+        env, trail, success = self.busy[episode], [], False
         for i, action in enumerate(actions):
-            seen, success = env.step(action, pictures=film or i == len(actions) - 1)
-            frames += [first_picture(env, seen)] if film else []
+            seen, success = env.step(action, pictures=keep or i == len(actions) - 1)
+            trail += [(env.action, seen)] if keep else []
             done = success or env.steps >= env.max_steps
             if done:
                 self.free[env.task, episode] = self.busy.pop(episode)
                 if len(self.free) > self.most:
                     self.free.popitem(last=False)[1].close()
                 break
-        return seen, success, done, env.steps, env.goal, frames
+        return seen, success, done, env.steps, env.goal, trail
 
     def send(self, requests):
         self.answers = [getattr(self, method)(*arguments) for method, *arguments in requests]
@@ -275,12 +292,6 @@ class Pool:
             env.close()
         self.free.clear()
         self.busy.clear()
-
-
-def first_picture(env, seen):
-    if not seen['pictures']:
-        raise ValueError(f'{env.task}: a film needs pictures, and size is 0')
-    return next(iter(seen['pictures'].values()))
 
 
 class Process:
@@ -338,6 +349,101 @@ def serve(pipe, theirs, make, most):
                 pipe.send(traceback.format_exc())
     finally:
         pool.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# episodes as samples of a data set
+
+
+def samples(key, proprio, actions, pictures, meta, each, steps=16, kind='png'):
+    """[(key, {extension: bytes})] of an episode: proprio (T, P), actions (T, A), pictures {camera: T frames}, uint8 (H,
+    W, 3). For .json: meta, and each, a list of T dicts with an instruction.
+
+    With pictures a sample is a time step: `key-t.<camera>.<kind>`, `.lowdim.npz` with a chunk of `steps` actions and
+    `is_pad` at the episode's end. Without, and with one instruction, it is the episode: `.lowdim.npy`, a row a step."""
+    if not pictures and len({m['instruction'] for m in each}) == 1:
+        rows = np.zeros(len(actions), [('proprio', '<f4', proprio.shape[1:]), ('actions', '<f4', actions.shape[1:])])
+        rows['proprio'], rows['actions'] = proprio, actions
+        meta = dict(instruction=each[0]['instruction']) | meta
+        return [(key, {'json': json.dumps(meta).encode(), 'lowdim.npy': saved(np.save, rows)})]
+    frames, out = {name: iter(frames) for name, frames in pictures.items()}, []
+    for t in range(len(actions)):
+        chunk = actions[t:t + steps]
+        arrays = dict(proprio=proprio[t], actions=np.pad(chunk, ((0, steps - len(chunk)), (0, 0))),
+                      is_pad=np.arange(steps) >= len(chunk))
+        out.append((f'{key}-{t:06d}', {
+            'json': json.dumps(each[t] | meta | dict(frame=t)).encode(), 'lowdim.npz': saved(np.savez, **arrays),
+            **{f'{name}.{kind}': encoded(next(theirs), kind) for name, theirs in frames.items()}}))
+    return out
+
+
+def saved(save, *args, **arrays):
+    file = io.BytesIO()
+    save(file, *args, **arrays)
+    return file.getvalue()
+
+
+def encoded(frame, kind):
+    from PIL import Image
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, {'png': 'PNG', 'jpg': 'JPEG'}[kind], quality=95)
+    return file.getvalue()
+
+
+class Recorder:
+    """Writes episodes that `rollouts` has kept as a data set, a shard a task; the manifest comes last, so that a folder
+    with one is whole. Raises ValueError if it has one."""
+
+    def __init__(self, folder, action_steps=16):
+        self.folder, self.action_steps, self.shards, self.counts = folder, action_steps, {}, {}
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(os.path.join(folder, 'manifest.jsonl')):
+            raise ValueError(f'{folder} holds a data set already: name another folder')
+
+    def write(self, result, fps, pictures):
+        """pictures: of the result, or {} to leave them out."""
+        from webdataset import TarWriter
+        task, actions = result['task'], result['actions']
+        if task not in self.shards:
+            self.shards[task] = TarWriter(os.path.join(self.folder, f'{task}.tar'), encoder=False, mtime=0.0)
+            self.counts[task] = dict(shard=task, num_sequences=0, episodes=0)
+        meta = {k: result[k] for k in ('task', 'seed', 'success')} | dict(goal=result['goal'].tolist(), fps=fps)
+        words = [dict(instruction=result['instruction'])] * len(actions)
+        for key, members in samples(f'{task}-{result["seed"]}', result['proprio'], actions, pictures, meta, words,
+                                    self.action_steps):
+            self.shards[task].write({'__key__': key, **members})
+        self.counts[task]['num_sequences'] += len(actions)
+        self.counts[task]['episodes'] += 1
+
+    def close(self):
+        """The number of steps written."""
+        for sink in self.shards.values():
+            sink.close()
+        with open(os.path.join(self.folder, 'manifest.jsonl'), 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(row) + '\n' for row in self.counts.values())
+        return sum(row['num_sequences'] for row in self.counts.values())
+
+
+def write_film(path, task, pictures, fps):
+    """What the first camera saw, in real time: a.mp4 becomes a_<task>.mp4 of all frames, other names a_<task>.gif of
+    every fourth one. The file's name."""
+    frames, (name, ending) = next(iter(pictures.values())), os.path.splitext(path)
+    if ending == '.mp4':
+        import av
+        path = f'{name}_{task}.mp4'
+        with av.open(path, 'w') as container:
+            stream = container.add_stream('libx264', rate=fps, options={'crf': '18'})
+            stream.height, stream.width, stream.pix_fmt = *(n - n % 2 for n in frames.shape[1:3]), 'yuv420p'
+            for frame in frames:
+                picture = np.ascontiguousarray(frame[:stream.height, :stream.width])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            container.mux(stream.encode())
+        return path
+    from PIL import Image
+    path = f'{path.removesuffix(".gif")}_{task}.gif'
+    first, *rest = (Image.fromarray(frame) for frame in frames[::4])
+    first.save(path, save_all=True, append_images=rest, duration=4000 // fps, loop=0)
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------

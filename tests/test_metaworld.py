@@ -162,12 +162,19 @@ def test_controls():
     assert not envs.zero(4)([seen]).any() and envs.zero(4, 5)([seen] * 2).shape == (2, 5, 4)
 
 
-def test_film_and_errors():
+def test_what_is_kept_and_errors():
     make = lambda task: envs.make(task, 16, max_steps=5)        # noqa: E731
-    done, = envs.rollout([('reach', envs.TEST_SEED)], envs.zero(4), execute=2, make=make, film=True)
-    assert done['frames'].shape == (6, 16, 16, 3) and done['frames'].dtype == np.uint8
-    with pytest.raises(ValueError, match='size is 0'):
-        envs.rollout([('reach', 0)], envs.zero(4), film=True)
+    policy = lambda seen: np.full((len(seen), 2, 4), 0.1 * seen[0]['step'] + 0.9)       # noqa: E731
+    episodes = [('reach', envs.TEST_SEED), ('reach', envs.TEST_SEED + 1)]
+    done, other = envs.rollout(episodes, policy, execute=2, make=make, keep=episodes[:1])
+    assert done['pictures']['near'].shape == (6, 16, 16, 3) and done['pictures']['near'].dtype == np.uint8
+    assert 'actions' not in other and done['actions'].max() == 1, 'as they are executed: clipped'
+    env = make('reach')
+    seen = env.reset(envs.TEST_SEED)
+    for state, action, picture in zip(done['proprio'], done['actions'], done['pictures']['near']):
+        assert (seen['proprio'] == state).all() and (seen['pictures']['near'] == picture).all()
+        seen, _ = env.step(action)
+    assert (seen['pictures']['near'] == done['pictures']['near'][5]).all() and env.steps == len(done['actions']) == 5
     with pytest.raises(ValueError, match='the policy gave'):
         envs.rollout([('reach', 0)], envs.zero(4, 3), execute=8)
     with pytest.raises(RuntimeError, match='task .fly.'):
