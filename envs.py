@@ -113,13 +113,13 @@ class MetaWorld:
             if place:
                 model.camera(theirs).pos = place
 
-    def reset(self, seed):
+    def reset(self, seed, pictures=True):
         """Begin the episode of a seed; its first observation."""
         self.seed, self.steps = seed, 0
         self.env.seed(seed)
         self.state = self.env.reset()[0]
         self.goal = self.env._last_rand_vec.copy()          # what was drawn: place of the object, of the goal
-        return self.observe()
+        return self.observe(pictures)
 
     def step(self, action, pictures=True):
         """action (4,) in [-1, 1], clipped. The observation after it, and whether the task is done."""
@@ -169,11 +169,11 @@ class PushT:
         self.env = PushTEnv(obs_type='state', render_mode='rgb_array', observation_width=size or 96,
                             observation_height=size or 96)
 
-    def reset(self, seed):
+    def reset(self, seed, pictures=True):
         self.seed, self.steps = seed, 0
         self.state = self.env.reset(seed=seed)[0]
         self.goal = self.state.copy()
-        return self.observe()
+        return self.observe(pictures)
 
     def step(self, action, pictures=True):
         self.action = np.clip(np.asarray(action, np.float32), 0, 512)
@@ -201,7 +201,7 @@ def rollout(*args, **settings):
     return [result for _, result in sorted(rollouts(*args, **settings), key=lambda pair: pair[0])]
 
 
-def rollouts(episodes, policy, execute=8, make=make, parallel=16, processes=1, keep=()):
+def rollouts(episodes, policy, execute=8, make=make, parallel=16, processes=1, keep=(), show=(), blind=False):
     """Run a policy in closed loop: it looks, `execute` of the actions that it gives are done, it looks again.
 
     episodes: a list of (task, seed); make(task) builds an environment. `parallel` episodes at a time stand before the
@@ -209,17 +209,17 @@ def rollouts(episodes, policy, execute=8, make=make, parallel=16, processes=1, k
     as the policy's rounding depends on its batch. An episode ends with its first success.
 
     Yields (number of the episode, dict of task, seed, success, steps, goal, instruction) as they end; of those in
-    `keep`, of (task, seed), also proprio (steps, P), actions (steps, A) as they were executed, and pictures {camera:
-    uint8 (steps + 1, size, size, 3)}, the last of which shows how it ended. Raises RuntimeError with what went wrong in
-    an environment."""
+    `keep`, of (task, seed), also proprio (steps, P) and actions (steps, A) as they were executed; of those in `show`
+    pictures {camera: uint8 (steps + 1, size, size, 3)}, too, the last of which shows how it ended. blind: the policy
+    needs no pictures. Raises RuntimeError with what went wrong in an environment."""
     pools = [Process(make, parallel) for _ in range(processes)] if processes > 1 else [Pool(make, parallel)]
-    trails, running, waiting, keep = {}, {}, list(range(len(episodes))), {tuple(e) for e in keep}
-    kept = [tuple(e) in keep for e in episodes]
+    trails, running, waiting, keep, show = {}, {}, list(range(len(episodes))), set(keep) | set(show), set(show)
     try:
         while waiting or running:
             begun = waiting[:parallel - len(running)]
             waiting = waiting[len(begun):]
-            for k, seen in zip(begun, ask(pools, [(k, 'begin', k, *episodes[k]) for k in begun])):
+            for k, seen in zip(begun, ask(pools, [
+                    (k, 'begin', k, *episodes[k], episodes[k] in show or not blind) for k in begun])):
                 running[k], trails[k] = seen, [(None, seen)]
             now = sorted(running)
             given = np.asarray(policy([running[k] for k in now]))
@@ -227,24 +227,27 @@ def rollouts(episodes, policy, execute=8, make=make, parallel=16, processes=1, k
                 raise ValueError(f'the policy gave actions {given.shape} for {len(now)} observations: expected '
                                  f'({len(now)}, {execute} or more, size)')
             for k, (seen, success, done, steps, goal, trail) in zip(now, ask(pools, [
-                    (k, 'run', k, actions[:execute], kept[k]) for k, actions in zip(now, given)])):
+                    (k, 'run', k, actions[:execute], episodes[k] in keep, episodes[k] in show, blind)
+                    for k, actions in zip(now, given)])):
                 running[k] = seen
                 trails[k] += trail
                 if done:
                     task, seed = episodes[k]
-                    yield k, dict(task=task, seed=seed, success=success, steps=steps, goal=goal,
-                                  instruction=seen['instruction']) | (joined(trails[k]) if kept[k] else {})
+                    kept = joined(trails[k], episodes[k] in show) if episodes[k] in keep else {}
+                    yield k, kept | dict(task=task, seed=seed, success=success, steps=steps, goal=goal,
+                                         instruction=seen['instruction'])
                     del running[k], trails[k]
     finally:
         for pool in pools:
             pool.close()
 
 
-def joined(trail):
+def joined(trail, pictures):
     """[(action, the observation after it)], the first without an action, as arrays."""
     actions, seen = zip(*trail)
-    return dict(actions=np.stack(actions[1:]), proprio=np.stack([o['proprio'] for o in seen[:-1]]), pictures={
-        name: np.stack([o['pictures'][name] for o in seen]) for name in seen[0]['pictures']})
+    cameras = seen[0]['pictures'] if pictures else ()
+    return dict(actions=np.stack(actions[1:]), proprio=np.stack([o['proprio'] for o in seen[:-1]]),
+                pictures={name: np.stack([o['pictures'][name] for o in seen]) for name in cameras})
 
 
 def ask(pools, requests):
@@ -262,16 +265,16 @@ class Pool:
     def __init__(self, make, most):
         self.make, self.most, self.free, self.busy = make, most, OrderedDict(), {}
 
-    def begin(self, episode, task, seed):
+    def begin(self, episode, task, seed, pictures):
         kept = next((key for key in self.free if key[0] == task), None)
         env = self.free.pop(kept) if kept else self.make(task)
         self.busy[episode] = env
-        return env.reset(seed)
+        return env.reset(seed, pictures)
 
-    def run(self, episode, actions, keep):
+    def run(self, episode, actions, keep, show, blind):
         env, trail, success = self.busy[episode], [], False
         for i, action in enumerate(actions):
-            seen, success = env.step(action, pictures=keep or i == len(actions) - 1)
+            seen, success = env.step(action, show or (i == len(actions) - 1 and not blind))
             trail += [(env.action, seen)] if keep else []
             done = success or env.steps >= env.max_steps
             if done:
@@ -400,8 +403,8 @@ class Recorder:
         if os.path.exists(os.path.join(folder, 'manifest.jsonl')):
             raise ValueError(f'{folder} holds a data set already: name another folder')
 
-    def write(self, result, fps, pictures):
-        """pictures: of the result, or {} to leave them out."""
+    def write(self, result, fps, pictures=True):
+        """pictures=False leaves them out."""
         from webdataset import TarWriter
         task, actions = result['task'], result['actions']
         if task not in self.shards:
@@ -409,8 +412,8 @@ class Recorder:
             self.counts[task] = dict(shard=task, num_sequences=0, episodes=0)
         meta = {k: result[k] for k in ('task', 'seed', 'success')} | dict(goal=result['goal'].tolist(), fps=fps)
         words = [dict(instruction=result['instruction'])] * len(actions)
-        for key, members in samples(f'{task}-{result["seed"]}', result['proprio'], actions, pictures, meta, words,
-                                    self.action_steps):
+        for key, members in samples(f'{task}-{result["seed"]}', result['proprio'], actions,
+                                    result['pictures'] if pictures else {}, meta, words, self.action_steps):
             self.shards[task].write({'__key__': key, **members})
         self.counts[task]['num_sequences'] += len(actions)
         self.counts[task]['episodes'] += 1

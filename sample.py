@@ -297,20 +297,20 @@ def act_out():
         if len(names) > 1 and run.get('policy.encoder') != 'none':
             rows |= {'wrong words': policy_of(lambda task: envs.instruction(wrong[task]), action_dim=4)}
         rows |= {'blank picture': policy_of(blank=True, action_dim=4)} if processor.image_tokens else {}
-    firsts = chosen[::episodes]
+    firsts, blind = chosen[::episodes], not processor.image_tokens
     for label, policy in rows.items():
         ours, won = label == 'policy', dict.fromkeys(names, 0)
         sink = envs.Recorder(record, run['action_steps']) if record and ours else None
+        show = chosen if sink and not blind else firsts if film and ours else ()
         for _, result in envs.rollouts(chosen, policy, 1 if label == 'expert' else execute, parallel=batch_size,
                                        make=lambda task: envs.make(task, size, run['cameras'] or ('near',)),
-                                       processes=processes, keep=chosen if sink else firsts if film and ours else ()):
-            task, pictures = result['task'], result.pop('pictures', {})
+                                       processes=processes, keep=chosen if sink else (), show=show, blind=blind):
+            task = result['task']
             won[task] += result['success']
             if film and ours and (task, result['seed']) in firsts:
-                print(f'film of {task}: {envs.write_film(film, task, pictures, robot.fps)}', file=sys.stderr)
+                print(f'film of {task}: {envs.write_film(film, task, result["pictures"], robot.fps)}', file=sys.stderr)
             if sink:
-                sink.write(result | (dict(instruction=words(task)) if words else {}), robot.fps,
-                           pictures if processor.image_tokens else {})
+                sink.write(result | (dict(instruction=words(task)) if words else {}), robot.fps, not blind)
         if sink:
             print(f'{record}: {sink.close()} steps recorded', file=sys.stderr)
         share, (low, high) = sum(won.values()) / len(chosen), envs.wilson(sum(won.values()), len(chosen))

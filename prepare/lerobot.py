@@ -356,8 +356,7 @@ def main(s):
     columns, kinds = ('action', 'observation.state'), ('quaternion', 'quaternion_xyzw', 'axis_angle')
     for item in s['rotations']:
         if len(item) != 3 or item[0] not in columns or item[1] not in range(1000) or item[2] not in kinds:
-            fail(f'rotations={s["rotations"]}: expected ({" or ".join(columns)}, where it begins, {" or ".join(kinds)})',
-                 2)
+            fail(f'rotations={s["rotations"]}: expected ({" or ".join(columns)}, its place, {" or ".join(kinds)})', 2)
     try:
         if s['export']:
             folder = Folder(s['data'], '', s['cache_dir'])

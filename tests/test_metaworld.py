@@ -166,7 +166,9 @@ def test_what_is_kept_and_errors():
     make = lambda task: envs.make(task, 16, max_steps=5)        # noqa: E731
     policy = lambda seen: np.full((len(seen), 2, 4), 0.1 * seen[0]['step'] + 0.9)       # noqa: E731
     episodes = [('reach', envs.TEST_SEED), ('reach', envs.TEST_SEED + 1)]
-    done, other = envs.rollout(episodes, policy, execute=2, make=make, keep=episodes[:1])
+    done, other = envs.rollout(episodes, policy, execute=2, make=make, show=episodes[:1])
+    blind, *_ = envs.rollout(episodes, policy, execute=2, make=make, keep=episodes, blind=True)
+    assert not blind['pictures'] and (blind['proprio'] == done['proprio']).all()
     assert done['pictures']['near'].shape == (6, 16, 16, 3) and done['pictures']['near'].dtype == np.uint8
     assert 'actions' not in other and done['actions'].max() == 1, 'as they are executed: clipped'
     env = make('reach')
