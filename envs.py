@@ -115,9 +115,13 @@ class MetaWorld:
 
     def reset(self, seed, pictures=True):
         """Begin the episode of a seed; its first observation."""
+        import mujoco
         self.seed, self.steps = seed, 0
         self.env.seed(seed)
-        self.state = self.env.reset()[0]
+        self.env.reset()
+        mujoco.mj_kinematics(self.env.model, self.env.data)     # MetaWorld moves drawer, window and goal, and looks at
+        self.env._get_obs()                                     # where they were; an observation has the one before
+        self.state = self.env._get_obs()
         self.goal = self.env._last_rand_vec.copy()          # what was drawn: place of the object, of the goal
         return self.observe(pictures)
 

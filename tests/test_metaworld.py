@@ -149,6 +149,20 @@ def test_an_environment_forgets_what_was_before():
     assert all((a == b).all() for a, b in zip(again, new)) and not (again[0] == play(used, 8)[0]).all()
 
 
+@pytest.mark.parametrize('task', ['drawer-open', 'window-open', 'reach'])
+def test_the_first_observation_is_of_where_things_are(task):
+    """As the one after a step on the spot has it, in the state and in the picture."""
+    env = envs.make(task)
+    for seed in (3, 4):
+        first = env.reset(seed)
+        places = [x.copy() for x in (env.env.data.xpos, env.env.data.site_xpos)]    # what a picture shows
+        after, _ = env.step([0, 0, 0, 0])
+        assert abs(first['proprio'] - after['proprio']).max() < 0.01
+        assert (first['proprio'][:18] == first['proprio'][18:36]).all()
+        assert all(abs(x - y).max() < 0.01 for x, y in zip(places, (env.env.data.xpos, env.env.data.site_xpos)))
+    env.close()
+
+
 def test_controls():
     seen = envs.make('reach', max_steps=20).reset(envs.TEST_SEED)
     assert envs.expert([seen]).shape == (1, 1, 4)
