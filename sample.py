@@ -249,7 +249,7 @@ def policy_of(words=None, blank=False, action_dim=0):
         low = {k: v.to(device) for k, v in low.items()}
         given = model.sample(tokens.to(device), pixels, torch.zeros_like(tokens).to(device),
                              (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long().to(device), low,
-                             steps=sample_steps, sampler=sampler)
+                             steps=sample_steps, **({'sampler': sampler} if sampler else {}))
         return units.decode(given.cpu(), proprio)[..., :action_dim].numpy()
     return act
 

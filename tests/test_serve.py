@@ -262,12 +262,12 @@ def data_dir(tmp_path_factory):
     return folder
 
 
-def train(data_dir, out_dir, mix='pusht'):
-    return tiny.run('train.py', *tiny.MODEL, '--device=cpu', '--task=policy', '--lanes=8', '--window=4', '--workers=0',
+def train(data_dir, out_dir, mix='pusht', task='policy'):
+    return tiny.run('train.py', *tiny.MODEL, '--device=cpu', f'--task={task}', '--lanes=8', '--window=4', '--workers=0',
                     '--batch_size=4', '--seq_len=64', '--max_steps=1', '--action_steps=4', '--action_dim=2',
                     '--proprio_dim=5', '--cameras=["top"]', '--policy.encoder=vlm', '--policy.width=32',
-                    '--policy.mlp_dim=32', '--policy.num_heads=2', '--policy.depth=1', f'--mix={{"{mix}": 1.0}}',
-                    f'--data_dir={data_dir}', f'--out_dir={out_dir}').ok()
+                    '--policy.mlp_dim=32', '--policy.num_heads=2', '--policy.depth=1', '--vla.width=32',
+                    f'--mix={{"{mix}": 1.0}}', f'--data_dir={data_dir}', f'--out_dir={out_dir}').ok()
 
 
 @pytest.fixture(scope='module')
@@ -314,10 +314,13 @@ def test_what_is_recorded_happened(rolled):
     assert abs(frames[0].astype(int) - np.array(open_picture(rows[0]['pictures'][0]))).mean() < 16
 
 
-def test_train_reads_what_is_recorded(rolled, data_dir, tmp_path):
+def test_a_vla_learns_from_what_is_recorded_and_acts(rolled, data_dir, tmp_path):
     tiny.run('prepare/stats.py', f'--data={rolled[1]}', f'--cache_dir={tmp_path / "cache"}').ok()
-    train(data_dir, tmp_path / 'run', 'rolled')
+    train(data_dir, tmp_path / 'run', 'rolled', 'vla')
     assert tiny.rows(tmp_path / 'run')[0]['bad_samples'] == 0
+    acted = tiny.run('sample.py', f'--out_dir={tmp_path / "run"}', '--env=pusht', '--episodes=1', '--device=cpu',
+                     '--execute=4', '--sample_steps=1', '--processes=1', '--json=true').ok()
+    assert json.loads(acted.out)['tasks'].keys() == {'pusht'}
 
 
 def test_rollouts_to_lerobot_and_back(rolled, tmp_path):
