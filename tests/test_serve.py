@@ -368,5 +368,5 @@ def test_sample_serves_what_it_acts(rolled):
 def test_wrong_settings(rolled):
     run = f'--out_dir={rolled[0]}'
     tiny.run('sample.py', run, '--serve_policy=99999').refused('99999', 'port')
-    tiny.run('sample.py', run, '--env=metaworld').refused('metaworld', '39', '5')
+    tiny.run('sample.py', run, '--env=metaworld').refused('metaworld', 'states of 4', '2 and 5')
     tiny.run('sample.py', run, '--env=pusht', '--tasks=reach').refused("'reach'", 'pusht')
