@@ -435,8 +435,10 @@ def answer_robots():
     import serve
     stats, side = statistics(), run['vit.image_size']
     cameras = (run['cameras'] or ['image']) if processor.image_tokens else []
-    fields = {'proprio': ('float32', (len(stats['proprio']['mean']),)), 'instruction': ('str', ())}
-    fields |= {name: ('uint8', (side, side, 3)) for name in cameras} | {k: ('int64', ()) for k in ('seed', 'step')}
+    told = run['task'] == 'vla' or run['policy.encoder'] != 'none'
+    fields = dict(proprio=('float32', (len(stats['proprio']['mean']),), False), instruction=('str', (), not told),
+                  **{name: ('uint8', (side, side, 3), False) for name in cameras}, seed=('int64', (), True),
+                  step=('int64', (), True))
     act = policy_of()
     server = serve.Server(lambda seen: act([o | dict(pictures={name: o[name] for name in cameras}) for o in seen]),
                           fields, serve_policy, serve_host, batch_size)

@@ -26,7 +26,6 @@ from http.server import BaseHTTPRequestHandler
 import numpy as np
 
 KINDS = {'float32': 'fiu', 'uint8': 'u', 'int64': 'iu', 'str': 'U'}     # dtypes of fields -> numpy's kinds that will do
-OPTIONAL = dict(seed=0, step=0, instruction='')         # what stands for those that are not given
 MOST_CONNECTIONS, MOST_TEXT = 256, 4096
 
 
@@ -35,7 +34,7 @@ class Refused(Exception):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# observations: fields, {name: (dtype, shape)}, say what one holds
+# observations: fields, {name: (dtype, shape, optional)}, say what one holds
 
 
 def read(body, fields):
@@ -49,8 +48,8 @@ def read(body, fields):
     for name in members:
         if name not in fields:
             raise Refused(400, f'{name[:80]!r} is unknown: expected {", ".join(fields)}')
-    out = {name: value for name, value in OPTIONAL.items() if name in fields}
-    for name, (dtype, shape) in fields.items():
+    out = {}
+    for name, (dtype, shape, optional) in fields.items():
         wanted = f'{name}: expected {dtype} {shape}'
         if name in members:
             try:
@@ -61,7 +60,9 @@ def read(body, fields):
             except Exception as error:      # as above, zlib's, and numpy's, MemoryError among them
                 raise Refused(400, f'{wanted}, it can not be read ({error})') from None
             out[name] = checked(name, value, dtype, shape, wanted)
-        elif name not in out:
+        elif optional:
+            out[name] = '' if dtype == 'str' else 0
+        else:
             raise Refused(400, f'{wanted}, got nothing; given: {", ".join(members) or "nothing"}')
     return out
 
@@ -87,7 +88,7 @@ def checked(name, value, dtype, shape, wanted):
 
 def limit(fields):
     """Bytes that a request may have: enough for shapes that are somewhat wrong to be told so."""
-    return (4 << 20) + sum(8 * math.prod(shape) for _, shape in fields.values())
+    return (4 << 20) + sum(8 * math.prod(shape) for _, shape, _ in fields.values())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Warm up, say that it is ready, and answer until `end`. Raises OSError, and what `act` raises at first."""
         began = time.perf_counter()
         example = {name: 'warm up' if dtype == 'str' else np.zeros(shape, dtype) if shape else 0
-                   for name, (dtype, shape) in self.fields.items()}
+                   for name, (dtype, shape, _) in self.fields.items()}
         for n in (1, 1, 2, 4, 8):
             self.shape = np.asarray(self.act([example] * min(n, self.batch_size))).shape[1:]
         self.server_activate()
@@ -190,8 +191,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         s = self.server
-        holds = {name: dict(dtype=dtype, shape=shape, optional=name in OPTIONAL)
-                 for name, (dtype, shape) in s.fields.items()}
+        holds = {name: dict(zip(('dtype', 'shape', 'optional'), field)) for name, field in s.fields.items()}
         if self.path == '/health':
             self.say(200, json.dumps(dict(ready=not s.ending, observation=holds, actions=dict(
                 dtype='float32', shape=s.shape), robots=s.robots, **s.counts)).encode(), 'application/json')
@@ -236,7 +236,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != '/act':
             raise Refused(404, f'{self.path[:80]}: expected POST /act or GET /health')
         if large:
-            raise Refused(413, f'the body: expected at most {most} bytes, for {self.server.fields}, got {given}')
+            raise Refused(413, f'the body: expected at most {most} bytes with {", ".join(self.server.fields)}, got '
+                               f'{given[:20]}')
         return b''.join(parts)
 
     def say(self, status, what, kind='text/plain; charset=utf-8'):

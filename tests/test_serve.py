@@ -23,8 +23,8 @@ from processor import fields as fields_of
 from processor import open_picture
 from shards import Folder
 
-FIELDS = {'proprio': ('float32', (3,)), 'near': ('uint8', (4, 4, 3)), 'instruction': ('str', ()), 'seed': ('int64', ()),
-          'step': ('int64', ())}
+FIELDS = {'proprio': ('float32', (3,), False), 'near': ('uint8', (4, 4, 3), False), 'instruction': ('str', (), True),
+          'seed': ('int64', (), True), 'step': ('int64', (), True)}
 SEEN = dict(proprio=np.arange(3, dtype=np.float32), near=np.zeros((4, 4, 3), np.uint8), instruction='go', step=7)
 
 
@@ -353,20 +353,22 @@ def test_sample_serves_what_it_acts(rolled):
         assert (np.clip(given, 0, 512) == row['lowdim']['actions']).all(), 'bit for bit'
     assert not (robot.act(**seen | dict(step=99)) == given).any() and (robot.act(**seen) == given).all()
     for change, word in ((dict(top=seen['top'][:8]), r'top: expected uint8 \(16, 16, 3\), got uint8 \(8, 16, 3\)'),
-                         (dict(proprio=np.zeros(39)), r'proprio: expected float32 \(5,\)')):
+                         (dict(proprio=np.zeros(39)), r'proprio: expected float32 \(5,\)'),
+                         (dict(instruction=None), 'instruction: expected str .*, got nothing')):
         with pytest.raises(RuntimeError, match=word):
-            robot.act(**seen | change)
+            robot.act(**{k: v for k, v in (seen | change).items() if v is not None})
     with ThreadPoolExecutor(4) as pool:         # together with others: to rounding
         for other in pool.map(lambda _: Robot('127.0.0.1', port).act(**seen), range(8)):
             np.testing.assert_allclose(other, given, rtol=1e-4, atol=1e-2)
-    taken = tiny.Process('sample.py', flags, real=True).wait()
     os.kill(process.pid, signal.SIGTERM)
     process.wait(20).ok()
-    taken.refused(f'--serve_policy={port}', 'in use', code=1)
 
 
 def test_wrong_settings(rolled):
     run = f'--out_dir={rolled[0]}'
     tiny.run('sample.py', run, '--serve_policy=99999').refused('99999', 'port')
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = taken.getsockname()[1]
+        tiny.run('sample.py', run, f'--serve_policy={port}').refused(f'--serve_policy={port}', 'in use', code=1)
     tiny.run('sample.py', run, '--env=metaworld').refused('metaworld', 'states of 4', '2 and 5')
     tiny.run('sample.py', run, '--env=pusht', '--tasks=reach').refused("'reach'", 'pusht')
