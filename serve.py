@@ -139,8 +139,11 @@ class Server(socketserver.ThreadingTCPServer):
         self.queue.put((None, Future()))        # wakes it up
 
     def gather(self):
-        """Requests that came together: [(observation, Future)]."""
-        batch, end = [self.queue.get()], time.monotonic() + self.wait
+        """Requests that came together: [(observation, Future)], or none for a while."""
+        try:        # not for ever: a signal that another thread was given does not wake this one, which handles it
+            batch, end = [self.queue.get(timeout=0.2)], time.monotonic() + self.wait
+        except queue.Empty:
+            return []
         while len(batch) < self.batch_size and not self.ending:
             left = 0 if len(batch) >= self.robots else max(end - time.monotonic(), 0)
             try:
