@@ -411,7 +411,8 @@ def act_out():
         ours, won = label == 'policy', dict.fromkeys(names, 0)
         sink = envs.Recorder(record, run['action_steps']) if record and ours else None
         show = chosen if sink and not blind else firsts if film and ours else ()
-        for _, result in envs.rollouts(chosen, policy, 1 if label == 'expert' else execute, parallel=batch_size,
+        for _, result in envs.rollouts(chosen, policy, 1 if label == 'expert' else execute,
+                                       parallel=min(batch_size, 16),        # with pictures, 60 MB each
                                        make=lambda task: envs.make(task, size, run['cameras'] or ('near',), 0, blind),
                                        processes=processes, keep=chosen if sink else (), show=show, blind=blind):
             task = result['task']

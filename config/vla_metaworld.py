@@ -37,7 +37,7 @@ decoder.depth = 2
 decoder.mlp_dim = 384
 decoder.num_heads = 3
 
-max_steps = 2200
+max_steps = 1600
 batch_size = 64
 lr = 1e-3
 betas = (0.9, 0.95)
