@@ -273,22 +273,25 @@ def read_config(folder):
         raise ValueError(f'{path}: {error}') from None
 
 
-def files_of(folder):
-    """{name of a tensor there: its .safetensors file}. Raises ValueError."""
-    index, single = (os.path.join(folder, name) for name in ('model.safetensors.index.json', 'model.safetensors'))
-    if os.path.exists(index):
-        files = read_json(index).get('weight_map')
-        if not isinstance(files, dict) or not all(isinstance(f, str) and re.fullmatch(r'[\w.-]+\.safetensors', f)
-                                                  for f in files.values()):
-            raise ValueError(f'{index}: weight_map does not name .safetensors files beside it')
-        return {name: os.path.join(folder, file) for name, file in files.items()}
-    if not os.path.exists(single):
-        other = sorted(f for f in os.listdir(folder) if f.endswith(('.bin', '.pt', '.pth', '.gguf')))
-        raise ValueError(f'{folder!r} has no model.safetensors' + (
-            f' ({", ".join(other)} can not be read: pickles run code; save it with safe_serialization=True)'
-            if other else ''))
-    with opened(single) as f:
-        return dict.fromkeys(f.keys(), single)
+def files_of(folder, stem='model'):
+    """{name of a tensor there: its .safetensors file}; stem: how the files' names begin. fp16 only where there is
+    nothing else. Raises ValueError."""
+    for variant in ('', '.fp16'):
+        index = os.path.join(folder, f'{stem}.safetensors.index{variant}.json')
+        if os.path.exists(index):
+            files = read_json(index).get('weight_map')
+            if not isinstance(files, dict) or not all(isinstance(f, str) and re.fullmatch(r'[\w.-]+\.safetensors', f)
+                                                      for f in files.values()):
+                raise ValueError(f'{index}: weight_map does not name .safetensors files beside it')
+            return {name: os.path.join(folder, file) for name, file in files.items()}
+        single = os.path.join(folder, f'{stem}{variant}.safetensors')
+        if os.path.exists(single):
+            with opened(single) as f:
+                return dict.fromkeys(f.keys(), single)
+    other = sorted(f for f in os.listdir(folder) if f.endswith(('.bin', '.pt', '.pth', '.gguf')))
+    raise ValueError(f'{folder!r} has no {stem}.safetensors' + (
+        f' ({", ".join(other)} can not be read: pickles run code; save it with safe_serialization=True)'
+        if other else ''))
 
 
 def opened(path):
@@ -551,26 +554,32 @@ def written_name(key, kind):
     return names[start] + key[len(start):]
 
 
+def write_tensors(tensors, folder, stem='model', max_shard_size='5GB'):
+    """{name: tensor} as .safetensors files, with an index where there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    os.makedirs(folder, exist_ok=True)
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size,
+                                              filename_pattern=stem + '{suffix}.safetensors')
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, os.path.join(folder, file), {'format': 'pt'})
+    if plan.is_sharded:
+        checkpoint.write_json(os.path.join(folder, f'{stem}.safetensors.index.json'),
+                              dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
+
+
 def export(model, folder, dtype=torch.float32, max_shard_size='5GB'):
     """Write config.json and .safetensors files that transformers loads: the same logits, in fp32 the same bits.
 
     Raises ValueError for a model that it has not."""
-    from huggingface_hub import split_torch_state_dict_into_shards
     if not isinstance(model, Decoder | ViT | VLM):
         raise ValueError(f'{type(model).__name__} has no counterpart in transformers: only Decoder, ViT and VLM do')
     config = to_theirs(model.config) | dict(dtype=str(dtype).removeprefix('torch.'))
-    os.makedirs(folder, exist_ok=True)
     ours = model.state_dict()
     out = {}
     for key, name in our_names(model).items():
         tensor = ours[name].detach().to('cpu', dtype).contiguous()
         out[written_name(key, config['model_type'])] = tensor[0] if name.endswith('pos_embed') else tensor
-    plan = split_torch_state_dict_into_shards(out, max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: out[name] for name in names}, os.path.join(folder, file), {'format': 'pt'})
-    if plan.is_sharded:
-        checkpoint.write_json(os.path.join(folder, 'model.safetensors.index.json'),
-                              dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
+    write_tensors(out, folder, max_shard_size=max_shard_size)
     checkpoint.write_json(os.path.join(folder, 'config.json'), config)
 
 
