@@ -14,15 +14,16 @@ tf = pytest.importorskip('transformers')
 
 import hub_sd  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
-from sd import CLIPText, CLIPTextConfig, UNet2DCondition, UNetConfig  # noqa: E402
+from sd import UNet2DCondition  # noqa: E402
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()
 diffusers.logging.set_verbosity_error()
 diffusers.logging.disable_progress_bar()
 
-UNET = dict(sample_size=8, block_out_channels=(16, 32, 32), layers_per_block=2, cross_attention_dim=24, norm_num_groups=8,
-            attention_head_dim=2, down_block_types=('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'),
+UNET = dict(sample_size=8, block_out_channels=(16, 32, 32), layers_per_block=2, cross_attention_dim=24,
+            norm_num_groups=8, attention_head_dim=2,
+            down_block_types=('CrossAttnDownBlock2D', 'CrossAttnDownBlock2D', 'DownBlock2D'),
             up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D', 'CrossAttnUpBlock2D'))
 SD2 = UNET | dict(attention_head_dim=(1, 2, 4), use_linear_projection=True, layers_per_block=1, upcast_attention=True)
 VAE = dict(block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=8, latent_channels=4, sample_size=16,
@@ -30,8 +31,9 @@ VAE = dict(block_out_channels=(16, 32), layers_per_block=2, norm_num_groups=8, l
 CLIP = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=3, bos_token_id=0,
             eos_token_id=2)
 MERGES = ['c a', 'ca t</w>', 'd o', 'do g</w>', 't h', 'th e</w>', 'i n', 'in g</w>', 'Ã ©</w>', 'a </w>']
-TEXTS = ['', 'a cat', 'The DOG,  and\tthe\ncat!! 12345', "it's the cat's thing; we'll see, they've", 'naïve café ÉCOLE ﬁn',
-         '猫と犬 🐱‍👤 e\u0301 İstanbul ǅ ß', ' a  b ', 'cat' * 30, 'the dog ' * 60, '<html> & x_y', '\u00a0cat\u3000dog\u200b']
+TEXTS = ['', 'a cat', 'The DOG,  and\tthe\ncat!! 12345', "it's the cat's thing; we'll see, they've", 'naïve café',
+         'ÉCOLE ﬁn', '猫と犬 🐱‍👤 e\u0301 İstanbul ǅ ß', ' a  b ', 'cat' * 30, 'the dog ' * 60, '<html> & x_y',
+         '\u00a0cat\u3000dog\u200b']
 
 
 def randomized(model):
@@ -181,3 +183,173 @@ def test_full_size_models_have_as_many_parameters_as_published():
                                 use_linear_projection=True), 'unet')
     with torch.device('meta'):
         assert sum(p.numel() for p in UNet2DCondition(sd2).parameters()) == 865_910_724
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+@pytest.mark.parametrize('kind', ['merges.txt', 'tokenizer.json'])
+def test_token_ids_are_those_of_cliptokenizer(saved, kind):
+    pipe, folder = saved
+    tok = tokenizers.load(os.path.join(folder, 'bpe' if kind == 'merges.txt' else 'tokenizer'))
+    assert os.path.basename(tok.files[0]) == kind
+    want = pipe.tokenizer(TEXTS, padding='max_length', max_length=77, truncation=True).input_ids
+    assert [tokenizers.clip_row(tok, text) for text in TEXTS] == want
+    rng = np.random.default_rng(0)
+    letters = [chr(i) for i in (*range(32, 127), *range(0xa0, 0x250), *range(0x300, 0x370), 0x1f600, 0x4e2d, 0x200d)]
+    texts = [''.join(rng.choice(letters, 60)) for _ in range(200)]
+    assert [tokenizers.clip_row(tok, text, 40) for text in texts] == pipe.tokenizer(
+        texts, padding='max_length', max_length=40, truncation=True).input_ids
+    assert tok.pad_id == tok.eos_id == pipe.tokenizer.eos_token_id
+    import pickle
+    assert pickle.loads(pickle.dumps(tok)).encode('the cat') == tok.encode('the cat')      # as a worker gets it
+
+
+def test_a_checkpoints_folder_gives_the_same_tokenizer(saved, tmp_path):
+    """What train.py copies is `files`, by their names."""
+    tok = tokenizers.load(os.path.join(saved[1], 'bpe'))
+    for path in tok.files:
+        shutil.copy(path, tmp_path)
+    assert tokenizers.load(str(tmp_path)).encode(TEXTS[4]) == tok.encode(TEXTS[4])
+
+
+def test_merges_that_are_not_clips_are_refused(tmp_path):
+    (tmp_path / 'merges.txt').write_text('#version: 0.2\na b\n')
+    with pytest.raises(ValueError, match='vocab.json'):
+        tokenizers.load(str(tmp_path))
+    (tmp_path / 'vocab.json').write_text(json.dumps({'a': 0, 'b': 1, 'ab': 2}))
+    with pytest.raises(ValueError, match="not CLIP's"):
+        tokenizers.load(str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# folders
+
+
+def weights(path, stem='diffusion_pytorch_model'):
+    from safetensors.torch import load_file
+    return {k: v for file in sorted(os.listdir(path)) if file.startswith(stem) and file.endswith('.safetensors')
+            for k, v in load_file(os.path.join(path, file)).items()}
+
+
+def test_an_exported_folder_is_the_folder_to_the_bit(saved, tmp_path):
+    pipe, folder = saved
+    models = {part: hub_sd.from_folder(folder, part) for part in hub_sd.MODELS}
+    hub_sd.export(models, str(tmp_path / 'out'), folder)
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / 'out', safety_checker=None)
+    for part in models:
+        want, got = getattr(pipe, part).state_dict(), getattr(again, part).state_dict()
+        assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    assert again.scheduler.config == diffusers.PNDMScheduler.from_pretrained(folder, subfolder='scheduler').config
+    hub_sd.export({'unet': models['unet']}, str(tmp_path / 'half'), folder, torch.float16)
+    assert {v.dtype for v in weights(tmp_path / 'half' / 'unet').values()} == {torch.float16}
+    assert {v.dtype for v in weights(tmp_path / 'half' / 'vae').values()} == {torch.float32}
+    with pytest.raises(ValueError, match='source'):
+        hub_sd.export(models, folder, folder)
+
+
+@pytest.mark.parametrize('variant', ['', 'fp16'])
+@pytest.mark.parametrize('shards', ['10GB', '20KB'])
+def test_sharded_files_and_fp16_variants(saved, tmp_path, shards, variant):
+    unet = saved[0].unet
+    want = hub_sd.from_folder(saved[1], 'unet').state_dict()
+    half = diffusers.UNet2DConditionModel(**UNET)
+    half.load_state_dict(unet.state_dict())
+    if variant:
+        half, want = half.half(), {k: v.half().float() for k, v in want.items()}
+    half.save_pretrained(tmp_path / 'unet', max_shard_size=shards, variant=variant or None)
+    assert (len([f for f in os.listdir(tmp_path / 'unet') if f.endswith('.safetensors')]) > 1) == (shards == '20KB')
+    got = hub_sd.from_folder(str(tmp_path), 'unet').state_dict()
+    assert all(torch.equal(got[k], want[k]) for k in want)
+
+
+def test_names_that_published_folders_have(saved, tmp_path):
+    """SD 1's autoencoder names its attention otherwise, its text tower has a prefix and a table of positions."""
+    from safetensors.torch import save_file
+    folder = tmp_path / 'old'
+    shutil.copytree(saved[1], folder)
+    old = {v: k for k, v in hub_sd.OLD_VAE.items()}
+    vae = weights(folder / 'vae')
+    renamed = {}
+    for key, value in vae.items():
+        for new in old:
+            if f'attentions.0.{new}.' in key:
+                key, value = key.replace(new, old[new]), value[..., None, None] if value.ndim == 2 else value
+        renamed[key] = value.contiguous()
+    assert any('proj_attn' in key for key in renamed)
+    save_file(renamed, folder / 'vae' / 'diffusion_pytorch_model.safetensors')
+    text = {'text_model.' + k.removeprefix('text_model.'): v for k, v in
+            weights(folder / 'text_encoder', 'model').items()}
+    text['text_model.embeddings.position_ids'] = torch.arange(77)[None]
+    save_file(text, folder / 'text_encoder' / 'model.safetensors')
+    for part in ('vae', 'text_encoder'):
+        want, got = (hub_sd.from_folder(str(f), part).state_dict() for f in (saved[1], folder))
+        assert all(torch.equal(want[k], got[k]) for k in want)
+
+
+@pytest.mark.parametrize('part,change,named', [
+    ('unet', dict(class_embed_type='timestep'), "class_embed_type='timestep'"),
+    ('unet', dict(addition_embed_type='text_time'), 'addition_embed_type'),
+    ('unet', dict(resnet_time_scale_shift='scale_shift'), 'resnet_time_scale_shift'),
+    ('unet', dict(down_block_types=['AttnDownBlock2D'] * 3), 'AttnDownBlock2D'),
+    ('unet', dict(up_block_types=['UpBlock2D'] * 3), 'up_block_types'),
+    ('unet', dict(transformer_layers_per_block=[1, 2, 10]), 'transformer_layers_per_block'),
+    ('unet', dict(attention_head_dim=3), 'num_heads'), ('unet', dict(norm_num_groups=5), 'norm_num_groups'),
+    ('unet', dict(block_out_channels=[16, -1, 32]), 'block_out_channels'),
+    ('unet', dict(layers_per_block='two'), 'layers_per_block'), ('unet', dict(layers_per_block=3), 'is missing'),
+    ('unet', dict(layers_per_block=1), 'not known here'), ('unet', dict(cross_attention_dim=16), 'config.json says'),
+    ('vae', dict(shift_factor=0.1), 'shift_factor'), ('vae', dict(use_quant_conv=False), 'use_quant_conv'),
+    ('text_encoder', dict(hidden_act='relu'), "activation='relu'"),
+    ('text_encoder', dict(model_type='t5'), "model_type='t5'")])
+def test_settings_that_are_not_computed_are_refused_by_name(saved, tmp_path, part, change, named):
+    shutil.copytree(os.path.join(saved[1], part), tmp_path / part)
+    path = tmp_path / part / 'config.json'
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=named):
+        hub_sd.from_folder(str(tmp_path), part)
+
+
+def test_pickles_and_damaged_files_are_refused(saved, tmp_path):
+    shutil.copytree(os.path.join(saved[1], 'vae'), tmp_path / 'vae')
+    path = tmp_path / 'vae' / 'diffusion_pytorch_model.safetensors'
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match='can not be read'):
+        hub_sd.from_folder(str(tmp_path), 'vae')
+    path.rename(tmp_path / 'vae' / 'diffusion_pytorch_model.bin')
+    with pytest.raises(ValueError, match='pickles run code'):
+        hub_sd.from_folder(str(tmp_path), 'vae')
+    with pytest.raises(ValueError, match='no unet/config.json'):
+        hub_sd.from_folder(str(tmp_path), 'unet')
+
+
+@pytest.mark.parametrize('n', [1, 7, 50, 333])
+@pytest.mark.parametrize('config', [dict(), dict(steps_offset=0, clip_sample=True), dict(
+    prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing')])
+def test_the_schedule_of_a_folder(saved, tmp_path, config, n):
+    """Is what StableDiffusionPipeline makes of it with DDIM."""
+    pipe, path = saved[0], tmp_path / 'scheduler' / 'scheduler_config.json'
+    scheduler = diffusers.DDIMScheduler.from_config(json.load(open(f'{saved[1]}/scheduler/scheduler_config.json'))
+                                                    | config)
+    scheduler.save_pretrained(path.parent)
+    theirs = diffusers.StableDiffusionPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, scheduler, None,
+                                               None, requires_safety_checker=False).scheduler
+    theirs.set_timesteps(n)
+    ours = hub_sd.schedule_of(str(tmp_path))
+    assert ours.timesteps(n).tolist() == theirs.timesteps.tolist()
+    x = y = randn(1, 4, 8, 8)
+    for t, t_next in ours.pairs(n)[:20]:
+        output = randn(1, 4, 8, 8, seed=t)
+        x, y = ours.step(output, t, t_next, x), theirs.step(output, t, y).prev_sample
+        close(x, y, 1e-5 * max(1, y.abs().max().item()))
+
+
+@pytest.mark.parametrize('change', [dict(trained_betas=[0.1] * 1000), dict(thresholding=True),
+                                    dict(beta_schedule='sigmoid'), dict(prediction_type='flow_prediction'),
+                                    dict(_class_name='FlowMatchEulerDiscreteScheduler')])
+def test_schedules_that_are_not_known_are_refused(saved, tmp_path, change):
+    (tmp_path / 'scheduler').mkdir()
+    config = json.load(open(f'{saved[1]}/scheduler/scheduler_config.json')) | change
+    (tmp_path / 'scheduler' / 'scheduler_config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=str(next(iter(change.values())))[:9].replace('[', r'\[').replace('0.1]', '')):
+        hub_sd.schedule_of(str(tmp_path))
