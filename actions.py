@@ -1,13 +1,70 @@
 """Actions: statistics of a data set's numbers, normalisation by them, rotations as 6D, actions relative to an anchor.
 
 Axes: N samples, D numbers of one (of an action, of a robot's state); `...` is any shape, (B, steps) in a batch.
-Torch and numpy only. `python prepare/stats.py --data=datasets/x` writes a data set's stats.json.
+`python prepare/stats.py --data=datasets/x` writes a data set's stats.json.
 """
+import io
+
 import numpy as np
 import torch
 from torch import nn
 
+from shards import BadSample
+
+MAX_ARRAYS = 64 << 20           # bytes that a .npz may unpack to
 KINDS = ('mean_std', 'min_max', 'quantile', 'none')
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what a sample holds
+
+
+def read(members):
+    """{extension: bytes} of a sample -> {'lowdim': dict of actions fp32 (H, A), is_pad bool (H,), proprio fp32 (P,)},
+    or {} where it has none. Raises BadSample."""
+    if 'lowdim.npz' in members:
+        return {'lowdim': read_lowdim(members['lowdim.npz'])}
+    return {'lowdim': read_rows(members['lowdim.npy'])} if 'lowdim.npy' in members else {}
+
+
+def read_lowdim(data):
+    """Bytes of a .npz -> dict of actions fp32 (H, A), is_pad bool (H,), proprio fp32 (P,). Raises BadSample."""
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as z:
+            if sum(info.file_size for info in z.zip.infolist()) > MAX_ARRAYS:
+                raise ValueError(f'it unpacks to more than {MAX_ARRAYS} bytes')
+            arrays = {k: z[k] for k in ('actions', 'is_pad', 'proprio') if k in z}
+    except Exception as error:          # zipfile, zlib and numpy have errors of their own
+        raise BadSample(f'.lowdim.npz can not be read ({error})') from None
+    return check_lowdim(arrays, '.lowdim.npz')
+
+
+def read_rows(rows):
+    """Rows of an episode from the anchor on, fields `proprio` (P,) and `actions` (A,) -> what `read_lowdim` gives of
+    them. Raises BadSample."""
+    try:
+        arrays = dict(actions=rows['actions'], proprio=rows['proprio'][0])
+    except (ValueError, IndexError):
+        raise BadSample(f'.lowdim.npy has rows of {rows.dtype}: expected fields actions and proprio') from None
+    return check_lowdim(arrays, '.lowdim.npy')
+
+
+def check_lowdim(arrays, name):
+    """Arrays of a member -> actions, is_pad, proprio as they should be. Raises BadSample."""
+    if 'actions' not in arrays or any(array.dtype.kind not in 'biuf' for array in arrays.values()):
+        kinds = ', '.join(f'{k} {array.dtype}' for k, array in arrays.items())
+        raise BadSample(f'{name} holds {kinds or "nothing known"}: expected numbers in actions, is_pad, proprio')
+    actions, proprio = arrays['actions'], arrays.get('proprio', np.zeros(0))
+    is_pad = arrays['is_pad'].astype(bool) if 'is_pad' in arrays else np.zeros(actions.shape[:1], bool)
+    if actions.ndim != 2 or is_pad.shape != actions.shape[:1] or proprio.ndim != 1:
+        raise BadSample(f'{name}: actions {actions.shape}, is_pad {is_pad.shape}, proprio {proprio.shape}: '
+                        'expected (steps, size), (steps,), (size,)')
+    if 'is_pad' in arrays:
+        actions = np.where(is_pad[:, None], 0, actions)                 # a padded action may hold anything
+    actions, proprio = actions.astype(np.float32, copy=False), proprio.astype(np.float32, copy=False)
+    if not (np.isfinite(actions).all() and np.isfinite(proprio).all()):
+        raise BadSample(f'{name} holds a value that is not finite')
+    return dict(actions=actions, is_pad=is_pad, proprio=proprio)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # statistics: streaming, mergeable, each dimension by itself

@@ -112,6 +112,10 @@ def build_model(run, tok, weights=True):
     if vit.hf or decoder.hf:
         import hf
         towers = hf.towers(vit, decoder, tok.vocab_size, weights)
+    if task == 't2i':
+        import diffusion
+        return diffusion.build(part('dit', diffusion.DiTConfig), decoder, tok.vocab_size, [tok.bos_id, tok.eos_id],
+                               towers.get('decoder'))
     return build(task, *shape, run.get('pair_scale', 1.0), run.get('pair_bias', 0.0), towers)
 
 
@@ -160,8 +164,8 @@ def load(tensors, folder):
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not dist.is_initialized())
 
 
-def is_policy(path):
-    """Is it a run of a DiffusionPolicy, or a checkpoint of one?"""
+def has_denoiser(path):
+    """Is it a run of a DiffusionPolicy or TextToImage, or a checkpoint of one?"""
     for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
         if os.path.exists(os.path.join(folder, 'model.safetensors')):
             return any(name.startswith('denoiser.') for name in shapes(folder))

@@ -3,7 +3,7 @@ import re
 
 import shards
 
-CHOICES = {'task': ('vlm', 'llm', 'siglip', 'policy', 'vla'), 'resume': ('auto', 'never'),
+CHOICES = {'task': ('vlm', 'llm', 'siglip', 'policy', 'vla', 't2i'), 'resume': ('auto', 'never'),
            'pair_with': ('batch', 'all'), 'optimizer': ('adamw', 'muon'), 'dtype': ('float32', 'bfloat16', 'float16'),
            'matmul': ('highest', 'high', 'medium'), 'schedule': ('cosine', 'linear', 'constant', 'wsd')}
 
@@ -54,8 +54,8 @@ def check_batch(s, world):
         raise ValueError(f'batch_size={s.batch_size} is not a multiple of {world} ranks x micro_batch_size='
                          f'{s.micro_batch_size or 1}: {max(s.batch_size // unit, 1) * unit} or '
                          f'{(max(s.batch_size, 0) // unit + 1) * unit} would fit')
-    if s.task == 'siglip' and s.pack:
-        raise ValueError('pack=True: rows of task=siglip are compared one by one, they can not be shared')
+    if s.task in ('siglip', 't2i') and s.pack:
+        raise ValueError(f'pack=True: a row of task={s.task} has one picture, it can not be shared')
     micro_batch = s.micro_batch_size or s.batch_size // world
     if s.task == 'siglip' and s.pair_with == 'batch' and micro_batch != s.batch_size:
         raise ValueError(f'pair_with=batch compares all pairs of a batch, so batch_size={s.batch_size} must be one '
@@ -75,10 +75,10 @@ def check_optimizer(s):
             re.compile(regex)
         except (re.error, TypeError) as error:
             raise ValueError(f'groups and init_skip: {regex!r} is not a regular expression ({error})') from error
-    if s.task == 'siglip' and (s.label_smoothing or s.z_loss) or not (
+    if s.task in ('siglip', 't2i') and (s.label_smoothing or s.z_loss) or not (
             0 <= s.label_smoothing < 1 and s.z_loss >= 0 and 0 <= s.ema < 1):
         raise ValueError(f'ema={s.ema} and label_smoothing={s.label_smoothing} must be at least 0 and below 1, '
-                         f'z_loss={s.z_loss} at least 0; task=siglip has neither z_loss nor label_smoothing')
+                         f'z_loss={s.z_loss} at least 0; task={s.task}: siglip and t2i have neither of the two last')
     if set(s.loss_weights) - set(s.mix) or not all(
             isinstance(w, (int, float)) and w >= 0 for w in s.loss_weights.values()):
         raise ValueError(f'loss_weights={s.loss_weights}: expected data sets of mix={list(s.mix)} with numbers of at '

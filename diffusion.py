@@ -1,15 +1,20 @@
-"""Everything that has noise and a time: schedules, and their samplers. What they train is in policies.py.
+"""Everything that has noise and a time: schedules, their samplers, and text to image. Robots are in policies.py.
 
-Axes: B batch.
+Axes: B batch, C channels, H W pixels, P patches, S tokens of a sentence, D width.
 
 Noise and times are never drawn from a global generator: they are a function of int64 `keys`, one a sample, so that
 what a sample gets does not depend on ranks, micro-batches or who else is in the batch:
   keys = random_keys(seed, positions); noise = normal(keys, x.shape[1:]); t = schedule.times(uniform(keys, 1, 1)[:, 0])
 """
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model import Decoder, attention, positions_where, run_block, sized
 
 # ----------------------------------------------------------------------------------------------------------------------
 # random numbers from keys: splitmix64 (Steele, Lea, Flood 2014) counts, Box and Muller make normals
@@ -30,7 +35,8 @@ def random_keys(seed, positions):
 
 
 def random_bits(keys, count, stream=0):
-    """64 random bits, (B, count), from keys int64 (B,). Streams are independent: 0 noise, 1 times, 16 on DDPM's."""
+    """64 random bits, (B, count), from keys int64 (B,). Streams are independent: 0 noise, 1 times, 2 dropped
+    conditions, 16 on DDPM's."""
     start = mix64(mix64(keys.long()) + stream)[:, None]
     return mix64(start + GOLDEN * torch.arange(1, count + 1, device=keys.device))
 
@@ -170,17 +176,19 @@ class Schedule:
         return torch.where(torch.as_tensor(t, device=x.device).reshape(a.shape) > 0, mean + variance.sqrt() * noise,
                            mean)
 
-    def sample(self, predict, x, n, sampler='ddim', keys=None, chained=False):
+    def sample(self, predict, x, n, sampler='ddim', keys=None, chained=False, skip=0, after=None):
         """From noise x to a sample in n steps; predict(x, t) is the model at the times t (B,). sampler: ddim | ddpm,
-        which adds noise by `keys` (B,); chained: see `pairs`."""
+        which adds noise by `keys` (B,); chained: see `pairs`. skip: x is what the first so many steps would have left;
+        after(x, t): what becomes of x when it has come to t."""
         if sampler not in ('ddim', 'ddpm'):
             raise ValueError(f'sampler={sampler!r}: a discrete schedule has ddim and ddpm')
-        for i, (t, t_next) in enumerate(self.pairs(n, chained or sampler == 'ddpm')):
+        for i, (t, t_next) in enumerate(self.pairs(n, chained or sampler == 'ddpm')[skip:], skip):
             output = predict(x, torch.full((len(x),), t, device=x.device))
             if sampler == 'ddim':
                 x = self.step(output, t, t_next, x)
             else:
                 x = self.ddpm_step(output, t, t_next, x, normal(keys, x.shape[1:], 16 + i).to(x) if t > 0 else None)
+            x = after(x, t_next) if after else x
         return x
 
 
@@ -237,17 +245,19 @@ class FlowSchedule:
         dt = torch.as_tensor(t_next, dtype=torch.float32) - torch.as_tensor(t, dtype=torch.float32)
         return x + (dt.reshape(dt.shape + (1,) * (x.ndim - 1) * dt.ndim) * output).to(x.dtype)
 
-    def sample(self, predict, x, n, sampler='euler', keys=None):
+    def sample(self, predict, x, n, sampler='euler', keys=None, skip=0, after=None):
         """From noise x to a sample in n steps; predict(x, t) is the model at the times t (B,). sampler: euler | heun,
-        which asks the model twice in every step but the last. Nothing is random: keys are not used."""
+        which asks the model twice in every step but the last. Nothing is random: keys are not used. skip, after: as
+        `Schedule.sample` has them."""
         if sampler not in ('euler', 'heun'):
             raise ValueError(f'sampler={sampler!r}: flow matching has euler and heun')
-        for t, t_next in self.pairs(n):
+        for t, t_next in self.pairs(n)[skip:]:
             output = predict(x, x.new_full((len(x),), t))
             if sampler == 'heun' and t_next > 0:
                 ahead = predict(self.step(output, t, t_next, x), x.new_full((len(x),), t_next))
                 output = (output + ahead) / 2
             x = self.step(output, t, t_next, x)
+            x = after(x, t_next) if after else x
         return x
 
 
@@ -256,3 +266,289 @@ def sincos(t, width, min_period=4e-3, max_period=4.0):
     period = min_period * (max_period / min_period) ** torch.linspace(0, 1, width // 2, device=t.device)
     angle = t.float()[:, None] * (2 * math.pi / period)
     return torch.cat((angle.sin(), angle.cos()), 1)
+
+
+def schedule_of(c):
+    """The schedule of a config's objective, flow | ddpm. Raises ValueError."""
+    if c.objective not in ('flow', 'ddpm'):
+        raise ValueError(f'objective={c.objective!r}: expected flow or ddpm')
+    return (FlowSchedule(c.time, c.shift) if c.objective == 'flow' else Schedule(
+        c.schedule, c.schedule_steps, c.prediction, clip_sample=c.clip_range > 0, clip_sample_range=c.clip_range))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# blocks of a diffusion transformer, a DiT (arXiv 2212.09748)
+
+
+class Stream(nn.Module):
+    """What a block does with one sequence before and after its attention; time scales, shifts and gates it.
+
+    ends: nothing reads what this sequence would become, so it only has keys and values."""
+
+    def __init__(self, c, ends=False):
+        super().__init__()
+        self.num_heads = c.num_heads
+        self.norm1, self.norm2 = (nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.modulate = nn.Linear(c.width, (2 if ends else 6) * c.width)
+        self.qkv = nn.Linear(c.width, (2 if ends else 3) * c.width)
+        if not ends:
+            self.o = nn.Linear(c.width, c.width)
+            self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_dim), nn.Linear(c.mlp_dim, c.width)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def heads(self, x, parts):
+        return [part.unflatten(-1, (self.num_heads, -1)) for part in x.chunk(parts, -1)]
+
+    def open(self, x, condition):
+        """x (B, T, D), condition (B, D) after its SiLU -> ([q, k, v] or [k, v], each (B, T, N, H), what `close` needs
+        of the condition)."""
+        D = x.shape[-1]
+        shift, scale, *rest = self.modulate(condition)[:, None].split(D, -1)
+        x = self.qkv(torch.addcmul(shift, self.norm1(x), 1 + scale))
+        return self.heads(x, x.shape[-1] // D), rest
+
+    def attended(self, x, out, gate):
+        """x and what it has seen, out (B, T, N, H)."""
+        return torch.addcmul(x, gate, self.o(out.flatten(2)))
+
+    def mlp(self, x, shift, scale, gate):
+        h = F.gelu(self.fc1(torch.addcmul(shift, self.norm2(x), 1 + scale)), approximate='tanh')
+        return torch.addcmul(x, gate, self.fc2(h))
+
+
+class DenoiserBlock(Stream):
+    """A DiT block; tokens of a condition are read by cross-attention, in between."""
+
+    def __init__(self, c, context):
+        super().__init__(c)
+        if context:
+            self.cross_norm = nn.LayerNorm(c.width, eps=1e-6)
+            self.cross_q, self.cross_kv = nn.Linear(c.width, c.width), nn.Linear(context, 2 * c.width)
+            self.cross_o = nn.Linear(c.width, c.width)
+
+    def forward(self, x, condition, mask, context, context_mask):
+        """x (B, T, D), condition (B, D) after its SiLU, mask (B, T, T), context (B, S, W), context_mask (B, T, S)."""
+        (q, k, v), (gate, *rest) = self.open(x, condition)
+        x = self.attended(x, attention(q, k, v, mask), gate)
+        if context is not None:
+            (q,), (k, v) = self.heads(self.cross_q(self.cross_norm(x)), 1), self.heads(self.cross_kv(context), 2)
+            x = x + self.cross_o(attention(q, k, v, context_mask).flatten(2))
+        return self.mlp(x, *rest)
+
+
+class JointBlock(nn.Module):
+    """Patches and sentence, each with weights of its own, attend to both at once: SD3's MM-DiT (arXiv 2403.03206)."""
+
+    def __init__(self, c, ends=False):
+        super().__init__()
+        self.patches, self.text = Stream(c), Stream(c, ends)
+
+    def forward(self, x, text, condition, mask):
+        """x (B, P, D), text (B, S, D), condition (B, D) after its SiLU, mask (B, 1, P + S) -> x, text."""
+        (q, k, v), (gate, *rest) = self.patches.open(x, condition)
+        (*text_q, text_k, text_v), text_rest = self.text.open(text, condition)
+        P = x.shape[1]
+        out = attention(torch.cat((q, *text_q), 1), torch.cat((k, text_k), 1), torch.cat((v, text_v), 1), mask)
+        x = self.patches.mlp(self.patches.attended(x, out[:, :P], gate), *rest)
+        if text_q:
+            gate, *rest = text_rest
+            text = self.text.mlp(self.text.attended(text, out[:, P:], gate), *rest)
+        return x, text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# text to image
+
+
+@dataclass
+class DiTConfig:
+    image_size: int = 32        # pixels of a side, or of latents
+    channels: int = 3           # 3 of pictures, 4 of Stable Diffusion's latents
+    patch_size: int = 4
+    width: int = 256
+    depth: int = 6              # blocks
+    mlp_dim: int = 1024
+    num_heads: int = 4
+    attention: str = 'cross'    # how the sentence is read: cross | joint (patches and sentence see each other, SD3)
+    objective: str = 'flow'     # flow | ddpm
+    time: str = 'logit_normal'  # flow: how training times fall: uniform | beta | logit_normal
+    shift: float = 1.0          # flow: above 1: times are noisier, as large pictures want them
+    schedule: str = 'squaredcos_cap_v2'     # ddpm: linear | scaled_linear | squaredcos_cap_v2
+    schedule_steps: int = 1000  # ddpm
+    prediction: str = 'epsilon'     # ddpm: epsilon | sample | v_prediction
+    clip_range: float = 0.0     # ddpm: clean pictures lie within so much of 0 (0: anywhere)
+    drop: float = 0.1           # share of samples that are learned without their sentence, for guidance
+    remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
+
+    def check(self):
+        """Raises ValueError for settings that no DiT can have."""
+        if self.attention not in ('cross', 'joint'):
+            raise ValueError(f'dit.attention={self.attention!r}: expected cross or joint')
+        if min(self.channels, self.patch_size, self.depth) < 1 or self.image_size % self.patch_size:
+            raise ValueError(f'dit.image_size={self.image_size} must be a multiple of dit.patch_size={self.patch_size}'
+                             f', dit.channels={self.channels} and dit.depth={self.depth} at least 1')
+        if self.width % (2 * self.num_heads):
+            raise ValueError(f'dit.width={self.width} must be a multiple of twice dit.num_heads={self.num_heads}')
+        if not 0 <= self.drop < 1:
+            raise ValueError(f'dit.drop={self.drop}: expected a share of at least 0 and below 1')
+
+
+class DiT(nn.Module):
+    """A transformer over the patches of a noisy picture. context: width of a sentence's features.
+
+    The sentence is read token by token, and its mean, beside the time, modulates every block (as in SD3)."""
+
+    def __init__(self, config, context):
+        super().__init__()
+        self.config = c = config
+        c.check()
+        self.steps = 1 if c.objective == 'flow' else c.schedule_steps       # the times are from 0 to so much
+        numbers = c.channels * c.patch_size ** 2
+        self.input = nn.Linear(numbers, c.width)
+        self.pos_embed = nn.Parameter(torch.empty(1, (c.image_size // c.patch_size) ** 2, c.width))
+        self.time = nn.Sequential(nn.Linear(c.width, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
+        self.context = nn.Sequential(nn.LayerNorm(context, eps=1e-6), nn.Linear(context, c.width))
+        self.mean = nn.Linear(c.width, c.width)
+        self.blocks = nn.ModuleList(DenoiserBlock(c, c.width) if c.attention == 'cross' else
+                                    JointBlock(c, ends=i == c.depth - 1) for i in range(c.depth))
+        self.norm = nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False)
+        self.modulate, self.output = nn.Linear(c.width, 2 * c.width), nn.Linear(c.width, numbers)
+        self.init_weights()
+
+    def init_weights(self):
+        """As the paper has it: Xavier, and zero where a block, or the whole, begins as nothing."""
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.weight) if name.endswith(('modulate', 'output')) else nn.init.xavier_uniform_(
+                    module.weight)
+
+    def forward(self, x, t, context, context_mask):
+        """x (B, C, H, W), times t (B,), context (B, S, W), context_mask bool (B, S), True = a token -> as x."""
+        c = self.config
+        h = self.input(F.pixel_unshuffle(x, c.patch_size).flatten(2).mT) + self.pos_embed       # (B, P, D)
+        context, seen = self.context(context), context_mask[..., None].to(x.dtype)
+        mean = (context * seen).sum(1) / seen.sum(1).clamp(min=1)
+        condition = F.silu(self.time(sincos(t / self.steps, c.width)) + self.mean(mean))
+        context_mask = context_mask[:, None]                                                    # (B, 1, S)
+        if c.attention == 'joint':
+            context_mask = F.pad(context_mask, (h.shape[1], 0), value=True)                     # (B, 1, P + S)
+        for block in self.blocks:
+            if c.attention == 'joint':
+                h, context = run_block(block, c.remat, h, context, condition, context_mask)
+            else:
+                h = run_block(block, c.remat, h, condition, None, context, context_mask)
+        shift, scale = self.modulate(condition)[:, None].chunk(2, -1)
+        h = self.output(torch.addcmul(shift, self.norm(h), 1 + scale)).mT                       # (B, C p p, P)
+        side = c.image_size // c.patch_size
+        return F.pixel_shuffle(h.unflatten(2, (side, side)), c.patch_size)
+
+
+class TextToImage(nn.Module):
+    """Pictures from sentences, by a DiT or another denoiser, in pixels of -1 to 1 or in latents.
+
+    text: a Decoder (at its feature_layer), or a module: text(tokens (B, S), segments (B, S)) -> (B, S, W).
+    denoiser: denoiser(x (B, C, H, W), t (B,), context (B, S, W), context_mask (B, S)) -> (B, C, H, W).
+    vae: turns pictures to latents and back (`encode(pixels, keys)`, `decode`); without it pixels, or latents, go in and
+    come out.
+    empty: token ids of the empty sentence, which is what is read where the condition is dropped, in training
+    (`config.drop`) and in sampling (classifier-free guidance, arXiv 2207.12598)."""
+
+    def __init__(self, config, text, denoiser=None, vae=None, empty=(0,)):
+        super().__init__()
+        self.config = config
+        self.schedule = schedule_of(config)
+        self.text, self.vae = text, vae
+        if hasattr(text, 'head'):
+            text.head = nn.Identity()                           # no gradient would reach an output layer
+        self.denoiser = denoiser or DiT(config, text.config.width)
+        self.register_buffer('empty', torch.tensor(empty), persistent=False)
+
+    def encode(self, tokens, segments):
+        """What the denoiser reads of sentences (B, S): features (B, S, W) and their mask (B, S)."""
+        text = self.text
+        if hasattr(text, 'embed'):
+            return text.features(text.embed(tokens), None, segments), segments > 0
+        return text(tokens, segments), segments > 0
+
+    def dropped(self, tokens, segments, rows):
+        """tokens and segments (B, S) with the empty sentence in some rows, bool (B,)."""
+        room = (0, tokens.shape[1] - len(self.empty))
+        assert room[1] >= 0, f'rows of {tokens.shape[1]} tokens have no room for the {len(self.empty)} of no sentence'
+        empty, there = F.pad(self.empty, room), F.pad(torch.ones_like(self.empty), room)
+        return torch.where(rows[:, None], empty, tokens), torch.where(rows[:, None], there, segments)
+
+    def loss(self, tokens, targets=None, pixels=None, blocks=None, segments=None, keys=None, noise=None, time=None,
+             reduction='sum', num_targets=None):
+        """Sum over pictures of the mean squared errors, and the number of pictures. pixels (I, C, H, W) are of those
+        rows that have a target (`targets` None: of all).
+
+        keys int64 (B,) give noise, times and who learns without a sentence; noise (I, C, H, W) and time (I,) may be
+        given instead. Outside of training no sentence is dropped. `blocks` are not read: sentences are causal."""
+        c = self.config
+        pictured = torch.ones_like(tokens[:, 0], dtype=torch.bool) if targets is None else (targets != -100).any(1)
+        segments = torch.ones_like(tokens) if segments is None else segments
+        here, count = positions_where(pictured, num_targets), pictured.sum()
+        n = len(here)
+        if pixels is None:              # no row has one: one that counts nothing goes through, as on all ranks
+            here = torch.zeros(1, dtype=torch.long, device=tokens.device)
+            pixels = torch.zeros(1, c.channels, c.image_size, c.image_size, device=tokens.device)
+        tokens, segments, keys = tokens[here], segments[here], None if keys is None else keys[here]
+        with torch.no_grad():
+            x = self.vae.encode(pixels, keys) if self.vae and pixels.shape[1] != c.channels else pixels
+        noise = normal(keys, x.shape[1:]) if noise is None else noise
+        time = self.schedule.times(uniform(keys, 1, 1)[:, 0]) if time is None else time
+        if self.training and c.drop and keys is not None:
+            tokens, segments = self.dropped(tokens, segments, uniform(keys, 1, 2)[:, 0] < c.drop)
+        output = self.denoiser(self.schedule.add_noise(x, noise, time), time, *self.encode(tokens, segments))
+        losses = F.mse_loss(output.float(), self.schedule.target(x, noise, time), reduction='none').flatten(1).mean(1)
+        return losses[:n].sum() if reduction == 'sum' else losses[:n], count
+
+    forward = loss              # DistributedDataParallel wraps `forward`
+
+    @torch.no_grad()
+    def sample(self, tokens, segments=None, keys=None, noise=None, steps=50, sampler='', guidance=1.0, image=None,
+               strength=1.0, mask=None):
+        """Pictures (B, C, H, W) of sentences (B, S), from noise that is given or follows from keys (B,).
+
+        guidance: 1 the condition as it is, above it more of what tells it from the empty sentence, 0 that one alone.
+        sampler: euler | heun of flow, ddim | ddpm of ddpm; the first if ''. image (B, C, H, W): where to begin, with
+        as much noise as `strength`, 0 to 1, of the steps take away (SDEdit, arXiv 2108.01073). mask, bool (B, 1, H, W)
+        of what is sampled: True is drawn anew, the rest stays the image's."""
+        c, schedule, was_training = self.config, self.schedule, self.training
+        self.eval()
+        segments = torch.ones_like(tokens) if segments is None else segments
+        noise = normal(keys, (c.channels, c.image_size, c.image_size)) if noise is None else noise
+        both = guidance != 1
+        if both:                                                # one batch: with the sentences, and without
+            everyone = torch.ones_like(tokens[:, 0], dtype=torch.bool)
+            tokens, segments = (torch.cat(pair) for pair in zip(
+                (tokens, segments), self.dropped(tokens, segments, everyone)))
+        context, context_mask = self.encode(tokens, segments)
+
+        def predict(x, t):
+            if not both:
+                return self.denoiser(x, t, context, context_mask)
+            told, untold = self.denoiser(torch.cat((x, x)), torch.cat((t, t)), context, context_mask).chunk(2)
+            return untold + guidance * (told - untold)
+
+        x, skip, after = noise, 0, None
+        if image is not None:
+            image = self.vae.encode(image, keys) if self.vae and image.shape[1] != c.channels else image
+            skip = steps - int(steps * strength)
+            x = schedule.add_noise(image, noise, schedule.timesteps(steps)[skip].item()) if skip < steps else image
+            if mask is not None:
+                def after(x, t):
+                    return torch.where(mask, x, schedule.add_noise(image, noise, t))
+        x = schedule.sample(predict, x, steps, sampler or ('euler' if c.objective == 'flow' else 'ddim'), keys,
+                            skip=skip, after=after)
+        self.train(was_training)
+        return self.vae.decode(x) if self.vae else x
+
+
+def build(config, decoder, vocab_size, empty, text=None):
+    """A TextToImage from a DiTConfig and a DecoderConfig, or a text tower that is taken as it is. Raises ValueError."""
+    config.check()
+    return TextToImage(config, text or Decoder(sized(decoder, vocab_size)), empty=empty)

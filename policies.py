@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import FlowSchedule, Schedule, normal, sincos, uniform
+from diffusion import DenoiserBlock, FlowSchedule, normal, schedule_of, sincos, uniform
 from model import (
     VLM,
     DecoderBlock,
@@ -231,38 +231,6 @@ class UNet1d(nn.Module):
         return self.output(F.mish(self.norm(self.conv(windows(x, self.kernel_size)).mT)).mT)
 
 
-class DenoiserBlock(nn.Module):
-    """A DiT block (arXiv 2212.09748): time scales, shifts and gates; tokens of a condition are read in between."""
-
-    def __init__(self, c, context):
-        super().__init__()
-        self.num_heads = c.num_heads
-        self.norm1, self.norm2 = (nn.LayerNorm(c.width, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.modulate = nn.Linear(c.width, 6 * c.width)
-        self.qkv, self.o = nn.Linear(c.width, 3 * c.width), nn.Linear(c.width, c.width)
-        self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_dim), nn.Linear(c.mlp_dim, c.width)
-        if context:
-            self.cross_norm = nn.LayerNorm(c.width, eps=1e-6)
-            self.cross_q, self.cross_kv = nn.Linear(c.width, c.width), nn.Linear(context, 2 * c.width)
-            self.cross_o = nn.Linear(c.width, c.width)
-        nn.init.zeros_(self.modulate.weight)
-        nn.init.zeros_(self.modulate.bias)
-
-    def heads(self, x, parts):
-        return (part.unflatten(-1, (self.num_heads, -1)) for part in x.chunk(parts, -1))
-
-    def forward(self, x, condition, mask, context, context_mask):
-        """x (B, T, W), condition (B, W) after its SiLU, mask (B, T, T), context (B, S, C), context_mask (B, T, S)."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulate(condition)[:, None].chunk(6, -1)
-        q, k, v = self.heads(self.qkv(torch.addcmul(shift1, self.norm1(x), 1 + scale1)), 3)
-        x = torch.addcmul(x, gate1, self.o(attention(q, k, v, mask).flatten(2)))
-        if context is not None:
-            (q,), (k, v) = self.heads(self.cross_q(self.cross_norm(x)), 1), self.heads(self.cross_kv(context), 2)
-            x = x + self.cross_o(attention(q, k, v, context_mask).flatten(2))
-        h = F.gelu(self.fc1(torch.addcmul(shift2, self.norm2(x), 1 + scale2)), approximate='tanh')
-        return torch.addcmul(x, gate2, self.fc2(h))
-
-
 class Transformer(nn.Module):
     """A DiT over the actions of a chunk; time and state modulate, tokens are read by cross-attention."""
 
@@ -311,8 +279,7 @@ class DiffusionPolicy(nn.Module):
         self.config = c = config
         c.check()
         self.encoder = encoder
-        self.schedule = (FlowSchedule(c.time, c.shift) if c.objective == 'flow' else Schedule(
-            c.schedule, c.schedule_steps, c.prediction, clip_sample=c.clip_range > 0, clip_sample_range=c.clip_range))
+        self.schedule = schedule_of(c)
         context, condition = 0, max(c.proprio_dim, 1)
         if encoder:
             decoder = getattr(encoder, 'decoder', encoder)

@@ -36,7 +36,6 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 PICTURES = ('jpg', 'jpeg', 'png', 'webp')
 BLACK = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC')
 MAX_PIXELS = 64 << 20           # of one picture; more is a bad sample
-MAX_ARRAYS = 64 << 20           # bytes that a .npz may unpack to
 NO_PUNCTUATION = str.maketrans('', '', string.punctuation)
 
 
@@ -75,55 +74,14 @@ def fields(members, pictures=True, lowdim=False, cameras=()):
         sample['camera_mask'] = [ext is not None for _, ext in found]
     sample['picture_names'] = [name for name, _ in found] if pictures else []
     sample['pictures'] = [members.get(ext, BLACK) for _, ext in found] if pictures else []
-    if lowdim and 'lowdim.npz' in members:
-        sample['lowdim'] = read_lowdim(members['lowdim.npz'])
-    elif lowdim and 'lowdim.npy' in members:
-        sample['lowdim'] = read_rows(members['lowdim.npy'])
+    if lowdim:
+        import actions
+        sample |= actions.read(members)
     if 'lowdim' in sample and not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages'}:
         sample.setdefault('instruction', '')            # a state alone is a sample
     if not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages', 'instruction'}:
         raise BadSample(f'neither text nor pictures among its members ({", ".join(sorted(members)) or "none"})')
     return sample
-
-
-def read_lowdim(data):
-    """Bytes of a .npz -> dict of actions fp32 (H, A), is_pad bool (H,), proprio fp32 (P,). Raises BadSample."""
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as z:
-            if sum(info.file_size for info in z.zip.infolist()) > MAX_ARRAYS:
-                raise ValueError(f'it unpacks to more than {MAX_ARRAYS} bytes')
-            arrays = {k: z[k] for k in ('actions', 'is_pad', 'proprio') if k in z}
-    except Exception as error:          # zipfile, zlib and numpy have errors of their own
-        raise BadSample(f'.lowdim.npz can not be read ({error})') from None
-    return check_lowdim(arrays, '.lowdim.npz')
-
-
-def read_rows(rows):
-    """Rows of an episode from the anchor on, fields `proprio` (P,) and `actions` (A,) -> what `read_lowdim` gives of
-    them. Raises BadSample."""
-    try:
-        arrays = dict(actions=rows['actions'], proprio=rows['proprio'][0])
-    except (ValueError, IndexError):
-        raise BadSample(f'.lowdim.npy has rows of {rows.dtype}: expected fields actions and proprio') from None
-    return check_lowdim(arrays, '.lowdim.npy')
-
-
-def check_lowdim(arrays, name):
-    """Arrays of a member -> actions, is_pad, proprio as they should be. Raises BadSample."""
-    if 'actions' not in arrays or any(array.dtype.kind not in 'biuf' for array in arrays.values()):
-        kinds = ', '.join(f'{k} {array.dtype}' for k, array in arrays.items())
-        raise BadSample(f'{name} holds {kinds or "nothing known"}: expected numbers in actions, is_pad, proprio')
-    actions, proprio = arrays['actions'], arrays.get('proprio', np.zeros(0))
-    is_pad = arrays['is_pad'].astype(bool) if 'is_pad' in arrays else np.zeros(actions.shape[:1], bool)
-    if actions.ndim != 2 or is_pad.shape != actions.shape[:1] or proprio.ndim != 1:
-        raise BadSample(f'{name}: actions {actions.shape}, is_pad {is_pad.shape}, proprio {proprio.shape}: '
-                        'expected (steps, size), (steps,), (size,)')
-    if 'is_pad' in arrays:
-        actions = np.where(is_pad[:, None], 0, actions)                 # a padded action may hold anything
-    actions, proprio = actions.astype(np.float32, copy=False), proprio.astype(np.float32, copy=False)
-    if not (np.isfinite(actions).all() and np.isfinite(proprio).all()):
-        raise BadSample(f'{name} holds a value that is not finite')
-    return dict(actions=actions, is_pad=is_pad, proprio=proprio)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -164,6 +122,19 @@ def pair(sample, p):
     return [(sample['pictures'][0], SEEN), (p.clean(question(sample, p)[1]), LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
+def t2i(sample, p):
+    """bos, the caption as `prompt` puts it ('{style}: {text}', of what the sample holds; empty: '{text}'), eos, all
+    causal and not learned: what is learned is the picture."""
+    if len(sample['pictures']) != 1:
+        raise BadSample(f'{len(sample["pictures"])} pictures (.png, .jpg, .webp): expected one')
+    try:
+        caption = sample['prefix'] if sample.get('asking') else (p.prompt or '{text}').format_map(
+            sample | dict(text=question(sample, p)[1]))
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise BadSample(f'prompt={p.prompt!r} can not be filled in with {", ".join(sample)} ({error!r})') from None
+    return [(sample['pictures'][0], READ), (p.tokenizer.bos_id, READ), (caption, READ), (p.tokenizer.eos_id, READ)]
+
+
 def question(sample, p):
     """(prefix, suffix) of a sample: its own, or the prompt of the settings and the caption; actions have no answer."""
     prefix = sample.get('prefix', sample.get('instruction', p.prompt))
@@ -196,7 +167,7 @@ def chat(sample, p):
     return parts
 
 
-FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair, 'robot': robot} | dict.fromkeys(CHATS, chat)
+FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair, 't2i': t2i, 'robot': robot} | dict.fromkeys(CHATS, chat)
 
 
 # of a model folder, what a processor is made from
@@ -334,10 +305,11 @@ def build(config, tokenizer, image_tokens):
     folder. Raises ValueError and OSError."""
     form = config.get('processor', 'auto')
     if form == 'auto':
-        form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair'}.get(config['task'], 'robot')
+        form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair', 't2i': 't2i'}.get(config['task'], 'robot')
     # a policy may see nothing but its state and a sentence
     pictures = config['task'] != 'llm' and (config['task'] != 'policy' or config['policy.encoder'] == 'vlm')
-    size, files, draft = config['vit.image_size'], dict(form=form), config.get('image_draft', True)
+    size = config['dit.image_size' if config['task'] == 't2i' else 'vit.image_size']
+    files, draft = dict(form=form), config.get('image_draft', True)
     if os.path.isdir(form):
         files = read_model_folder(form, pictures) | dict(where=f'processor={form!r}')
         for key, ours in (('image_size', size), ('image_tokens', image_tokens)):
@@ -506,10 +478,11 @@ class Processor:
                 return self.cut(read_tokens(members[ext], ext))
         episode = any(self.lowdim) and members.keys() == {'json', 'lowdim.npy'} and not self.cameras
         if episode and members['json'] in self.words:       # an episode without pictures: all steps have its words
-            return [self.words[members['json']] | {'lowdim': self.pad_lowdim(**read_rows(members['lowdim.npy']))}]
+            import actions
+            return [self.words[members['json']] | {'lowdim': self.pad_lowdim(**actions.read(members)['lowdim'])}]
         sample = fields(members, self.with_pictures, any(self.lowdim), self.cameras)
         asked = sample['pictures'] or sample.keys() & {'prefix', 'suffix', 'messages', 'instruction'}
-        whole = self.function in FORMS.values() and self.function is not pair and not asked
+        whole = self.function in FORMS.values() and self.function not in (pair, t2i) and not asked
         parts = (document if whole else self.function)(sample, self)
         ids, learned, blocks = [], [], []
         for item, role in parts:
@@ -672,11 +645,11 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     """Pieces (None: a placeholder, an empty row) -> a batch, a dict of small arrays:
 
     tokens, targets int32, blocks uint8, segments int16 (B, T); parts int16 (B, T) or (B, 1), whose data set a target
-    is; pixels uint8 (I, H, W, 3), and pictures (B,), how many of them each row has; lowdim: a dict of arrays (A, ...),
-    with `rows` (A,) and, where the settings name cameras, `camera_mask`; texts, one a row; num_tokens, num_targets.
-    blocks and segments are left out where a row is just causal. A batch of nothing but sequences of one type has `ids`
-    (B, L) instead, of which `token_rows` makes tokens, targets and segments on the device, and `cut`: whether it needs
-    the segments.
+    is; of the form t2i, positions (B,) in the run; pixels uint8 (I, H, W, 3), and pictures (B,), how many of them each
+    row has; lowdim: a dict of arrays (A, ...), with `rows` (A,) and, where the settings name cameras, `camera_mask`;
+    texts, one a row; num_tokens, num_targets. blocks and segments are left out where a row is just causal. A batch of
+    nothing but sequences of one type has `ids` (B, L) instead, of which `token_rows` makes tokens, targets and segments
+    on the device, and `cut`: whether it needs the segments.
 
     pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is one; empty ones fill
     up. ready: sequences and their data set, [(ids, part), ...], which come first."""
@@ -699,6 +672,7 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
         parts[a:b] = part
         a = b
     pictures, counts, texts, lowdim = [], np.zeros(shape[0], np.int32), [''] * shape[0], []
+    positions = np.zeros(shape[0], np.int64)
     for i, row in enumerate(rows, first):
         a = 0
         for number, piece in enumerate(pieces[j] for j in row):
@@ -710,13 +684,15 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
             counts[i] += len(piece['pictures'])
             lowdim += [piece['lowdim'] | {'rows': np.int64(i), 'positions': np.int64(piece.get('position', 0))}
                        ] if 'lowdim' in piece else []
-            texts[i] = piece['text']
+            texts[i], positions[i] = piece['text'], piece.get('position', 0)
             a = here.stop
-    if p.function is pair:              # one target a pair, so that pairs are what the loss is a mean over
+    if p.function in (pair, t2i):       # one target a picture, so that pictures are what the loss is a mean over
         targets[:, 1:] = -100
         targets[:, 0] = np.where(counts > 0, tokens[:, 0], -100)
     batch = dict(tokens=tokens, targets=targets, blocks=blocks, segments=segments, parts=parts, pictures=counts,
                  texts=texts, num_tokens=int((segments > 0).sum()), num_targets=int((targets != -100).sum()))
+    if p.function is t2i:
+        batch['positions'] = positions
     if pictures:
         batch['pixels'] = np.stack(pictures)
     elif (blocks == 1).all():
@@ -749,7 +725,7 @@ def split(batch, size):
     for a in range(0, n, size):
         b = min(a + size, n)
         part = {k: v[a:b] for k, v in batch.items() if k in ('ids', 'tokens', 'targets', 'blocks', 'segments', 'parts',
-                                                            'pictures', 'texts')}
+                                                            'pictures', 'texts', 'positions')}
         part |= {'cut': batch['cut']} if 'cut' in batch else {}
         if ends[b] > ends[a]:
             part['pixels'] = batch['pixels'][ends[a]:ends[b]]
@@ -765,7 +741,7 @@ def split(batch, size):
 def to_device(batch, device, p):
     """A collated batch -> the tensors that the models' `loss` takes."""
     out = {k: as_tensor(batch[k]).to(device, non_blocking=True).long()
-           for k in ('tokens', 'targets', 'blocks', 'segments') if k in batch}
+           for k in ('tokens', 'targets', 'blocks', 'segments', 'positions') if k in batch}
     if 'ids' in batch:
         ids = as_tensor(batch['ids']).to(device, non_blocking=True)
         rows = token_rows(ids, p.seq_len, p.tokenizer, p.documents)

@@ -1,9 +1,13 @@
-"""Use a trained run: caption pictures, continue text, or measure a data set.
+"""Use a trained run: caption pictures, continue text, draw pictures, or measure a data set.
 
     python sample.py --out_dir=out/vlm_emoji --image=a.png [--prompt=...] [--json=true]
     python sample.py --out_dir=out/vlm_emoji --image='pictures/*.png,other.jpg'         (many at once; a folder, too)
     python sample.py --out_dir=out/vlm_emoji --eval=mix,fluent-emoji-flat               (exact match, controls, a grid)
     python sample.py --out_dir=out/llm --prompt='Once upon'
+    python sample.py --out_dir=out/t2i_emoji --prompt='noto: red apple' --n=16          (PNGs in out_dir/samples)
+    python sample.py --out_dir=out/t2i_emoji --prompt=... --image=a.png --strength=0.6 [--mask=white_is_new.png]
+    python sample.py --out_dir=out/t2i_emoji --eval=mix,heldout --judge=out/vlm_judge
+                                                        (what a captioner reads in its pictures, and in the real ones)
     python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20  (success, and controls)
 """
 import glob
@@ -16,6 +20,7 @@ import torch
 
 import checkpoint as checkpoints
 import data
+import judge as judging
 import processor as processors
 import shards
 from configurator import configure
@@ -28,12 +33,19 @@ image = ''                      # pictures: paths, patterns and folders, separat
 prompt = ''                     # text after the picture, or to be continued (empty: the run's own)
 json = False                    # one JSON object a line instead of text
 eval = ''                       # data sets to measure, separated by commas; mix: all that the run was trained on
-grid = ''                       # a PNG of the last one's pictures, names and answers (empty: captions.png in out_dir)
+grid = ''                       # a PNG of the last one's pictures, names and answers (empty: captions.png in out_dir),
+#                                 or of what was drawn (empty: samples/<prompt>.png in out_dir; single ones beside it)
 max_new_tokens = 32
 temperature = 0.0               # 0: the likeliest token
 top_k = 0                       # 0: all tokens
 top_p = 1.0                     # 1: all tokens
 seed = 0
+n = 16                          # pictures to draw
+guidance = 4.0                  # how much of what tells the sentence from no sentence: 1 as learned, 0 none of it
+steps = 50                      # of drawing
+strength = 0.6                  # with --image: how much of the way from noise is gone again, above 0, 1 all of it
+mask = ''                       # with --image: a picture that is white where it is to be drawn anew
+judge = ''                      # with --eval: the run of a captioner that reads what was drawn
 batch_size = 64                 # rows at once
 env = ''                        # metaworld | pusht: let a policy act there
 tasks = ''                      # of MetaWorld, separated by commas (empty: all eight)
@@ -58,25 +70,33 @@ def fail(message, code=2):
 if batch_size < 1 or max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
     fail(f'batch_size={batch_size} and max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} '
          f'and top_k={top_k} at least 0, top_p={top_p} above 0 and at most 1')
+if min(n, steps) < 1 or guidance < 0 or not 0 < strength <= 1 or mask and not image:
+    fail(f'n={n} and steps={steps} must be at least 1, guidance={guidance} at least 0, strength={strength} above 0 and '
+         f'at most 1; mask={mask!r} goes with --image')
 if device == 'auto':
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the run: its settings, tokenizer and weights
 
-try:
-    run, tok, model = checkpoints.load_run(os.path.join(out_dir, 'checkpoints', checkpoint), ema)
-    model.to(device)
-    processor = processors.build(run, tok, checkpoints.image_tokens(model))
-except (ValueError, OSError) as error:
-    fail(f'{error}: train first, or give --out_dir and --checkpoint')
+
+def load_run(folder, *, of='--out_dir and --checkpoint'):
+    """(settings, tokenizer, model, processor) of a run or a checkpoint."""
+    try:
+        run, tok, model = checkpoints.load_run(folder, ema)
+        return run, tok, model.to(device), processors.build(run, tok, checkpoints.image_tokens(model))
+    except (ValueError, OSError) as error:
+        fail(f'{error}: train first, or give {of}')
+
+
+ours = run, tok, model, processor = load_run(os.path.join(out_dir, 'checkpoints', checkpoint))
 if run['task'] == 'siglip':
     fail(f'{out_dir} is a vision tower (task=siglip), it has no words: give the run of a vlm or llm')
 
 
-def answers(prefixes, pixels):
+def answers(prefixes, pixels, by=ours):
     """Texts that continue lists of token ids; pixels uint8 (I, H, W, 3) or None, one for each row."""
-    out = []
+    out, (run, tok, model, processor) = [], by
     for a in range(0, len(prefixes), batch_size):
         rows = prefixes[a:a + batch_size]
         tokens = torch.full((len(rows), max(map(len, rows))), tok.pad_id, device=device)
@@ -108,6 +128,8 @@ def find_images(names):
 
 
 def main():
+    if run['task'] == 't2i':
+        return draw_prompt()
     if image:
         if run['task'] != 'vlm':
             fail(f'--image: {out_dir} is task={run["task"]}, which has no eyes')
@@ -134,14 +156,26 @@ def main():
 
 
 def read_all(name, where):
-    """The pictures (uint8, on white) and texts of a data set."""
+    """The pictures (uint8, on white), texts and sentences (lists of token ids) of a data set."""
     folder = shards.Folder(name, where)
     rows = data.Batches([folder], data.InOrder(folder.sizes), processor)[np.arange(len(folder))]
     if 'error' in rows or rows['bad']:
         fail(rows.get('error') or rows['bad'][0], 1)
     if len(rows.get('pixels', ())) != len(folder):
         fail(f'data set {name!r} has samples without a picture: there is nothing to look at', 2)
-    return rows['pixels'], rows['texts']
+    lengths = rows['segments'].sum(1) if 'segments' in rows else [rows['tokens'].shape[1]] * len(folder)
+    return rows['pixels'], rows['texts'], [ids[:k].tolist() for ids, k in zip(rows['tokens'], lengths)]
+
+
+def read_sets(name):
+    """The same of a data set, or of all that the run was trained on: mix."""
+    try:
+        parts = ([read_all(n, run['data_dir']) for n in run['mix']] if name == 'mix' else
+                 [read_all(name, data_dir or run['data_dir'])])
+    except (OSError, ValueError) as error:
+        fail(error)
+    pixels, *lists = zip(*parts)
+    return np.concatenate(pixels), *(sum(part, []) for part in lists)
 
 
 def nearest_neighbour(pixels, size=8):
@@ -150,8 +184,8 @@ def nearest_neighbour(pixels, size=8):
         n, s = len(x), x.shape[1] // size
         return x[:, :s * size, :s * size].astype(np.float32).reshape(n, size, s, size, s, 3).mean((2, 4)).reshape(n, -1)
 
-    known = [read_all(name, run['data_dir']) for name in run['mix']]
-    theirs, names = small(np.concatenate([p for p, _ in known])), [t for _, texts in known for t in texts]
+    known, names, _ = read_sets('mix')
+    theirs = small(known)
     distance = (theirs ** 2).sum(1) - 2 * small(pixels) @ theirs.T              # + a constant of each picture
     return [names[i] for i in distance.argmin(1)]
 
@@ -164,13 +198,8 @@ def evaluate():
     if not json:
         print(f'{"data set":26} {"pictures":>8}  ' + '  '.join(f'{c:>17}' for c in columns))
     for name in eval.split(','):
-        try:
-            parts = ([read_all(n, run['data_dir']) for n in run['mix']] if name == 'mix' else
-                     [read_all(name, data_dir or run['data_dir'])])
-            neighbours = nearest_neighbour(np.concatenate([p for p, _ in parts]))
-        except (OSError, ValueError) as error:
-            fail(error)
-        pixels, texts = np.concatenate([p for p, _ in parts]), [t for _, texts in parts for t in texts]
+        pixels, texts, _ = read_sets(name)
+        neighbours = nearest_neighbour(pixels)
         prefixes = [processor.prefix(prompt or None)] * len(texts)
         shuffled = np.roll(pixels, len(pixels) // 2 + 1, 0)                     # every picture goes to another name
         given = answers(prefixes, pixels)
@@ -181,25 +210,102 @@ def evaluate():
                         dict(zip((c.replace(' ', '_') for c in columns), scores))))
         else:
             print(f'{name:26} {len(texts):8}  ' + '  '.join(f'{s:17.1%}' for s in scores), flush=True)
-    draw(grid or os.path.join(out_dir, 'captions.png'), name, pixels, texts, given, scores[0])
+    judging.draw(grid or os.path.join(out_dir, 'captions.png'), name, pixels, texts, given, scores[0])
 
 
-def draw(path, name, pixels, texts, given, score, columns=8, rows=5):
-    """A PNG of pictures, their true names and the answers: green right, red wrong."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    chosen = np.linspace(0, len(texts) - 1, min(columns * rows, len(texts))).round().astype(int)
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * 1.7, rows * 1.75), layout='constrained')
-    for axis in axes.flat:
-        axis.axis('off')
-    for axis, i in zip(axes.flat, chosen):
-        axis.imshow(pixels[i])
-        right = given[i] == texts[i]
-        axis.set_title(texts[i] if right else f'{texts[i]}\n{given[i][:28]}', fontsize=7, color='g' if right else 'r')
-    figure.suptitle(f'{name}: {score:.1%} of {len(texts)} right (the true name; below it a wrong answer)', fontsize=10)
-    figure.savefig(path, dpi=110)
-    print(f'grid of {len(chosen)} pictures: {path}', file=sys.stderr)
+# ----------------------------------------------------------------------------------------------------------------------
+# text to image
+
+
+def paint(sentences, image=None, mask=None):
+    """Pictures uint8 (N, H, W, 3) of lists of token ids; what the i-th gets is by (seed, i), whatever the batch."""
+    import diffusion
+    out = []
+    for a in range(0, len(sentences), batch_size):
+        rows = sentences[a:a + batch_size]
+        tokens = torch.full((len(rows), max(*map(len, rows), len(model.empty))), tok.pad_id)
+        for i, row in enumerate(rows):
+            tokens[i, :len(row)] = torch.tensor(row)
+        segments = (torch.arange(tokens.shape[1])[None] < torch.tensor([[len(row)] for row in rows])).long()
+        keys = diffusion.random_keys(seed, torch.arange(a, a + len(rows)))
+        start = None if image is None else image.expand(len(rows), -1, -1, -1)
+        try:
+            x = model.sample(tokens.to(device), segments.to(device), keys.to(device), steps=steps, sampler=sampler,
+                             guidance=guidance, image=start, strength=strength, mask=mask)
+        except ValueError as error:
+            fail(error)
+        x = x * processors.as_tensor(processor.std).to(x).view(-1, 1, 1)
+        x = (x + processors.as_tensor(processor.mean).to(x).view(-1, 1, 1)).clamp(0, 1)
+        out.append((255 * x).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(out)
+
+
+def draw_prompt():
+    """n pictures of the prompt, each a PNG with its settings inside, and one of them all."""
+    from PIL import Image
+    start = new = None
+    try:
+        if image:
+            name, *others = find_images(image)
+            if others:
+                fail(f'--image={image}: {len(others) + 1} pictures, expected one to begin with')
+            with open(name, 'rb') as f:
+                start = processors.to_pixels(processor.pixels(f.read())[None], device, processor.mean, processor.std)
+        if mask:
+            new = Image.open(mask).convert('L').resize(start.shape[2:], Image.Resampling.NEAREST)
+            new = torch.tensor(np.array(new) > 127, device=device)[None, None]
+    except (OSError, shards.BadSample) as error:
+        fail(f'--image={image} --mask={mask}: {error}', 1)
+    pictures = paint([processor.prefix(prompt)] * n, start, new)
+    words = ''.join(c if c.isalnum() else '-' for c in prompt.lower())[:60] or 'no-sentence'
+    path = grid or os.path.join(out_dir, 'samples', '-'.join(w for w in words.split('-') if w) + '.png')
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    settings = dict(prompt=prompt, seed=seed, guidance=guidance, steps=steps, sampler=sampler or 'default',
+                    run=out_dir, checkpoint=os.path.basename(os.path.realpath(run['folder'])), ema=ema)
+    settings |= dict(image=image, strength=strength, mask=mask) if image else {}
+    for i, picture in enumerate(pictures):
+        judging.save(f'{os.path.splitext(path)[0]}_{i:03}.png', picture, settings | dict(index=i))
+    judging.save(path, judging.side_by_side(pictures), settings | dict(n=n))
+    print(dumps(settings | dict(grid=path)) if json else path)
+
+
+@torch.no_grad()
+def judge_pictures():
+    """What a captioner reads in pictures drawn from the sentences of a data set, beside what it reads in the real ones:
+    the name to the letter, the words of it, another name of the set (which must not be read), and the Fréchet distance
+    to the real ones in what its decoder sees of a picture (of the real ones: of one half to the other)."""
+    if not judge:
+        fail(f'--eval={eval}: {out_dir} draws pictures: give --judge=<the run of a captioner>')
+    by = load_run(judge, of='--judge')
+    if by[0]['task'] != 'vlm':
+        fail(f'--judge={judge} is task={by[0]["task"]}: expected a captioner, task=vlm')
+    _, _, captioner, reader = by
+
+    def features(pictures):
+        parts = np.array_split(judging.resized(pictures, reader.image_size), -(-len(pictures) // batch_size))
+        return np.concatenate([captioner.patches(processors.to_pixels(part, device, reader.mean, reader.std)).mean(1)
+                               .cpu().numpy() for part in parts])
+
+    if not json:
+        print(f'{"data set":14} {"pictures":>20}  {"exact match":>11}  {"words (F1)":>10}  {"another name":>12}  '
+              f'{"Fréchet":>8}')
+    for name in eval.split(','):
+        real, texts, sentences = read_sets(name)
+        drawn, names = paint(sentences), sorted(set(texts))
+        others = [names[names.index(text) - len(names) // 2] for text in texts]
+        far = features(real)
+        for kind, pictures, apart in (('drawn', drawn, (features(drawn), far)), ('real', real, (far[::2], far[1::2]))):
+            given = answers([reader.prefix()] * len(texts), judging.resized(pictures, reader.image_size), by)
+            row = dict(exact_match=np.mean([a == t for a, t in zip(given, texts)]),
+                       token_f1=np.mean([judging.token_f1(a, t) for a, t in zip(given, texts)]),
+                       another_name=np.mean([a == t for a, t in zip(given, others)]), frechet=judging.frechet(*apart))
+            print(dumps(dict(data=name, pictures=kind, samples=len(texts)) | row) if json else
+                  f'{name:14} {len(texts):14} {kind:>5}  {row["exact_match"]:11.1%}  {row["token_f1"]:10.1%}  '
+                  f'{row["another_name"]:12.1%}  {row["frechet"]:8.2f}', flush=True)
+            if kind == 'drawn':
+                seen, score = given, row['exact_match']
+    pairs = np.concatenate((real, drawn), 2)
+    judging.draw(grid or os.path.join(out_dir, 'judged.png'), f'{name}, real and drawn', pairs, texts, seen, score)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -306,6 +412,8 @@ if env:
         fail(f'--env={env}: {error}')
 elif run['task'] in ('policy', 'vla') and not (image or eval or prompt):
     fail(f'{out_dir} is task={run["task"]}: give --env=metaworld')
+elif eval and run['task'] == 't2i':
+    judge_pictures()
 elif eval:
     evaluate()
 else:

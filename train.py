@@ -1,4 +1,5 @@
-"""Train a language model, a vision-language model, or a vision tower on picture-name pairs.
+"""Train a language model, a vision-language model, a vision tower on picture-name pairs, a robot's policy, or text to
+image.
 
     python train.py config/vlm_emoji.py --lr=1e-3
     torchrun --nproc_per_node=2 train.py config/vlm_emoji.py [--fsdp=0]     (DDP, or FSDP2)
@@ -56,9 +57,9 @@ except ModuleNotFoundError:     # deleted: no robots
 
 # what is trained, and where it goes
 task = 'vlm'                        # vlm | llm | siglip (a vision tower on picture-name pairs) | policy (a robot's
-#                                     actions, by diffusion) | vla (a vlm with an action expert)
+#                                     actions, by diffusion) | vla (a vlm with an action expert) | t2i (text to image)
 vit = ViTConfig()
-decoder = DecoderConfig()           # siglip: the text tower
+decoder = DecoderConfig()           # siglip, t2i: the text tower
 pixel_shuffle = 1                   # vlm: squares of so many patches a side become one image token
 connector_bias = True               # vlm: of the linear layer between vit and decoder
 pair_scale = 10.0                   # siglip: the factor of the cosines at the start
@@ -66,6 +67,7 @@ pair_with = 'batch'                 # siglip: batch: a picture is compared with 
 pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
 policy = policies.PolicyConfig() if policies else {}      # task=policy
 vla = policies.VLAConfig() if policies else {}            # task=vla, beside vit and decoder
+dit = diffusion.DiTConfig() if diffusion else {}          # task=t2i, beside decoder
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;
@@ -81,9 +83,10 @@ cache_gb = 100.0                    # of copies
 tokenizer = 'bytes'                 # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file or a folder of
 #                                     one, in data_dir or as a path | a model on the Hugging Face hub
 processor = 'auto'                  # how a sample is written as tokens: paligemma | text | chat | gemma | llava |
-#                                     smolvlm | a model folder, or one on the Hugging Face hub | file.py:function;
-#                                     auto: by task
-prompt = ''                         # vlm: the text between a picture and its answer
+#                                     smolvlm | t2i | a model folder, or one on the Hugging Face hub |
+#                                     file.py:function; auto: by task
+prompt = ''                         # vlm: the text between a picture and its answer; t2i: how a caption is put, of
+#                                     what the sample and its .json hold: '{style}: {text}' (empty: '{text}')
 image_mean = 0.5                    # subtracted from pixels of 0 to 1 (1.0: white is 0)
 image_std = 0.5                     # and what they are then divided by
 image_draft = True                  # JPEGs may be decoded at 1/2, 1/4 or 1/8, where that is at least vit.image_size
@@ -287,6 +290,8 @@ def to_device(batch):
     if units and low:
         keys = diffusion.random_keys(seed, low['positions'])        # a sample's noise and times, whoever draws them
         tensors['lowdim'] = units.encode(low) | dict(keys=keys)
+    if task == 't2i':
+        tensors['keys'] = diffusion.random_keys(seed, tensors.pop('positions'))
     return tensors
 
 
@@ -328,7 +333,8 @@ step_flops = flops_of_step()            # before compiled blocks, whose operatio
 # ----------------------------------------------------------------------------------------------------------------------
 # over the ranks: DDP, or FSDP2 block by block; compiled block by block
 
-block_kinds = (ViTBlock, DecoderBlock, *((policies.DenoiserBlock, policies.ConvBlock) if policies else ()))
+block_kinds = (ViTBlock, DecoderBlock, *((diffusion.DenoiserBlock, diffusion.JointBlock) if diffusion else ()),
+               *((policies.ConvBlock,) if policies else ()))
 model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, block_kinds)]
 blocks += [layer for m in raw_model.modules() if isinstance(m, (hf.HFViT, hf.HFDecoder)) for layer in hf.layers_of(m)]
 if compile:
@@ -404,7 +410,7 @@ def load_checkpoint(path, saved):
 def check_changed(path, old):
     """Refuse to resume with other model settings; print the other settings that changed."""
     for key in (k for k in old if k in config and config[k] != old[k]):
-        if key.startswith(('vit.', 'decoder.', 'policy.', 'vla.')) and not key.endswith('.remat') or key in (
+        if key.startswith(('vit.', 'decoder.', 'policy.', 'vla.', 'dit.')) and not key.endswith('.remat') or key in (
                 'task', 'tokenizer', 'lanes', 'pixel_shuffle', 'connector_bias', 'optimizer', 'action_steps',
                 'action_dim', 'proprio_dim', 'normalize'):
             fail(f'{key}={config[key]!r}, but {path} was made with {old[key]!r}: a run keeps its model and lanes; give '
@@ -423,9 +429,10 @@ def load_weights(path):
             if world > 1:
                 dist.barrier()
             folder = os.path.join(folder, next(iter(checkpoint.names(folder)), ''))
-        # a vision-language model begins a policy's encoder
-        inside = task == 'policy' and policy.encoder != 'none' and not checkpoint.is_policy(folder)
-        target, prefix = (raw_model.encoder, 'encoder.') if inside else (raw_model, '')
+        # a language or vision-language model begins what reads for a denoiser
+        inside = '' if checkpoint.has_denoiser(folder) else 'text' if task == 't2i' else (
+            'encoder' if task == 'policy' and policy.encoder != 'none' else '')
+        target, prefix = (getattr(raw_model, inside), inside + '.') if inside else (raw_model, '')
         if hub.is_foreign(folder):
             loaded, unused = hub.load(target, hub.fetch(folder), init_skip), set()
         else:
@@ -626,7 +633,7 @@ if master:
 since = dict(steps=0, tokens=0, data=0.0, seconds=0.0)
 weights_of_sets = np.array([float(loss_weights.get(name, 1.0)) for name in mix])
 weigh = torch.tensor(weights_of_sets, dtype=torch.float32, device=device)
-extra = dict(label_smoothing=label_smoothing, z_loss=z_loss) if task not in ('siglip', 'policy') else {}
+extra = dict(label_smoothing=label_smoothing, z_loss=z_loss) if task in ('llm', 'vlm', 'vla') else {}
 
 
 def losses_of(batch):

