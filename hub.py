@@ -438,7 +438,7 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
 def load(model, folder, skip=()):
     """Copy what a folder of transformers (or an .npz of big_vision) and our model share into the model, sharded or not,
     one tensor at a time: the names that were loaded. Raises ValueError."""
-    ours, loaded = model.state_dict(), []
+    ours = model.state_dict()
     if folder.endswith('.npz'):
         rows = ((name, fitted(tensor, name, tuple(ours[name].shape), folder))
                 for name, tensor in big_vision.tensors(model, folder) if not any(re.search(r, name) for r in skip))
@@ -447,6 +447,12 @@ def load(model, folder, skip=()):
         if different := differences(model, folder):
             raise ValueError(f'{folder!r} has ' + ', '.join(f'{k}={b!r} (here {a!r})' for k, (a, b) in
                              different.items()) + f': python hub.py config {folder} prints all of its settings')
+    return copy_into(model, rows)
+
+
+def copy_into(model, rows):
+    """Copy (name, tensor) pairs into a model, sharded or not: the names."""
+    ours, loaded = model.state_dict(), []
     for name, tensor in rows:
         target = ours[name]
         tensor = tensor.to(target.device, target.dtype)

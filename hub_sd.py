@@ -1,7 +1,7 @@
 """Folders of diffusers with Stable Diffusion 1 or 2, in and out: unet/, vae/, text_encoder/, scheduler/, tokenizer/.
 
     unet, vae, text = (hub_sd.from_folder(folder, part) for part in hub_sd.MODELS)
-    schedule, tok = hub_sd.schedule_of(folder), tokenizer.load(folder + '/tokenizer')
+    settings, tok, model = hub_sd.load_run(folder)              all of it, a diffusion.TextToImage
 
 Nothing that comes with a model is run or unpickled: .safetensors and .json alone are read.
 """
@@ -15,9 +15,10 @@ import torch
 from safetensors import SafetensorError
 
 import hub
+import tokenizer as tokenizers
 from checkpoint import write_json
-from diffusion import Schedule
-from sd import AutoencoderKL, CLIPText, CLIPTextConfig, UNet2DCondition, UNetConfig, VAEConfig
+from diffusion import DiTConfig
+from sd import AutoencoderKL, CLIPText, CLIPTextConfig, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of
 from tokenizer import read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -25,6 +26,8 @@ from tokenizer import read_json
 
 MODELS = {'unet': (UNet2DCondition, UNetConfig), 'vae': (AutoencoderKL, VAEConfig),
           'text_encoder': (CLIPText, CLIPTextConfig)}
+SETTINGS = {'unet': 'unet', 'clip': 'text_encoder', 'vae': 'vae'}       # of train.py
+INSIDE = {'denoiser': 'unet', 'text': 'text_encoder', 'vae': 'vae'}     # of a TextToImage
 STEMS = {'unet': 'diffusion_pytorch_model', 'vae': 'diffusion_pytorch_model', 'text_encoder': 'model'}
 # what a config.json may leave out
 DEFAULTS = {
@@ -100,6 +103,23 @@ def checked(kind, values):
     return kind(**known)
 
 
+def with_schedule(config, theirs):
+    """A UNetConfig with the schedule of a scheduler_config.json: for DDIM, as DDIMScheduler.from_config and
+    StableDiffusionPipeline make it of any class, PNDM's too, whose betas it is. Raises ValueError."""
+    c = dict(beta_schedule='linear', beta_start=1e-4, beta_end=0.02, set_alpha_to_one=True) | theirs
+    for key, values in dict(trained_betas=(None,), thresholding=(False,), use_flow_sigmas=(False, None)).items():
+        if key in c and c[key] not in values:
+            raise ValueError(f'{key}={c[key]!r} is not supported, only {" or ".join(map(repr, values))}')
+    if 'FlowMatch' in str(c.get('_class_name')):
+        raise ValueError(f'_class_name={c["_class_name"]!r}: Stable Diffusion 1 and 2 have no flow matching')
+    keys = ('beta_schedule', 'beta_start', 'beta_end', 'num_train_timesteps', 'prediction_type', 'timestep_spacing',
+            'set_alpha_to_one', 'rescale_betas_zero_snr')
+    config = checked(UNetConfig, {f.name: c[f.name] if f.name in keys and f.name in c else getattr(config, f.name)
+                                  for f in fields(config)})
+    schedule_of(config)         # which may refuse it
+    return config
+
+
 def their_config(config, part):
     """Our settings of a part as its config.json."""
     ours = {f.name: getattr(config, f.name) for f in fields(config)}
@@ -111,7 +131,7 @@ def their_config(config, part):
         return dict(_class_name='AutoencoderKL', down_block_types=['DownEncoderBlock2D'] * n,
                     up_block_types=['UpDecoderBlock2D'] * n) | ours
     attends, heads = ours.pop('cross_attention'), ours.pop('num_heads')
-    ours.pop('remat')
+    ours = {key: value for key, value in ours.items() if key in DEFAULTS['unet']}
     return dict(_class_name='UNet2DConditionModel', attention_head_dim=list(heads),
                 down_block_types=['CrossAttnDownBlock2D' if a else 'DownBlock2D' for a in attends],
                 up_block_types=['CrossAttnUpBlock2D' if a else 'UpBlock2D' for a in reversed(attends)]) | ours
@@ -123,10 +143,12 @@ def is_folder(path):
 
 
 def read_config(folder, part):
-    """Our settings of a part of a folder. Raises ValueError."""
+    """Our settings of a part of a folder; the U-Net's hold its schedule, too, if there is one. Raises ValueError."""
     path = os.path.join(folder, part, 'config.json')
     try:
-        return to_config(read_json(path), part)
+        config = to_config(read_json(path), part)
+        path = os.path.join(folder, 'scheduler', 'scheduler_config.json')
+        return with_schedule(config, read_json(path)) if part == 'unet' and os.path.exists(path) else config
     except FileNotFoundError:
         raise ValueError(f'{folder!r} has no {part}/config.json: it is no folder of diffusers') from None
     except (ValueError, TypeError) as error:
@@ -215,23 +237,56 @@ def export(models, folder, source, dtype=torch.float32):
         write_json(os.path.join(folder, part, 'config.json'), their_config(model.config, part))
 
 
-def schedule_of(folder):
-    """The Schedule of a folder's scheduler_config.json, for DDIM, as StableDiffusionPipeline has it after
-    DDIMScheduler.from_config: whatever class it names, its betas are used; nothing is clipped, and times begin at 1.
-    Raises ValueError."""
-    path = os.path.join(folder, 'scheduler', 'scheduler_config.json')
-    c = read_json(path)
-    only = dict(trained_betas=(None,), thresholding=(False,), use_flow_sigmas=(False, None))
-    try:
-        for key, values in only.items():
-            if key in c and c[key] not in values:
-                raise ValueError(f'{key}={c[key]!r} is not supported, only {" or ".join(map(repr, values))}')
-        if 'FlowMatch' in str(c.get('_class_name')):
-            raise ValueError(f'_class_name={c["_class_name"]!r}: Stable Diffusion 1 and 2 have no flow matching')
-        return Schedule(c.get('beta_schedule', 'linear'), c.get('num_train_timesteps', 1000),
-                        c.get('prediction_type', 'epsilon'), c.get('beta_start', 1e-4), c.get('beta_end', 0.02),
-                        clip_sample=False, timestep_spacing=c.get('timestep_spacing', 'leading'), steps_offset=1,
-                        set_alpha_to_one=c.get('set_alpha_to_one', True),
-                        rescale_betas_zero_snr=c.get('rescale_betas_zero_snr', False))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{path}: {error}') from None
+# ----------------------------------------------------------------------------------------------------------------------
+# a whole folder
+
+
+def settings_of(folder):
+    """Our settings of all that is in a folder, as train.py has them: {'unet.norm_eps': 1e-5, ...}. Raises
+    ValueError."""
+    found = {name: read_config(folder, part) for name, part in SETTINGS.items()}
+    size = read_json(os.path.join(folder, 'unet', 'config.json')).get('sample_size') or 64
+    if type(size) is not int:
+        raise ValueError(f'{folder}/unet/config.json: sample_size={size!r}: expected the side of a square')
+    return {'task': 't2i', 'denoiser': 'unet', 'seq_len': found['clip'].max_length, 'dit.image_size': size} | {
+        f'{name}.{f.name}': getattr(c, f.name) for name, c in found.items() for f in fields(c)
+        if f.name not in ('remat', 'feature_layer')}
+
+
+def load_run(folder):
+    """(settings, tokenizer, model with its weights) of a folder, as checkpoint.load_run gives them of a run. Raises
+    ValueError."""
+    run = dict(prompt='', image_mean=0.5, image_std=0.5, folder=folder) | settings_of(folder)
+    tok = tokenizers.load(os.path.join(folder, 'tokenizer'))
+    dit = DiTConfig(image_size=run['dit.image_size'])
+    unet, vae, text = (from_folder(folder, part) for part in MODELS)
+    return run, tok, build(dit, unet, text, vae, tokenizers.clip_row(tok, '', run['seq_len'])).eval()
+
+
+def whole(model, folder, skip=()):
+    """Yield (our name, tensor) of all parts of a TextToImage."""
+    for name, part in INSIDE.items():
+        shapes = {key: tensor.shape for key, tensor in getattr(model, name).state_dict().items()}
+        inside = [regex for regex in skip if re.search(regex, name + '.')]
+        for key, tensor in () if inside else tensors(shapes, folder, part):
+            if not any(re.search(regex, f'{name}.{key}') for regex in skip):
+                yield f'{name}.{key}', tensor
+
+
+def load(model, folder, skip=()):
+    """Copy a folder's weights into a TextToImage of the same settings: the names that were loaded. Raises
+    ValueError."""
+    if not isinstance(getattr(model, 'denoiser', None), UNet2DCondition):
+        raise ValueError(f'{folder!r} is Stable Diffusion: it begins a run of task=t2i with denoiser=unet')
+    ours = {'unet': model.denoiser.config, 'clip': model.text.config, 'vae': model.vae.config}
+    different = [f'{key}={value!r} (here {here!r})' for key, value in settings_of(folder).items() if '.' in key
+                 and (part := key.partition('.'))[0] in ours
+                 and to_list(here := getattr(ours[part[0]], part[2])) != to_list(value)]
+    if different:
+        raise ValueError(f'{folder!r} has {", ".join(different)}: python hub.py config {folder} prints all of its '
+                         'settings')
+    return hub.copy_into(model, whole(model, folder, skip))
+
+
+def to_list(value):
+    return list(value) if isinstance(value, tuple) else value

@@ -7,13 +7,13 @@ Axes: B batch, C channels, H W rows and columns of a picture, a latent or a map 
 S text tokens, N heads, D width. Maps of features are (B, C, H, W) in memory as (B, H, W, C): tokens are a view of them.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import normal
+from diffusion import Schedule, TextToImage, normal
 from model import attention, run_block
 
 
@@ -29,6 +29,14 @@ class UNetConfig:
     use_linear_projection: bool = False     # around the attention, else a convolution of one pixel: the same numbers
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+    beta_schedule: str = 'scaled_linear'    # of its noise: as `diffusion.Schedule` takes them
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    num_train_timesteps: int = 1000
+    prediction_type: str = 'epsilon'
+    timestep_spacing: str = 'leading'
+    set_alpha_to_one: bool = False
+    rescale_betas_zero_snr: bool = False
     remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
 
 
@@ -177,7 +185,7 @@ class Sampler(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride, padding)
 
 
-# kernels of 3 rows, on rows that come twice, as kernels of 2 on the rows: of the lower of two rows, of the next upper one
+# a kernel of 3 rows on rows that come twice, as two kernels of 2: of the lower of two equal rows, of the next upper one
 ROWS = torch.tensor([[[1.0, 1, 0], [0, 0, 1]], [[1, 0, 0], [0, 1, 1]]])
 
 
@@ -220,6 +228,13 @@ class Level(nn.Module):
         return conv(F.interpolate(x, size, mode='nearest'))
 
 
+def schedule_of(c):
+    """The Schedule of a UNetConfig, as StableDiffusionPipeline has DDIM: nothing is clipped, and times begin at 1."""
+    return Schedule(c.beta_schedule, c.num_train_timesteps, c.prediction_type, c.beta_start, c.beta_end,
+                    clip_sample=False, timestep_spacing=c.timestep_spacing, steps_offset=1,
+                    set_alpha_to_one=c.set_alpha_to_one, rescale_betas_zero_snr=c.rescale_betas_zero_snr)
+
+
 def levels_of(c, what):
     """Number of levels, if the settings of all of them are as many. Raises ValueError."""
     n = len(c.block_out_channels)
@@ -251,7 +266,7 @@ class UNet2DCondition(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        n, widths = levels_of(c, 'unet'), c.block_out_channels
+        n, widths = levels_of(c, 'unet'), tuple(c.block_out_channels)
         time_dim, args = 4 * widths[0], (4 * widths[0], c.norm_num_groups, c.norm_eps)
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.time_embedding = nn.ModuleDict({'linear_1': nn.Linear(widths[0], time_dim),
@@ -310,7 +325,7 @@ class PictureEncoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        widths, args = c.block_out_channels, (0, c.norm_num_groups, 1e-6)
+        widths, args = tuple(c.block_out_channels), (0, c.norm_num_groups, 1e-6)
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             Level([(a, b)] + [(b, b)] * (c.layers_per_block - 1), *args, down=0 if i < len(widths) - 1 else None)
@@ -335,7 +350,7 @@ class PictureDecoder(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        widths, args = c.block_out_channels[::-1], (0, c.norm_num_groups, 1e-6)
+        widths, args = tuple(c.block_out_channels[::-1]), (0, c.norm_num_groups, 1e-6)
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.mid_block = Level([(widths[0], widths[0])] * 2, *args, [PixelAttention(widths[0], c.norm_num_groups)])
         self.up_blocks = nn.ModuleList(
@@ -372,8 +387,11 @@ class AutoencoderKL(nn.Module):
         return scale * mean, scale * (0.5 * logvar.clamp(-30, 20)).exp()
 
     def encode(self, pixels, keys=None):
-        """pixels (B, 3, H, W) -> latents (B, C, H/8, W/8), drawn by keys int64 (B,); without keys their means."""
-        return draw(*self.moments(pixels), keys)
+        """pixels (B, 3, H, W) -> latents (B, C, H/8, W/8), drawn by keys int64 (B,); without keys their means.
+
+        Instead of pixels, their moments (B, 2 C, H/8, W/8), as prepare/latents.py keeps them."""
+        known = pixels.shape[1] == 2 * self.config.latent_channels
+        return draw(*(pixels.chunk(2, 1) if known else self.moments(pixels)), keys)
 
     def decode(self, latents):
         """Latents (B, C, H, W) -> pixels (B, 3, 8 H, 8 W), of about -1 to 1."""
@@ -432,3 +450,16 @@ class CLIPText(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# all of it
+
+
+def build(dit, unet, text, vae, empty):
+    """A TextToImage of a UNet2DCondition, a CLIPText and an AutoencoderKL, which is not trained. dit: its image_size,
+    the rows of a latent, and drop; empty: ids of the empty sentence, padded as CLIP's."""
+    model = TextToImage(replace(dit, objective='ddpm', channels=unet.config.out_channels), text, unet, vae, empty)
+    model.schedule = schedule_of(unet.config)
+    vae.requires_grad_(False)
+    return model.to(memory_format=torch.channels_last)

@@ -14,7 +14,7 @@ tf = pytest.importorskip('transformers')
 
 import hub_sd  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
-from sd import UNet2DCondition  # noqa: E402
+from sd import UNet2DCondition, schedule_of  # noqa: E402
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()
@@ -335,7 +335,8 @@ def test_the_schedule_of_a_folder(saved, tmp_path, config, n):
     theirs = diffusers.StableDiffusionPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, scheduler, None,
                                                None, requires_safety_checker=False).scheduler
     theirs.set_timesteps(n)
-    ours = hub_sd.schedule_of(str(tmp_path))
+    shutil.copytree(f'{saved[1]}/unet', tmp_path / 'unet')
+    ours = schedule_of(hub_sd.read_config(str(tmp_path), 'unet'))
     assert ours.timesteps(n).tolist() == theirs.timesteps.tolist()
     x = y = randn(1, 4, 8, 8)
     for t, t_next in ours.pairs(n)[:20]:
@@ -349,7 +350,51 @@ def test_the_schedule_of_a_folder(saved, tmp_path, config, n):
                                     dict(_class_name='FlowMatchEulerDiscreteScheduler')])
 def test_schedules_that_are_not_known_are_refused(saved, tmp_path, change):
     (tmp_path / 'scheduler').mkdir()
+    shutil.copytree(f'{saved[1]}/unet', tmp_path / 'unet')
     config = json.load(open(f'{saved[1]}/scheduler/scheduler_config.json')) | change
     (tmp_path / 'scheduler' / 'scheduler_config.json').write_text(json.dumps(config))
     with pytest.raises(ValueError, match=str(next(iter(change.values())))[:9].replace('[', r'\[').replace('0.1]', '')):
-        hub_sd.schedule_of(str(tmp_path))
+        hub_sd.read_config(str(tmp_path), 'unet')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# whole runs
+
+
+PROMPTS = ['the dog', 'a cat, 2 dogs and THE cat']
+
+
+def tokens_of(tok, texts):
+    return torch.tensor([tokenizers.clip_row(tok, text) for text in texts])
+
+
+@pytest.mark.parametrize('steps,guidance', [(10, 7.5), (7, 7.5), (7, 1.0), (30, 3.0)])
+def test_pictures_of_prompts_are_those_of_stablediffusionpipeline(saved, steps, guidance):
+    pipe, folder = saved
+    run, tok, model = hub_sd.load_run(folder)
+    noise = randn(2, 4, 8, 8, seed=3)
+    want = pipe(PROMPTS, latents=noise.clone(), num_inference_steps=steps, guidance_scale=guidance, output_type='np')
+    got = model.sample(tokens_of(tok, PROMPTS), noise=noise, steps=steps, guidance=guidance)
+    got = (got / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    want = torch.tensor(want.images)
+    assert want.std() > 0.1 and (want[0] - want[1]).abs().mean() > 1e-3
+    close(got, want, 1e-3)
+
+
+@pytest.mark.parametrize('steps,strength', [(10, 0.6), (7, 0.5)])
+def test_pictures_from_pictures_are_those_of_img2img(saved, steps, strength):
+    pipe, folder = saved
+    img2img = diffusers.StableDiffusionImg2ImgPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet,
+                                                       pipe.scheduler, None, None, requires_safety_checker=False)
+    img2img.set_progress_bar_config(disable=True)
+    _, tok, model = hub_sd.load_run(folder)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    latents = model.vae.encode(2 * pixels - 1)
+    img2img.vae = None                              # latents go in, and the noise is the generator's first
+    img2img.vae = type('Latents', (), dict(config=pipe.vae.config, decode=pipe.vae.decode, dtype=torch.float32))()
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
+    want = img2img(PROMPTS, image=latents, strength=strength, num_inference_steps=steps, guidance_scale=4.0,
+                   generator=torch.Generator().manual_seed(5), output_type='np').images
+    got = model.sample(tokens_of(tok, PROMPTS), noise=noise, steps=steps, guidance=4.0, image=latents,
+                       strength=strength)
+    close((got / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1), torch.tensor(want), 1e-3)
