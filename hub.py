@@ -593,6 +593,9 @@ def export_run(run, folder, dtype=torch.float32):
     """A run, or one of its checkpoints, as a folder that transformers loads: also what its tokenizer and processor
     read. Raises ValueError."""
     settings, tok, model = checkpoint.load_run(run)
+    if settings['task'] == 't2i':
+        import hub_sd
+        return hub_sd.export_run(settings, model, folder, dtype)
     model = model.vit if settings['task'] == 'siglip' else model
     export(model, folder, dtype)
     config = read_json(os.path.join(folder, 'config.json'))
@@ -675,6 +678,11 @@ def bytes_tokenizer(added):
 
 def config_lines(name):
     """The settings of a model as the lines of a config file."""
+    import hub_sd
+    if hub_sd.is_folder(name):
+        lines = [f'# the settings of {name}, by python hub.py config', f'init_from = {name!r}',
+                 f'tokenizer = {os.path.join(name, "tokenizer")!r}']
+        return '\n'.join(lines + [f'{key} = {value!r}' for key, value in hub_sd.settings_of(name).items()]) + '\n'
     config = read_config(fetch(name))
     kind = {DecoderConfig: 'llm', ViTConfig: 'siglip', VLMConfig: 'vlm'}[type(config)]
     lines = [f'# the settings of {name}, by python hub.py config', f'task = {kind!r}', f'init_from = {name!r}']

@@ -124,8 +124,8 @@ def their_config(config, part):
     """Our settings of a part as its config.json."""
     ours = {f.name: getattr(config, f.name) for f in fields(config)}
     if part == 'text_encoder':
-        return dict(architectures=['CLIPTextModel'], model_type='clip_text_model', bos_token_id=0, eos_token_id=2,
-                    projection_dim=config.width) | {key: ours[name] for name, key in TEXT.items()}
+        return dict(architectures=['CLIPTextModel'], model_type='clip_text_model') | {
+            key: ours[name] for name, key in TEXT.items()}
     n = len(config.block_out_channels)
     if part == 'vae':
         return dict(_class_name='AutoencoderKL', down_block_types=['DownEncoderBlock2D'] * n,
@@ -234,7 +234,8 @@ def export(models, folder, source, dtype=torch.float32):
         out = {their_name(name, part): tensor.detach().to('cpu', dtype).contiguous()
                for name, tensor in model.state_dict().items()}
         hub.write_tensors(out, os.path.join(folder, part), STEMS[part])
-        write_json(os.path.join(folder, part, 'config.json'), their_config(model.config, part))
+        kept = read_json(os.path.join(source, part, 'config.json'))         # sample_size and what else is not computed
+        write_json(os.path.join(folder, part, 'config.json'), kept | their_config(model.config, part))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,6 +287,19 @@ def load(model, folder, skip=()):
         raise ValueError(f'{folder!r} has {", ".join(different)}: python hub.py config {folder} prints all of its '
                          'settings')
     return hub.copy_into(model, whole(model, folder, skip))
+
+
+def export_run(settings, model, folder, dtype=torch.float32):
+    """A run of Stable Diffusion as a folder of diffusers: schedule, tokenizer and what else is there are those of the
+    folder that it began with. Raises ValueError."""
+    source = settings['init_from']
+    if settings.get('denoiser') != 'unet' or not is_folder(source):
+        raise ValueError(f'denoiser={settings.get("denoiser")}, init_from={source!r}: of task=t2i, runs of '
+                         'denoiser=unet can be exported that began with a folder of diffusers')
+    parts = {part: getattr(model, name) for name, part in INSIDE.items()}
+    if len(model.text.blocks) < model.text.config.depth:        # feature_layer: the tower is not whole
+        del parts['text_encoder']
+    export(parts, folder, source, dtype)
 
 
 def to_list(value):

@@ -462,4 +462,4 @@ def build(dit, unet, text, vae, empty):
     model = TextToImage(replace(dit, objective='ddpm', channels=unet.config.out_channels), text, unet, vae, empty)
     model.schedule = schedule_of(unet.config)
     vae.requires_grad_(False)
-    return model.to(memory_format=torch.channels_last)
+    return model
