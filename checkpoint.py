@@ -111,7 +111,7 @@ def build_model(run, tok, weights=True):
     towers = {}
     if vit.hf or decoder.hf:
         import hf
-        towers = hf.towers(vit, decoder, tok.vocab_size, weights)
+        towers = hf.towers(vit, decoder, tok.vocab_size, weights, task)
     if task == 't2i' and run.get('denoiser', 'dit') == 'unet':
         import diffusion
         import sd

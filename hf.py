@@ -1,5 +1,6 @@
 """Any causal language model or vision model of transformers as a tower of ours: `decoder.hf='owner/name'`, `vit.hf=...`
-in a config, with our loop, masks, losses, freezing and checkpoints around it.
+in a config, with our loop, masks, losses, freezing and checkpoints around it; for text to image also text encoders
+(CLIP, T5).
 
     python train.py config/mine.py --decoder.hf=HuggingFaceTB/SmolLM2-135M --vit.hf=google/siglip-base-patch16-224
 
@@ -16,11 +17,24 @@ from hub import fetch
 from model import Decoder, make_attn_masks, positions_of
 
 
-def towers(vit, decoder, vocab_size, weights=True):
+def towers(vit, decoder, vocab_size, weights=True, task='vlm'):
     """{'vit': module, 'decoder': module} of those that the settings ask for. vocab_size: ids that the tokenizer has.
     weights=False: not loaded, for a checkpoint that has them. Raises ValueError."""
     out = {'vit': HFViT(vit, weights)} if vit.hf else {}
-    return out | ({'decoder': HFDecoder(decoder, vocab_size, weights)} if decoder.hf else {})
+    if not decoder.hf:
+        return out
+    kind = HFText if task == 't2i' and not is_causal(decoder.hf) else HFDecoder
+    return out | {'decoder': kind(decoder, vocab_size, weights)}
+
+
+def is_causal(name):
+    """Has transformers a causal language model of this folder's or repository's kind?"""
+    try:
+        import transformers
+        config = transformers.AutoConfig.from_pretrained(fetch(name), trust_remote_code=False)
+        return type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    except (ImportError, ValueError, OSError, KeyError):
+        return True                                         # what is wrong there, open_model says
 
 
 def open_model(name, auto, weights):
@@ -164,3 +178,27 @@ class HFViT(nn.Module):
     def forward(self, pixels):
         """pixels (I, 3, H, W) -> features (I, P, D)."""
         return self.model(pixels).last_hidden_state[:, -self.config.num_patches:]
+
+
+class HFText(nn.Module):
+    """The text encoder of a CLIP, T5 or alike of transformers, as TextToImage reads it."""
+
+    def __init__(self, config, vocab_size, weights=True):
+        super().__init__()
+        refuse_others(config, 'decoder', ('hf', 'vocab_size', 'remat'))
+        model = open_model(config.hf, 'AutoModel', weights)
+        self.model = model.get_encoder() if model.config.is_encoder_decoder else getattr(model, 'text_model', model)
+        known = self.model.get_input_embeddings().num_embeddings
+        if vocab_size > known:
+            raise ValueError(f'decoder.hf={config.hf!r} knows {known} tokens, the tokenizer has {vocab_size}')
+        self.config = replace(config, vocab_size=known, width=self.model.config.hidden_size)
+        if config.remat:
+            model.gradient_checkpointing_enable(dict(use_reentrant=False))
+        freeze_unused(self, self(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.long)))
+
+    def forward(self, tokens, segments):
+        """tokens, segments (B, S), segments 0 where padding, which stands on the right -> features (B, S, D)."""
+        return self.model(input_ids=tokens, attention_mask=(segments > 0).long()).last_hidden_state
+
+
+KINDS = HFViT, HFDecoder, HFText

@@ -4,7 +4,10 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
+
+import checkpoint
 
 FLAGS = ['--device=cpu', '--lanes=8', '--window=4', '--workers=0', '--batch_size=12', '--seq_len=24', '--log_every=1',
          '--max_steps=4', '--lr=1e-2', '--warmup=0', '--task=t2i', '--dit.image_size=16', '--dit.patch_size=8',
@@ -60,6 +63,31 @@ def test_text_tower_of_a_language_model(tmp_path):
     text, llm = tiny.weights(tmp_path / 'a'), tiny.weights(tmp_path / 'llm')
     tiny.same_weights({k[5:]: v for k, v in text.items() if k.startswith('text.')}, llm)
     train(tmp_path / 'b', f'--init_from={tmp_path / "a"}', '--max_steps=1').ok()     # and then the whole
+
+
+@pytest.mark.parametrize('kind', ('clip', 't5'))
+def test_text_tower_of_transformers(kind, tmp_path):
+    """A text encoder of transformers is what is read, to the bit; a checkpoint has it, and it may be frozen."""
+    tf = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    theirs = {
+        'clip': lambda: tf.CLIPTextModel(tf.CLIPTextConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=24)),
+        't5': lambda: tf.T5Model(tf.T5Config(vocab_size=300, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)),
+    }[kind]().eval()
+    theirs.save_pretrained(tmp_path / 'hf')
+    flags = [f for f in FLAGS if not f.startswith('--decoder')]
+    tiny.run('train.py', *flags, f'--out_dir={tmp_path / "a"}', f'--decoder.hf={tmp_path / "hf"}', '--max_steps=1',
+             "--groups=[('^text', {'freeze': True}), ('.*', {})]").ok()
+    model = checkpoint.load_run(tmp_path / 'a')[2]
+    tokens, segments = torch.randint(3, 250, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    segments[1, 5:] = 0
+    encoder = theirs if kind == 'clip' else theirs.get_encoder()
+    expected = encoder(input_ids=tokens, attention_mask=segments).last_hidden_state
+    features, mask = model.encode(tokens, segments)
+    assert torch.equal(mask, segments > 0)
+    torch.testing.assert_close(features[mask], expected[mask], atol=1e-6, rtol=1e-6)
 
 
 def test_pictures_of_a_prompt(run):
