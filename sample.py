@@ -98,6 +98,8 @@ def load_run(folder, *, of='--out_dir and --checkpoint'):
             run, tok, model = hub_sd.load_run(folder)
         else:
             run, tok, model = checkpoints.load_run(folder, ema)
+        if run['task'] == 't2i':
+            model.to(memory_format=torch.channels_last)         # convolutions are faster so
         return run, tok, model.to(device), processors.build(run, tok, checkpoints.image_tokens(model))
     except (ValueError, OSError) as error:
         fail(f'{error}: train first, or give {of}')

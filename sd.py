@@ -4,8 +4,10 @@ U-Net and autoencoder name their modules as diffusers does, so that a state dict
 our other towers. Pictures are -1 to 1; a latent is what the U-Net sees: the autoencoder's, times its scaling_factor.
 
 Axes: B batch, C channels, H W rows and columns of a picture, a latent or a map of features, T = H W pixels as tokens,
-S text tokens, N heads, D width. Maps of features are (B, C, H, W) in memory as (B, H, W, C): tokens are a view of them.
+S text tokens, N heads, D width. Maps of features are (B, C, H, W); with weights of channels_last, which is faster for
+drawing and what hub_sd.py gives, they are (B, H, W, C) in memory, and tokens are a view of them.
 """
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -83,7 +85,7 @@ class ResnetBlock(nn.Module):
         """x (B, C, H, W), time (B, D) after its activation."""
         h = self.conv1(F.silu(self.norm1(x)))
         if time is not None:
-            h = h + self.time_emb_proj(time)[:, :, None, None]
+            h = h + rows_as(self.time_emb_proj(time)[:, :, None, None], h)
         if h.shape[1] != x.shape[1]:
             x = to_map(pixelwise(self.conv_shortcut, to_tokens(x)), x)
         return x + self.conv2(F.silu(self.norm2(h)))
@@ -99,11 +101,14 @@ class Attention(nn.Module):
         self.to_k, self.to_v = (nn.Linear(context_dim or width, width, bias) for _ in range(2))
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
+    def read(self, context):
+        """Keys and values of a context (B, S, D), each (B, S, N, H)."""
+        return tuple(f(context).unflatten(-1, (self.num_heads, -1)) for f in (self.to_k, self.to_v))
+
     def forward(self, x, context=None, mask=None):
-        """x (B, T, D), context (B, S, D) or None, mask bool (B, 1, S)."""
-        context = x if context is None else context
-        q, k, v = (f(y).unflatten(-1, (self.num_heads, -1)) for f, y in
-                   ((self.to_q, x), (self.to_k, context), (self.to_v, context)))        # (B, T or S, N, H)
+        """x (B, T, D), context (B, S, D), or what `read` gave of it, or None: x itself; mask bool (B, 1, S)."""
+        k, v = context if isinstance(context, tuple) else self.read(x if context is None else context)
+        q = self.to_q(x).unflatten(-1, (self.num_heads, -1))                            # (B, T, N, H)
         return self.to_out(attention(q, k, v, mask).flatten(2))
 
 
@@ -127,6 +132,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x, context, mask):
         x = x + self.attn1(self.norm1(x))
+        x = rows_as(x, context[0] if isinstance(context, tuple) else context)
         x = x + self.attn2(self.norm2(x), context, mask)
         return x + self.ff['net'](self.norm3(x))
 
@@ -145,21 +151,24 @@ class SpatialTransformer(nn.Module):
     def forward(self, x, context, mask):
         h = pixelwise(self.proj_in, to_tokens(self.norm(x)))
         h = self.transformer_blocks[0](h, context, mask)
+        x = rows_as(x, h)
         return x + to_map(pixelwise(self.proj_out, h), x)
 
 
-class PixelAttention(nn.Module):
+class PixelAttention(Attention):
     """Of the autoencoder: every pixel sees every other, one head."""
 
     def __init__(self, width, groups):
-        super().__init__()
+        super().__init__(width, 1, bias=True)
         self.group_norm = nn.GroupNorm(groups, width, 1e-6)
-        attention = Attention(width, 1, bias=True)
-        self.to_q, self.to_k, self.to_v, self.to_out = attention.to_q, attention.to_k, attention.to_v, attention.to_out
-        self.num_heads = 1
 
-    def forward(self, x, *_):
-        return x + to_map(Attention.forward(self, to_tokens(self.group_norm(x))), x)
+    def forward(self, x, context=None, mask=None):
+        return x + to_map(super().forward(to_tokens(self.group_norm(x))), x)
+
+
+def rows_as(x, like):
+    """x (B, ...), repeated to as many rows as `like` has: until a text is read, what two texts guide is the same."""
+    return x if len(x) == len(like) else torch.cat([x] * (len(like) // len(x)))
 
 
 def to_tokens(x):
@@ -292,26 +301,36 @@ class UNet2DCondition(nn.Module):
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, width, c.norm_eps)
         self.conv_out = nn.Conv2d(width, c.out_channels, 3, padding=1)
 
+    def read(self, context):
+        """A text (B, S, D) as keys and values for each attention on it, which are the same at all times."""
+        return [module.attn2.read(context) for module in self.modules() if isinstance(module, TransformerBlock)]
+
     def forward(self, x, t, context, context_mask=None):
-        """x (B, C, H, W), t (B,) of 0 to 999, context (B, S, D), context_mask bool (B, S) -> (B, C, H, W)."""
+        """x (B, C, H, W), t (B,) of 0 to 999, context (B, S, D), or what `read` gave of it, context_mask bool (B, S)
+        -> (B, C, H, W). With n times as many texts as x has rows, x and t are meant n times: (n B, C, H, W)."""
         time = self.time_embedding['linear_1'](time_features(t, self.config.block_out_channels[0]).to(x.dtype))
         time = F.silu(self.time_embedding['linear_2'](F.silu(time)))                    # (B, D)
         mask = None if context_mask is None else context_mask[:, None]                  # (B, 1, S)
-        run, remat = run_block, self.config.remat
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        texts = iter(context) if isinstance(context, list) else itertools.repeat(context)
+
+        def block(level, i, x):
+            text = next(texts) if i < len(level.attentions) else None
+            return run_block(level.block, self.config.remat, i, x, time, text, mask)
+
+        x = self.conv_in(x)
         skips = [x]
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
-                x = run(level.block, remat, i, x, time, context, mask)
+                x = block(level, i, x)
                 skips.append(x)
             for sampler in level.downsamplers:
                 x = sampler.conv(x)
                 skips.append(x)
         for i in range(2):
-            x = run(self.mid_block.block, remat, i, x, time, context, mask)
+            x = block(self.mid_block, i, x)
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
-                x = run(level.block, remat, i, torch.cat((x, skips.pop()), 1), time, context, mask)
+                x = block(level, i, torch.cat((x, rows_as(skips.pop(), x)), 1))
             x = level.upsample(x, skips[-1].shape[2:]) if skips else x      # as large as it was, if 2 does not divide
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
@@ -335,7 +354,7 @@ class PictureEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(x)
         for level in self.down_blocks:
             for i in range(len(level.resnets)):
                 x = level.block(i, x)
@@ -360,7 +379,7 @@ class PictureDecoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(x)
         x = self.mid_block.block(1, self.mid_block.block(0, x))
         for level in self.up_blocks:
             for i in range(len(level.resnets)):
