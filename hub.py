@@ -678,8 +678,8 @@ def bytes_tokenizer(added):
 
 def config_lines(name):
     """The settings of a model as the lines of a config file."""
-    import hub_sd
-    if hub_sd.is_folder(name):
+    if os.path.isfile(os.path.join(name, 'unet', 'config.json')):
+        import hub_sd
         lines = [f'# the settings of {name}, by python hub.py config', f'init_from = {name!r}',
                  f'tokenizer = {os.path.join(name, "tokenizer")!r}']
         return '\n'.join(lines + [f'{key} = {value!r}' for key, value in hub_sd.settings_of(name).items()]) + '\n'

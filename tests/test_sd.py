@@ -14,7 +14,7 @@ tf = pytest.importorskip('transformers')
 
 import hub_sd  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
-from sd import UNet2DCondition, schedule_of  # noqa: E402
+from sd import Level, UNet2DCondition, doubled, schedule_of  # noqa: E402
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()
@@ -143,6 +143,25 @@ def test_an_autoencoders_moments_pictures_and_gradients(saved):
     (theirs.decode(posterior.mean).sample.square().sum() + posterior.std.sum()).backward()
     (ours.decode(mean).square().sum() + std.sum() / scale).backward()
     same_gradients(ours, theirs, 'vae')
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_after_doubling(memory_format):
+    """Is that of the doubled pixels, with its gradients; U-Net and autoencoder take this way with 256 pixels or more."""
+    conv = torch.nn.Conv2d(5, 3, 3, padding=1).to(memory_format=memory_format)
+    x = randn(2, 5, 4, 7).requires_grad_()
+    grads = []
+    for f in (lambda: doubled(conv, x), lambda: conv(torch.nn.functional.interpolate(x, scale_factor=2.0))):
+        out = f()
+        grads.append([out, *torch.autograd.grad(out.sin().sum(), [x, conv.weight, conv.bias])])
+    for got, want in zip(*grads):
+        close(got, want)
+    level = Level([(8, 8)], 0, 4, 1e-6, up=True).to(memory_format=memory_format)
+    z = randn(1, 8, 16, 16)
+    want = level.upsamplers[0].conv(torch.nn.functional.interpolate(z, scale_factor=2.0))
+    close(level.upsample(z, (32, 32)), want)
+    close(level.upsample(z[..., :15], (31, 29)), level.upsamplers[0].conv(
+        torch.nn.functional.interpolate(z[..., :15], (31, 29))))
 
 
 def test_drawn_latents_have_their_moments_and_depend_on_their_key_alone(saved):
