@@ -102,7 +102,7 @@ def build_model(run, tok, weights=True):
         return kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
 
     vit, decoder, task = part('vit', ViTConfig), part('decoder', DecoderConfig), run['task']
-    shape = vit, decoder, tok.vocab_size, tok.image_id, run['pixel_shuffle'], run.get('connector_bias', True)
+    shape = vit, decoder, tok.vocab_size, tok.image_id, run.get('pixel_shuffle', 1), run.get('connector_bias', True)
     if task in ('policy', 'vla'):
         import policies
         config = part(task, dict(policy=policies.PolicyConfig, vla=policies.VLAConfig)[task])
@@ -112,6 +112,16 @@ def build_model(run, tok, weights=True):
     if vit.hf or decoder.hf:
         import hf
         towers = hf.towers(vit, decoder, tok.vocab_size, weights, task)
+    if task == 't2i' and run.get('denoiser', 'dit') == 'unet':
+        import diffusion
+        import sd
+        clip = part('clip', sd.CLIPTextConfig)
+        empty = tokenizers.clip_row(tok, '', clip.max_length)
+        if max(empty) >= clip.vocab_size:
+            raise ValueError(f'clip.vocab_size={clip.vocab_size}, but the tokenizer has token {max(empty)}: it is not '
+                             'this model\'s')
+        return sd.build(part('dit', diffusion.DiTConfig), sd.UNet2DCondition(part('unet', sd.UNetConfig)),
+                        sd.CLIPText(clip), sd.AutoencoderKL(part('vae', sd.VAEConfig)), empty)
     if task == 't2i':
         import diffusion
         return diffusion.build(part('dit', diffusion.DiTConfig), decoder, tok.vocab_size, [tok.bos_id, tok.eos_id],

@@ -4,8 +4,9 @@ import re
 import shards
 
 CHOICES = {'task': ('vlm', 'llm', 'siglip', 'policy', 'vla', 't2i'), 'resume': ('auto', 'never'),
-           'pair_with': ('batch', 'all'), 'optimizer': ('adamw', 'muon'), 'dtype': ('float32', 'bfloat16', 'float16'),
-           'matmul': ('highest', 'high', 'medium'), 'schedule': ('cosine', 'linear', 'constant', 'wsd')}
+           'denoiser': ('dit', 'unet'), 'pair_with': ('batch', 'all'), 'optimizer': ('adamw', 'muon'),
+           'dtype': ('float32', 'bfloat16', 'float16'), 'matmul': ('highest', 'high', 'medium'),
+           'schedule': ('cosine', 'linear', 'constant', 'wsd')}
 
 
 def check(s, world):
@@ -16,6 +17,10 @@ def check(s, world):
     check_batch(s, world)
     if s.task in ('policy', 'vla'):
         check_policy(s)
+    length = getattr(s, 'clip.max_length', 0)
+    if s.denoiser == 'unet' and (s.task != 't2i' or s.seq_len != length):
+        raise ValueError(f'denoiser=unet with task={s.task} and seq_len={s.seq_len}: expected task=t2i and seq_len='
+                         f'{length}, which is clip.max_length')
     if sum(x > 0 for x in (s.max_steps, s.max_samples, s.epochs)) != 1 or min(s.max_steps, s.max_samples, s.epochs) < 0:
         raise ValueError(f'the run\'s length is one of max_steps={s.max_steps}, max_samples={s.max_samples}, '
                          f'epochs={s.epochs}: set one above 0 and leave the others at 0')

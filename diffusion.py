@@ -450,7 +450,8 @@ class TextToImage(nn.Module):
     """Pictures from sentences, by a DiT or another denoiser, in pixels of -1 to 1 or in latents.
 
     text: a Decoder (at its feature_layer), or a module: text(tokens (B, S), segments (B, S)) -> (B, S, W).
-    denoiser: denoiser(x (B, C, H, W), t (B,), context (B, S, W), context_mask (B, S)) -> (B, C, H, W).
+    denoiser: denoiser(x (B, C, H, W), t (B,), context (B, S, W), context_mask (B, S)) -> (B, C, H, W). One that has
+    `read` is given read(context) in sampling, once for all steps, and x once for its two sentences.
     vae: turns pictures to latents and back (`encode(pixels, keys)`, `decode`); without it pixels, or latents, go in and
     come out.
     empty: token ids of the empty sentence, which is what is read where the condition is dropped, in training
@@ -527,11 +528,16 @@ class TextToImage(nn.Module):
             tokens, segments = (torch.cat(pair) for pair in zip(
                 (tokens, segments), self.dropped(tokens, segments, everyone)))
         context, context_mask = self.encode(tokens, segments)
+        reads = hasattr(self.denoiser, 'read')
+        context = self.denoiser.read(context) if reads else context
 
         def predict(x, t):
+            if both and not reads:
+                x, t = torch.cat((x, x)), torch.cat((t, t))
+            output = self.denoiser(x, t, context, context_mask)
             if not both:
-                return self.denoiser(x, t, context, context_mask)
-            told, untold = self.denoiser(torch.cat((x, x)), torch.cat((t, t)), context, context_mask).chunk(2)
+                return output
+            told, untold = output.chunk(2)
             return untold + guidance * (told - untold)
 
         x, skip, after = noise, 0, None

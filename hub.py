@@ -273,22 +273,25 @@ def read_config(folder):
         raise ValueError(f'{path}: {error}') from None
 
 
-def files_of(folder):
-    """{name of a tensor there: its .safetensors file}. Raises ValueError."""
-    index, single = (os.path.join(folder, name) for name in ('model.safetensors.index.json', 'model.safetensors'))
-    if os.path.exists(index):
-        files = read_json(index).get('weight_map')
-        if not isinstance(files, dict) or not all(isinstance(f, str) and re.fullmatch(r'[\w.-]+\.safetensors', f)
-                                                  for f in files.values()):
-            raise ValueError(f'{index}: weight_map does not name .safetensors files beside it')
-        return {name: os.path.join(folder, file) for name, file in files.items()}
-    if not os.path.exists(single):
-        other = sorted(f for f in os.listdir(folder) if f.endswith(('.bin', '.pt', '.pth', '.gguf')))
-        raise ValueError(f'{folder!r} has no model.safetensors' + (
-            f' ({", ".join(other)} can not be read: pickles run code; save it with safe_serialization=True)'
-            if other else ''))
-    with opened(single) as f:
-        return dict.fromkeys(f.keys(), single)
+def files_of(folder, stem='model'):
+    """{name of a tensor there: its .safetensors file}; stem: how the files' names begin. fp16 only where there is
+    nothing else. Raises ValueError."""
+    for variant in ('', '.fp16'):
+        index = os.path.join(folder, f'{stem}.safetensors.index{variant}.json')
+        if os.path.exists(index):
+            files = read_json(index).get('weight_map')
+            if not isinstance(files, dict) or not all(isinstance(f, str) and re.fullmatch(r'[\w.-]+\.safetensors', f)
+                                                      for f in files.values()):
+                raise ValueError(f'{index}: weight_map does not name .safetensors files beside it')
+            return {name: os.path.join(folder, file) for name, file in files.items()}
+        single = os.path.join(folder, f'{stem}{variant}.safetensors')
+        if os.path.exists(single):
+            with opened(single) as f:
+                return dict.fromkeys(f.keys(), single)
+    other = sorted(f for f in os.listdir(folder) if f.endswith(('.bin', '.pt', '.pth', '.gguf')))
+    raise ValueError(f'{folder!r} has no {stem}.safetensors' + (
+        f' ({", ".join(other)} can not be read: pickles run code; save it with safe_serialization=True)'
+        if other else ''))
 
 
 def opened(path):
@@ -435,7 +438,7 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
 def load(model, folder, skip=()):
     """Copy what a folder of transformers (or an .npz of big_vision) and our model share into the model, sharded or not,
     one tensor at a time: the names that were loaded. Raises ValueError."""
-    ours, loaded = model.state_dict(), []
+    ours = model.state_dict()
     if folder.endswith('.npz'):
         rows = ((name, fitted(tensor, name, tuple(ours[name].shape), folder))
                 for name, tensor in big_vision.tensors(model, folder) if not any(re.search(r, name) for r in skip))
@@ -444,6 +447,12 @@ def load(model, folder, skip=()):
         if different := differences(model, folder):
             raise ValueError(f'{folder!r} has ' + ', '.join(f'{k}={b!r} (here {a!r})' for k, (a, b) in
                              different.items()) + f': python hub.py config {folder} prints all of its settings')
+    return copy_into(model, rows)
+
+
+def copy_into(model, rows):
+    """Copy (name, tensor) pairs into a model, sharded or not: the names."""
+    ours, loaded = model.state_dict(), []
     for name, tensor in rows:
         target = ours[name]
         tensor = tensor.to(target.device, target.dtype)
@@ -551,26 +560,32 @@ def written_name(key, kind):
     return names[start] + key[len(start):]
 
 
+def write_tensors(tensors, folder, stem='model', max_shard_size='5GB'):
+    """{name: tensor} as .safetensors files, with an index where there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    os.makedirs(folder, exist_ok=True)
+    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size,
+                                              filename_pattern=stem + '{suffix}.safetensors')
+    for file, names in plan.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, os.path.join(folder, file), {'format': 'pt'})
+    if plan.is_sharded:
+        checkpoint.write_json(os.path.join(folder, f'{stem}.safetensors.index.json'),
+                              dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
+
+
 def export(model, folder, dtype=torch.float32, max_shard_size='5GB'):
     """Write config.json and .safetensors files that transformers loads: the same logits, in fp32 the same bits.
 
     Raises ValueError for a model that it has not."""
-    from huggingface_hub import split_torch_state_dict_into_shards
     if not isinstance(model, Decoder | ViT | VLM):
         raise ValueError(f'{type(model).__name__} has no counterpart in transformers: only Decoder, ViT and VLM do')
     config = to_theirs(model.config) | dict(dtype=str(dtype).removeprefix('torch.'))
-    os.makedirs(folder, exist_ok=True)
     ours = model.state_dict()
     out = {}
     for key, name in our_names(model).items():
         tensor = ours[name].detach().to('cpu', dtype).contiguous()
         out[written_name(key, config['model_type'])] = tensor[0] if name.endswith('pos_embed') else tensor
-    plan = split_torch_state_dict_into_shards(out, max_shard_size=max_shard_size)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: out[name] for name in names}, os.path.join(folder, file), {'format': 'pt'})
-    if plan.is_sharded:
-        checkpoint.write_json(os.path.join(folder, 'model.safetensors.index.json'),
-                              dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
+    write_tensors(out, folder, max_shard_size=max_shard_size)
     checkpoint.write_json(os.path.join(folder, 'config.json'), config)
 
 
@@ -578,6 +593,9 @@ def export_run(run, folder, dtype=torch.float32):
     """A run, or one of its checkpoints, as a folder that transformers loads: also what its tokenizer and processor
     read. Raises ValueError."""
     settings, tok, model = checkpoint.load_run(run)
+    if settings['task'] == 't2i':
+        import hub_sd
+        return hub_sd.export_run(settings, model, folder, dtype)
     model = model.vit if settings['task'] == 'siglip' else model
     export(model, folder, dtype)
     config = read_json(os.path.join(folder, 'config.json'))
@@ -660,6 +678,11 @@ def bytes_tokenizer(added):
 
 def config_lines(name):
     """The settings of a model as the lines of a config file."""
+    if os.path.isfile(os.path.join(name, 'unet', 'config.json')):
+        import hub_sd
+        lines = [f'# the settings of {name}, by python hub.py config', f'init_from = {name!r}',
+                 f'tokenizer = {os.path.join(name, "tokenizer")!r}']
+        return '\n'.join(lines + [f'{key} = {value!r}' for key, value in hub_sd.settings_of(name).items()]) + '\n'
     config = read_config(fetch(name))
     kind = {DecoderConfig: 'llm', ViTConfig: 'siglip', VLMConfig: 'vlm'}[type(config)]
     lines = [f'# the settings of {name}, by python hub.py config', f'task = {kind!r}', f'init_from = {name!r}']

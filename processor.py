@@ -29,7 +29,7 @@ import numpy as np
 
 from chat import CHATS, Chat, read_messages, read_template
 from shards import BadSample
-from tokenizer import read_json
+from tokenizer import clip_row, read_json
 
 SEEN, READ, LEARNED = 0, 1, 2
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -68,6 +68,7 @@ def fields(members, pictures=True, lowdim=False, cameras=()):
         except UnicodeEncodeError:
             raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
     found = sorted((ext.rpartition('.')[0], ext) for ext in members if ext.rpartition('.')[2] in PICTURES)
+    found += [('latents', 'latents.npy')] if 'latents.npy' in members else []       # as prepare/latents.py writes them
     if pictures and cameras:
         by_name = dict(found)
         found = [(name, by_name.get(name)) for name in cameras]
@@ -135,6 +136,12 @@ def t2i(sample, p):
     return [(sample['pictures'][0], READ), (p.tokenizer.bos_id, READ), (caption, READ), (p.tokenizer.eos_id, READ)]
 
 
+def clip(sample, p):
+    """`t2i` as CLIP reads it: seq_len tokens, padding among them, which Stable Diffusion looks at, too."""
+    picture, _, (caption, _), _ = t2i(sample, p)
+    return [picture, (clip_row(p.tokenizer, caption, p.seq_len), READ)]
+
+
 def question(sample, p):
     """(prefix, suffix) of a sample: its own, or the prompt of the settings and the caption; actions have no answer."""
     prefix = sample.get('prefix', sample.get('instruction', p.prompt))
@@ -167,7 +174,8 @@ def chat(sample, p):
     return parts
 
 
-FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair, 't2i': t2i, 'robot': robot} | dict.fromkeys(CHATS, chat)
+FORMS = {'paligemma': paligemma, 'text': text, 'pair': pair, 't2i': t2i, 'clip': clip, 'robot': robot} | dict.fromkeys(
+    CHATS, chat)
 
 
 # of a model folder, what a processor is made from
@@ -306,9 +314,12 @@ def build(config, tokenizer, image_tokens):
     form = config.get('processor', 'auto')
     if form == 'auto':
         form = {'vlm': 'paligemma', 'llm': 'text', 'siglip': 'pair', 't2i': 't2i'}.get(config['task'], 'robot')
+        form = 'clip' if config.get('denoiser') == 'unet' else form
     # a policy may see nothing but its state and a sentence
     pictures = config['task'] != 'llm' and (config['task'] != 'policy' or config['policy.encoder'] == 'vlm')
     size = config['dit.image_size' if config['task'] == 't2i' else 'vit.image_size']
+    if config.get('denoiser') == 'unet':        # pictures have more pixels than latents
+        size *= 2 ** (len(config['vae.block_out_channels']) - 1)
     files, draft = dict(form=form), config.get('image_draft', True)
     if os.path.isdir(form):
         files = read_model_folder(form, pictures) | dict(where=f'processor={form!r}')
@@ -482,7 +493,7 @@ class Processor:
             return [self.words[members['json']] | {'lowdim': self.pad_lowdim(**actions.read(members)['lowdim'])}]
         sample = fields(members, self.with_pictures, any(self.lowdim), self.cameras)
         asked = sample['pictures'] or sample.keys() & {'prefix', 'suffix', 'messages', 'instruction'}
-        whole = self.function in FORMS.values() and self.function not in (pair, t2i) and not asked
+        whole = self.function in FORMS.values() and self.function not in (pair, t2i, clip) and not asked
         parts = (document if whole else self.function)(sample, self)
         ids, learned, blocks = [], [], []
         for item, role in parts:
@@ -530,8 +541,11 @@ class Processor:
         return caption
 
     def pixels(self, data, rng=None):
-        """Encoded picture -> RGB uint8 (image_size, image_size, 3), on white, bicubic if no folder says otherwise."""
+        """Encoded picture -> RGB uint8 (image_size, image_size, 3), on white, bicubic if no folder says otherwise; the
+        moments of a latent as they are, fp16 (2 C, H, W)."""
         from PIL import Image
+        if data.startswith(b'\x93NUMPY'):
+            return read_latents(data)
         picture = open_picture(data, self.image_size if self.draft else 0)
         if picture.mode == 'RGBA' and rng is None:
             picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture).convert('RGB')
@@ -571,6 +585,17 @@ class Processor:
         out['actions'][:h, :a], out['is_pad'][:h], out['action_mask'][:a] = actions, is_pad, True
         out['proprio'][:p], out['proprio_mask'][:p] = proprio, True
         return out
+
+
+def read_latents(data):
+    """Bytes of a .latents.npy -> fp16 (2 C, H, W), means and standard deviations. Raises BadSample."""
+    try:
+        moments = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BadSample(f'.latents.npy can not be read ({error})') from None
+    if moments.dtype != np.float16 or moments.ndim != 3 or moments.shape[0] % 2 or not np.isfinite(moments).all():
+        raise BadSample(f'.latents.npy is {moments.dtype} {moments.shape}: expected numbers of float16 (2 C, H, W)')
+    return moments
 
 
 def read_tokens(data, ext):
@@ -645,11 +670,12 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     """Pieces (None: a placeholder, an empty row) -> a batch, a dict of small arrays:
 
     tokens, targets int32, blocks uint8, segments int16 (B, T); parts int16 (B, T) or (B, 1), whose data set a target
-    is; of the form t2i, positions (B,) in the run; pixels uint8 (I, H, W, 3), and pictures (B,), how many of them each
-    row has; lowdim: a dict of arrays (A, ...), with `rows` (A,) and, where the settings name cameras, `camera_mask`;
-    texts, one a row; num_tokens, num_targets. blocks and segments are left out where a row is just causal. A batch of
-    nothing but sequences of one type has `ids` (B, L) instead, of which `token_rows` makes tokens, targets and segments
-    on the device, and `cut`: whether it needs the segments.
+    is; of the forms t2i and clip, positions (B,) in the run; pixels uint8 (I, H, W, 3), or fp16 (I, 2 C, H, W) the
+    moments of latents, and pictures (B,), how many of them each row has; lowdim: a dict of arrays (A, ...), with `rows`
+    (A,) and, where the settings name cameras, `camera_mask`; texts, one a row; num_tokens, num_targets. blocks and
+    segments are left out where a row is just causal. A batch of nothing but sequences of one type has `ids` (B, L)
+    instead, of which `token_rows` makes tokens, targets and segments on the device, and `cut`: whether it needs the
+    segments.
 
     pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is one; empty ones fill
     up. ready: sequences and their data set, [(ids, part), ...], which come first."""
@@ -686,12 +712,12 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
                        ] if 'lowdim' in piece else []
             texts[i], positions[i] = piece['text'], piece.get('position', 0)
             a = here.stop
-    if p.function in (pair, t2i):       # one target a picture, so that pictures are what the loss is a mean over
+    if p.function in (pair, t2i, clip):       # one target a picture, so that pictures are what the loss is a mean over
         targets[:, 1:] = -100
         targets[:, 0] = np.where(counts > 0, tokens[:, 0], -100)
     batch = dict(tokens=tokens, targets=targets, blocks=blocks, segments=segments, parts=parts, pictures=counts,
                  texts=texts, num_tokens=int((segments > 0).sum()), num_targets=int((targets != -100).sum()))
-    if p.function is t2i:
+    if p.function in (t2i, clip):
         batch['positions'] = positions
     if pictures:
         batch['pixels'] = np.stack(pictures)
@@ -746,7 +772,9 @@ def to_device(batch, device, p):
         ids = as_tensor(batch['ids']).to(device, non_blocking=True)
         rows = token_rows(ids, p.seq_len, p.tokenizer, p.documents)
         out |= dict(zip(('tokens', 'targets', 'segments')[:2 + batch['cut']], rows))
-    if 'pixels' in batch:
+    if 'pixels' in batch and as_tensor(batch['pixels']).is_floating_point():                # moments of latents
+        out['pixels'] = as_tensor(batch['pixels']).to(device, non_blocking=True).float()
+    elif 'pixels' in batch:
         out['pixels'] = to_pixels(batch['pixels'], device, p.mean, p.std)
     if 'lowdim' in batch:
         out['lowdim'] = {k: as_tensor(v).to(device, non_blocking=True) for k, v in batch['lowdim'].items()}

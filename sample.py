@@ -6,6 +6,7 @@
     python sample.py --out_dir=out/llm --prompt='Once upon'
     python sample.py --out_dir=out/t2i_emoji --prompt='noto: red apple' --n=16          (PNGs in out_dir/samples)
     python sample.py --out_dir=out/t2i_emoji --prompt=... --image=a.png --strength=0.6 [--mask=white_is_new.png]
+    python sample.py --out_dir=<a folder of diffusers> --prompt='a red apple' --guidance=7.5 --n=4 (Stable Diffusion)
     python sample.py --out_dir=out/t2i_emoji --eval=mix,heldout --judge=out/vlm_judge
                                                         (what a captioner reads in its pictures, and in the real ones)
     python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20  (success, and controls)
@@ -84,16 +85,28 @@ if device == 'auto':
 # the run: its settings, tokenizer and weights
 
 
+def is_diffusers(path):
+    """Is it a folder of diffusers, with Stable Diffusion?"""
+    return os.path.isfile(os.path.join(path, 'unet', 'config.json'))
+
+
 def load_run(folder, *, of='--out_dir and --checkpoint'):
     """(settings, tokenizer, model, processor) of a run or a checkpoint."""
     try:
-        run, tok, model = checkpoints.load_run(folder, ema)
+        if is_diffusers(folder):
+            import hub_sd
+            run, tok, model = hub_sd.load_run(folder)
+        else:
+            run, tok, model = checkpoints.load_run(folder, ema)
+        if run['task'] == 't2i':
+            model.to(memory_format=torch.channels_last)         # convolutions are faster so
         return run, tok, model.to(device), processors.build(run, tok, checkpoints.image_tokens(model))
     except (ValueError, OSError) as error:
         fail(f'{error}: train first, or give {of}')
 
 
-ours = run, tok, model, processor = load_run(os.path.join(out_dir, 'checkpoints', checkpoint))
+ours = run, tok, model, processor = load_run(
+    out_dir if is_diffusers(out_dir) else os.path.join(out_dir, 'checkpoints', checkpoint))
 if run['task'] == 'siglip':
     fail(f'{out_dir} is a vision tower (task=siglip), it has no words: give the run of a vlm or llm')
 
@@ -256,7 +269,7 @@ def draw_prompt():
             with open(name, 'rb') as f:
                 start = processors.to_pixels(processor.pixels(f.read())[None], device, processor.mean, processor.std)
         if mask:
-            new = Image.open(mask).convert('L').resize(start.shape[2:], Image.Resampling.NEAREST)
+            new = Image.open(mask).convert('L').resize((model.config.image_size,) * 2, Image.Resampling.NEAREST)
             new = torch.tensor(np.array(new) > 127, device=device)[None, None]
     except (OSError, shards.BadSample) as error:
         fail(f'--image={image} --mask={mask}: {error}', 1)

@@ -1,12 +1,13 @@
 """Tokenizers behind one small interface: `encode`, `decode`, `vocab_size` and the ids of the special tokens.
 
 `load(name)` takes `bytes` (no file), `x.model` (sentencepiece), `x.tiktoken` (BPE ranks), `tokenizer.json` (Hugging
-Face) or a folder that holds one of them; nothing is downloaded. Every tokenizer has `bos_id`, `eos_id`, `pad_id` and
-`image_id`, the token that marks where a picture goes; those a file lacks get new ids after its own. Text never turns
-into one of them, nor into one of `specials` ({text: id}, what a tokenizer.json flags as special, a sentencepiece model
-as control); <loc0001> and <seg001> of PaliGemma it does turn into. `special('<start_of_turn>')` is the id of the token
-spelled so, or None; `names`: how a file spells bos_token, eos_token ...; `files`: what was read.
-`mark_up` encodes what a chat template wrote, whose markers do become special tokens.
+Face), `merges.txt` (CLIP's, beside its vocab.json) or a folder that holds one of them; nothing is downloaded. Every
+tokenizer has `bos_id`, `eos_id`, `pad_id` and `image_id`, the token that marks where a picture goes; those a file lacks
+get new ids after its own. Text never turns into one of them, nor into one of `specials` ({text: id}, what a
+tokenizer.json flags as special, a sentencepiece model as control); <loc0001> and <seg001> of PaliGemma it does turn
+into. `special('<start_of_turn>')` is the id of the token spelled so, or None; `names`: how a file spells bos_token,
+eos_token ...; `files`: what was read. `mark_up` encodes what a chat template wrote, whose markers do become special
+tokens.
 """
 import base64
 import json
@@ -204,16 +205,47 @@ def named_tokens(path):
         raise ValueError(f'{path!r} does not say which tokens are special: {error!r}') from None
 
 
+def clip(path):
+    """CLIP's tokenizer (arXiv 2103.00020) of a merges.txt and the vocab.json beside it, as transformers has it: lower
+    case, any spaces are one, and a word's last letter is another than the same inside it. Raises ValueError."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+    try:
+        bpe = models.BPE.from_file(os.path.join(os.path.dirname(path), 'vocab.json'), path, unk_token=END,
+                                   end_of_word_suffix='</w>')
+    except Exception as error:                  # the library raises no narrower one
+        raise ValueError(f'tokenizer {path!r} and the vocab.json beside it can not be read: {error}') from None
+    if bpe.token_to_id('<|startoftext|>') is None:
+        raise ValueError(f'tokenizer {path!r} is not CLIP\'s: of others the tokenizer.json is read')
+    model = Tokenizer(bpe)
+    model.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Lowercase()])
+    model.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(words), 'removed', invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    model.add_special_tokens(['<|startoftext|>', END])
+    return model
+
+
+def clip_row(tokenizer, text, length=77):
+    """Ids of a text as CLIP reads it: bos, at most length - 2 tokens, eos, padding."""
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)[:length - 2], tokenizer.eos_id]
+    return ids + [tokenizer.pad_id] * (length - len(ids))
+
+
 class HuggingFace:
-    """A tokenizer.json of the tokenizers library; the files beside it say which tokens are bos, eos, pad and image."""
+    """A tokenizer.json of the tokenizers library, or CLIP's merges.txt; the files beside it say which tokens are bos,
+    eos, pad and image."""
 
     def __init__(self, path):
         try:
             import tokenizers
         except ImportError:
             raise ValueError(f'tokenizer {path!r} needs a package that is not here: pip install tokenizers') from None
+        is_clip = path.endswith('.txt')
         try:
-            self.model = tokenizers.Tokenizer.from_file(path)
+            self.model = clip(path) if is_clip else tokenizers.Tokenizer.from_file(path)
+        except ValueError:
+            raise
         except Exception as error:              # the library raises no narrower one
             raise ValueError(f'tokenizer {path!r} is not a tokenizer.json: {error}') from None
         found = self.model.get_added_tokens_decoder().values()
@@ -222,9 +254,10 @@ class HuggingFace:
                                    for token in found if PLACES.fullmatch(token.content)])
             self.model = tokenizers.Tokenizer.from_str(self.model.to_str())     # only then does it heed the new flags
         beside = [os.path.join(os.path.dirname(path), n) for n in ('tokenizer_config.json', 'special_tokens_map.json')]
-        self.files = (path, *filter(os.path.isfile, beside))
-        named = {}
-        for file in self.files[:0:-1]:          # tokenizer_config.json has the last word
+        beside = [*filter(os.path.isfile, beside)]
+        self.files = (path, *beside, *[os.path.join(os.path.dirname(path), 'vocab.json')] * is_clip)
+        named = {'pad_token': END} if is_clip else {}
+        for file in beside[::-1]:               # tokenizer_config.json has the last word
             named |= named_tokens(file)
         added = {token.content: i for i, token in self.model.get_added_tokens_decoder().items()}
         own = {role: self.model.token_to_id(named[role]) if role in named else
@@ -323,16 +356,18 @@ def load(name):
     if name == 'bytes':
         return Bytes()
     if os.path.isdir(name):
-        found = sorted(f for f in os.listdir(name) if f == 'tokenizer.json' or f.endswith(('.model', '.tiktoken')))
+        found = sorted(f for f in os.listdir(name) if f.endswith(('.model', '.tiktoken')) or f in (
+            'tokenizer.json', 'merges.txt'))
         chosen = [f for f in ('tokenizer.json', 'tokenizer.model') if f in found][:1] or found
         if len(chosen) != 1:
             raise ValueError(f'tokenizer={name!r} is a folder with {" and ".join(found) or "no file"} of the kinds '
-                             'tokenizer.json, .model, .tiktoken: give the path of one file')
+                             'tokenizer.json, .model, .tiktoken, merges.txt: give the path of one file')
         name = os.path.join(name, chosen[0])
-    kind = {'.model': SentencePiece, '.tiktoken': Tiktoken, '.json': HuggingFace}.get(os.path.splitext(name)[1])
+    kinds = {'.model': SentencePiece, '.tiktoken': Tiktoken, '.json': HuggingFace, 'merges.txt': HuggingFace}
+    kind = next((kind for ending, kind in kinds.items() if name.endswith(ending)), None)
     if kind is None:
         raise ValueError(f'tokenizer={name!r} is of no known kind: give bytes, a .model file (sentencepiece), a '
-                         '.tiktoken file, a tokenizer.json or a folder that holds one')
+                         '.tiktoken file, a tokenizer.json, a merges.txt or a folder that holds one')
     if not os.path.isfile(name):
         raise FileNotFoundError(f'tokenizer={name!r} does not exist: make it with the data set (prepare/) or give '
                                 'another path')

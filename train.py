@@ -47,6 +47,11 @@ try:
 except ModuleNotFoundError:     # deleted: what is left trains language and vision-language models
     diffusion = None
 try:
+    import hub_sd
+    import sd
+except ModuleNotFoundError:     # deleted: no Stable Diffusion
+    hub_sd = sd = None
+try:
     import actions
     import policies
 except ModuleNotFoundError:     # deleted: no robots
@@ -68,10 +73,16 @@ pair_bias = -10.0                   # siglip: the logit of a pair at the start, 
 policy = policies.PolicyConfig() if policies else {}      # task=policy
 vla = policies.VLAConfig() if policies else {}            # task=vla, beside vit and decoder
 dit = diffusion.DiTConfig() if diffusion else {}          # task=t2i, beside decoder
+denoiser = 'dit'                    # t2i: dit | unet (Stable Diffusion: unet, clip and vae; of dit image_size, the rows
+#                                     of a latent, and drop)
+unet = sd.UNetConfig() if sd else {}
+clip = sd.CLIPTextConfig() if sd else {}
+vae = sd.VAEConfig() if sd else {}
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;
-#                                     a folder of transformers, or its name on the Hugging Face hub
+#                                     a folder of transformers, or its name on the Hugging Face hub; unet: a folder of
+#                                     diffusers
 init_skip = []                      # regexes of parameters that init_from leaves as they are
 # data
 data_dir = 'datasets'               # where data sets are: here, or there beside the scripts
@@ -334,6 +345,7 @@ step_flops = flops_of_step()            # before compiled blocks, whose operatio
 # over the ranks: DDP, or FSDP2 block by block; compiled block by block
 
 block_kinds = (ViTBlock, DecoderBlock, *((diffusion.DenoiserBlock, diffusion.JointBlock) if diffusion else ()),
+               *((sd.ResnetBlock, sd.SpatialTransformer, sd.CLIPBlock) if sd else ()),
                *((policies.ConvBlock,) if policies else ()))
 model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, block_kinds)]
 blocks += [layer for m in raw_model.modules() if isinstance(m, hf.KINDS) for layer in hf.layers_of(m)]
@@ -410,9 +422,10 @@ def load_checkpoint(path, saved):
 def check_changed(path, old):
     """Refuse to resume with other model settings; print the other settings that changed."""
     for key in (k for k in old if k in config and config[k] != old[k]):
-        if key.startswith(('vit.', 'decoder.', 'policy.', 'vla.', 'dit.')) and not key.endswith('.remat') or key in (
-                'task', 'tokenizer', 'lanes', 'pixel_shuffle', 'connector_bias', 'optimizer', 'action_steps',
-                'action_dim', 'proprio_dim', 'normalize'):
+        model_settings = ('vit.', 'decoder.', 'policy.', 'vla.', 'dit.', 'unet.', 'clip.', 'vae.')
+        if key.startswith(model_settings) and not key.endswith('.remat') or key in (
+                'task', 'denoiser', 'tokenizer', 'lanes', 'pixel_shuffle', 'connector_bias', 'optimizer',
+                'action_steps', 'action_dim', 'proprio_dim', 'normalize'):
             fail(f'{key}={config[key]!r}, but {path} was made with {old[key]!r}: a run keeps its model and lanes; give '
                  'another out_dir', 2)
         say(f'changed since {path}: {key} {old[key]!r} -> {config[key]!r}')
@@ -433,7 +446,9 @@ def load_weights(path):
         inside = '' if checkpoint.has_denoiser(folder) else 'text' if task == 't2i' else (
             'encoder' if task == 'policy' and policy.encoder != 'none' else '')
         target, prefix = (getattr(raw_model, inside), inside + '.') if inside else (raw_model, '')
-        if hub.is_foreign(folder):
+        if hub_sd and hub_sd.is_folder(folder):
+            loaded, unused, prefix = hub_sd.load(raw_model, folder, init_skip), set(), ''
+        elif hub.is_foreign(folder):
             loaded, unused = hub.load(target, hub.fetch(folder), init_skip), set()
         else:
             loaded, unused = checkpoint.load_weights(target, folder, init_skip)
