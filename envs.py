@@ -13,6 +13,8 @@ of the seed draws them anew at each reset, so that other seeds are other goals. 
 TEST_SEED, tests from there on. What an environment computes depends on task and seed alone, bit for bit.
 """
 import importlib
+import io
+import json
 import os
 import sys
 import traceback
@@ -79,22 +81,24 @@ def instruction(task, number=0, held_out=False):
     return words[number % len(words)]
 
 
-def make(task, size=0, cameras=('near',), max_steps=0):
+def make(task, size=0, cameras=('near',), max_steps=0, blind=False):
     """The environment of a task, a key of TASKS or 'pusht'. size: of the pictures, 0 for none. max_steps: of an
-    episode, 0 for the environment's own. Raises ValueError."""
+    episode, 0 for the environment's own. blind: the pictures are not for who acts. Raises ValueError."""
     if task == 'pusht':
         return PushT(size, max_steps or 300)
     if task not in TASKS:
         raise ValueError(f'task {task!r}: expected one of {", ".join(TASKS)}, pusht')
-    return MetaWorld(task, size, cameras, max_steps or 500)
+    return MetaWorld(task, size, cameras, max_steps or 500, blind)
 
 
 class MetaWorld:
-    """A task of MetaWorld v3. size > 0: pictures of the cameras, of those in CAMERAS or of MetaWorld's own."""
-    proprio_dim, action_dim, fps = 39, 4, 80
+    """A task of MetaWorld v3. size > 0: pictures of the cameras, of those in CAMERAS or of MetaWorld's own. Who sees
+    them is told the hand's place and the gripper's, 4 numbers of the 39: all else is to be seen."""
+    proprio_dim, hand_dim, action_dim, fps = 39, 4, 4, 80
 
-    def __init__(self, task, size=0, cameras=('near',), max_steps=500):
+    def __init__(self, task, size=0, cameras=('near',), max_steps=500, blind=False):
         self.task, self.size, self.max_steps, self.renderer = task, size, max_steps, None
+        self.proprio_dim = self.hand_dim if size and not blind else self.proprio_dim
         self.env = getattr(importlib.import_module('metaworld.envs'), TASKS[task][0])()
         self.env._partially_observable = False              # the goal stands in the state
         self.env.__dict__.pop('sawyer_observation_space', None)     # which its bounds would clip to zero
@@ -111,26 +115,31 @@ class MetaWorld:
             if place:
                 model.camera(theirs).pos = place
 
-    def reset(self, seed):
+    def reset(self, seed, pictures=True):
         """Begin the episode of a seed; its first observation."""
+        import mujoco
         self.seed, self.steps = seed, 0
         self.env.seed(seed)
-        self.state = self.env.reset()[0]
+        self.env.reset()
+        mujoco.mj_kinematics(self.env.model, self.env.data)     # MetaWorld moves drawer, window and goal, and looks at
+        self.env._get_obs()                                     # where they were; an observation has the one before
+        self.state = self.env._get_obs()
         self.goal = self.env._last_rand_vec.copy()          # what was drawn: place of the object, of the goal
-        return self.observe()
+        return self.observe(pictures)
 
     def step(self, action, pictures=True):
         """action (4,) in [-1, 1], clipped. The observation after it, and whether the task is done."""
-        action = np.clip(np.asarray(action, np.float32), -1, 1)
-        self.state, _, _, _, info = self.env.step(action)
+        self.action = np.clip(np.asarray(action, np.float32), -1, 1)
+        self.state, _, _, _, info = self.env.step(self.action)
         self.steps += 1
         return self.observe(pictures), bool(info['success'])
 
     def observe(self, pictures=True):
-        """proprio fp32 (P,), pictures {camera: uint8 (size, size, 3)}, instruction, task, seed, step."""
+        """proprio fp32 (P,), pictures {camera: uint8 (size, size, 3)}, instruction, task, seed, step; `state`, all
+        that the simulator knows, is for the expert."""
         seen = {name: self.picture(name) for name in self.cameras} if pictures else {}
-        return dict(proprio=self.state.astype(np.float32), pictures=seen, instruction=instruction(self.task),
-                    task=self.task, seed=self.seed, step=self.steps)
+        return dict(proprio=self.state[:self.proprio_dim].astype(np.float32), pictures=seen, state=self.state,
+                    instruction=instruction(self.task), task=self.task, seed=self.seed, step=self.steps)
 
     def picture(self, camera):
         """uint8 (size, size, 3), the right way up. Without shadows, reflections and multisampling: 10 ms, not 135."""
@@ -167,14 +176,15 @@ class PushT:
         self.env = PushTEnv(obs_type='state', render_mode='rgb_array', observation_width=size or 96,
                             observation_height=size or 96)
 
-    def reset(self, seed):
+    def reset(self, seed, pictures=True):
         self.seed, self.steps = seed, 0
         self.state = self.env.reset(seed=seed)[0]
         self.goal = self.state.copy()
-        return self.observe()
+        return self.observe(pictures)
 
     def step(self, action, pictures=True):
-        self.state, _, done, _, _ = self.env.step(np.clip(np.asarray(action, np.float32), 0, 512))
+        self.action = np.clip(np.asarray(action, np.float32), 0, 512)
+        self.state, _, done, _, _ = self.env.step(self.action)
         self.steps += 1
         return self.observe(pictures), bool(done)
 
@@ -193,40 +203,58 @@ class PushT:
 # rollouts
 
 
-def rollout(episodes, policy, execute=8, make=make, parallel=16, processes=1, film=False):
+def rollout(*args, **settings):
+    """What `rollouts` gives, in the order of the episodes."""
+    return [result for _, result in sorted(rollouts(*args, **settings), key=lambda pair: pair[0])]
+
+
+def rollouts(episodes, policy, execute=8, make=make, parallel=16, processes=1, keep=(), show=(), blind=False):
     """Run a policy in closed loop: it looks, `execute` of the actions that it gives are done, it looks again.
 
     episodes: a list of (task, seed); make(task) builds an environment. `parallel` episodes at a time stand before the
     policy as one batch; `processes` step them. The result does not depend on `processes`, and on `parallel` only so far
     as the policy's rounding depends on its batch. An episode ends with its first success.
 
-    A list of dicts, one an episode: task, seed, success, steps, goal, and with film=True `frames`, a uint8
-    (steps + 1, size, size, 3) of the first camera. Raises RuntimeError with what went wrong in an environment."""
+    Yields (number of the episode, dict of task, seed, success, steps, goal, instruction) as they end; of those in
+    `keep`, of (task, seed), also proprio (steps, P) and actions (steps, A) as they were executed; of those in `show`
+    pictures {camera: uint8 (steps + 1, size, size, 3)}, too, the last of which shows how it ended. blind: the policy
+    needs no pictures. Raises RuntimeError with what went wrong in an environment."""
     pools = [Process(make, parallel) for _ in range(processes)] if processes > 1 else [Pool(make, parallel)]
-    results, frames, running, waiting = [None] * len(episodes), {}, {}, list(range(len(episodes)))
+    trails, running, waiting, keep, show = {}, {}, list(range(len(episodes))), set(keep) | set(show), set(show)
     try:
         while waiting or running:
             begun = waiting[:parallel - len(running)]
             waiting = waiting[len(begun):]
-            for k, (seen, first) in zip(begun, ask(pools, [(k, 'begin', k, *episodes[k], film) for k in begun])):
-                running[k], frames[k] = seen, [first] if film else []
+            for k, seen in zip(begun, ask(pools, [
+                    (k, 'begin', k, *episodes[k], episodes[k] in show or not blind) for k in begun])):
+                running[k], trails[k] = seen, [(None, seen)]
             now = sorted(running)
             given = np.asarray(policy([running[k] for k in now]))
             if len(given) != len(now) or given.ndim != 3 or given.shape[1] < execute:
                 raise ValueError(f'the policy gave actions {given.shape} for {len(now)} observations: expected '
                                  f'({len(now)}, {execute} or more, size)')
-            for k, (seen, success, done, steps, goal, shown) in zip(now, ask(pools, [
-                    (k, 'run', k, actions[:execute], film) for k, actions in zip(now, given)])):
+            for k, (seen, success, done, steps, goal, trail) in zip(now, ask(pools, [
+                    (k, 'run', k, actions[:execute], episodes[k] in keep, episodes[k] in show, blind)
+                    for k, actions in zip(now, given)])):
                 running[k] = seen
-                frames[k] += shown
+                trails[k] += trail
                 if done:
-                    results[k] = dict(task=episodes[k][0], seed=episodes[k][1], success=success, steps=steps, goal=goal)
-                    results[k] |= {'frames': np.stack(frames.pop(k))} if film else {}
-                    del running[k]
+                    task, seed = episodes[k]
+                    kept = joined(trails[k], episodes[k] in show) if episodes[k] in keep else {}
+                    yield k, kept | dict(task=task, seed=seed, success=success, steps=steps, goal=goal,
+                                         instruction=seen['instruction'])
+                    del running[k], trails[k]
     finally:
         for pool in pools:
             pool.close()
-    return results
+
+
+def joined(trail, pictures):
+    """[(action, the observation after it)], the first without an action, as arrays."""
+    actions, seen = zip(*trail)
+    cameras = seen[0]['pictures'] if pictures else ()
+    return dict(actions=np.stack(actions[1:]), proprio=np.stack([o['proprio'] for o in seen[:-1]]),
+                pictures={name: np.stack([o['pictures'][name] for o in seen]) for name in cameras})
 
 
 def ask(pools, requests):
@@ -244,25 +272,24 @@ class Pool:
     def __init__(self, make, most):
         self.make, self.most, self.free, self.busy = make, most, OrderedDict(), {}
 
-    def begin(self, episode, task, seed, film):
+    def begin(self, episode, task, seed, pictures):
         kept = next((key for key in self.free if key[0] == task), None)
         env = self.free.pop(kept) if kept else self.make(task)
         self.busy[episode] = env
-        seen = env.reset(seed)
-        return seen, first_picture(env, seen) if film else None
+        return env.reset(seed, pictures)
 
-    def run(self, episode, actions, film):
-        env, frames, success = self.busy[episode], [], False
+    def run(self, episode, actions, keep, show, blind):
+        env, trail, success = self.busy[episode], [], False
         for i, action in enumerate(actions):
-            seen, success = env.step(action, pictures=film or i == len(actions) - 1)
-            frames += [first_picture(env, seen)] if film else []
+            seen, success = env.step(action, show or (i == len(actions) - 1 and not blind))
+            trail += [(env.action, seen)] if keep else []
             done = success or env.steps >= env.max_steps
             if done:
                 self.free[env.task, episode] = self.busy.pop(episode)
                 if len(self.free) > self.most:
                     self.free.popitem(last=False)[1].close()
                 break
-        return seen, success, done, env.steps, env.goal, frames
+        return seen, success, done, env.steps, env.goal, trail
 
     def send(self, requests):
         self.answers = [getattr(self, method)(*arguments) for method, *arguments in requests]
@@ -275,12 +302,6 @@ class Pool:
             env.close()
         self.free.clear()
         self.busy.clear()
-
-
-def first_picture(env, seen):
-    if not seen['pictures']:
-        raise ValueError(f'{env.task}: a film needs pictures, and size is 0')
-    return next(iter(seen['pictures'].values()))
 
 
 class Process:
@@ -341,6 +362,101 @@ def serve(pipe, theirs, make, most):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# episodes as samples of a data set
+
+
+def samples(key, proprio, actions, pictures, meta, each, steps=16, kind='png'):
+    """[(key, {extension: bytes})] of an episode: proprio (T, P), actions (T, A), pictures {camera: T frames}, uint8 (H,
+    W, 3). For .json: meta, and each, a list of T dicts with an instruction.
+
+    With pictures a sample is a time step: `key-t.<camera>.<kind>`, `.lowdim.npz` with a chunk of `steps` actions and
+    `is_pad` at the episode's end. Without, and with one instruction, it is the episode: `.lowdim.npy`, a row a step."""
+    if not pictures and len({m['instruction'] for m in each}) == 1:
+        rows = np.zeros(len(actions), [('proprio', '<f4', proprio.shape[1:]), ('actions', '<f4', actions.shape[1:])])
+        rows['proprio'], rows['actions'] = proprio, actions
+        meta = dict(instruction=each[0]['instruction']) | meta
+        return [(key, {'json': json.dumps(meta).encode(), 'lowdim.npy': saved(np.save, rows)})]
+    frames, out = {name: iter(frames) for name, frames in pictures.items()}, []
+    for t in range(len(actions)):
+        chunk = actions[t:t + steps]
+        arrays = dict(proprio=proprio[t], actions=np.pad(chunk, ((0, steps - len(chunk)), (0, 0))),
+                      is_pad=np.arange(steps) >= len(chunk))
+        out.append((f'{key}-{t:06d}', {
+            'json': json.dumps(each[t] | meta | dict(frame=t)).encode(), 'lowdim.npz': saved(np.savez, **arrays),
+            **{f'{name}.{kind}': encoded(next(theirs), kind) for name, theirs in frames.items()}}))
+    return out
+
+
+def saved(save, *args, **arrays):
+    file = io.BytesIO()
+    save(file, *args, **arrays)
+    return file.getvalue()
+
+
+def encoded(frame, kind):
+    from PIL import Image
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, {'png': 'PNG', 'jpg': 'JPEG'}[kind], quality=95)
+    return file.getvalue()
+
+
+class Recorder:
+    """Writes episodes that `rollouts` has kept as a data set, a shard a task; the manifest comes last, so that a folder
+    with one is whole. Raises ValueError if it has one."""
+
+    def __init__(self, folder, action_steps=16):
+        self.folder, self.action_steps, self.shards, self.counts = folder, action_steps, {}, {}
+        os.makedirs(folder, exist_ok=True)
+        if os.path.exists(os.path.join(folder, 'manifest.jsonl')):
+            raise ValueError(f'{folder} holds a data set already: name another folder')
+
+    def write(self, result, fps, pictures=True):
+        """pictures=False leaves them out."""
+        from webdataset import TarWriter
+        task, actions = result['task'], result['actions']
+        if task not in self.shards:
+            self.shards[task] = TarWriter(os.path.join(self.folder, f'{task}.tar'), encoder=False, mtime=0.0)
+            self.counts[task] = dict(shard=task, num_sequences=0, episodes=0)
+        meta = {k: result[k] for k in ('task', 'seed', 'success')} | dict(goal=result['goal'].tolist(), fps=fps)
+        words = [dict(instruction=result['instruction'])] * len(actions)
+        for key, members in samples(f'{task}-{result["seed"]}', result['proprio'], actions,
+                                    result['pictures'] if pictures else {}, meta, words, self.action_steps):
+            self.shards[task].write({'__key__': key, **members})
+        self.counts[task]['num_sequences'] += len(actions)
+        self.counts[task]['episodes'] += 1
+
+    def close(self):
+        """The number of steps written."""
+        for sink in self.shards.values():
+            sink.close()
+        with open(os.path.join(self.folder, 'manifest.jsonl'), 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(row) + '\n' for row in self.counts.values())
+        return sum(row['num_sequences'] for row in self.counts.values())
+
+
+def write_film(path, task, pictures, fps):
+    """What the first camera saw, in real time: a.mp4 becomes a_<task>.mp4 of all frames, other names a_<task>.gif of
+    every fourth one. The file's name."""
+    frames, (name, ending) = next(iter(pictures.values())), os.path.splitext(path)
+    if ending == '.mp4':
+        import av
+        path = f'{name}_{task}.mp4'
+        with av.open(path, 'w') as container:
+            stream = container.add_stream('libx264', rate=fps, options={'crf': '18'})
+            stream.height, stream.width, stream.pix_fmt = *(n - n % 2 for n in frames.shape[1:3]), 'yuv420p'
+            for frame in frames:
+                picture = np.ascontiguousarray(frame[:stream.height, :stream.width])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+            container.mux(stream.encode())
+        return path
+    from PIL import Image
+    path = f'{path.removesuffix(".gif")}_{task}.gif'
+    first, *rest = (Image.fromarray(frame) for frame in frames[::4])
+    first.save(path, save_all=True, append_images=rest, duration=4000 // fps, loop=0)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # controls: policies that a trained one has to beat, and how sure a score is
 
 EXPERTS = {}
@@ -348,7 +464,7 @@ EXPERTS = {}
 
 def expert(observations):
     """MetaWorld's scripted experts, for execute=1: actions (N, 1, 4), clipped to [-1, 1]."""
-    return np.stack([expert_action(seen['task'], seen['proprio'].astype(np.float64)) for seen in observations])[:, None]
+    return np.stack([expert_action(seen['task'], seen['state']) for seen in observations])[:, None]
 
 
 def expert_action(task, state):

@@ -106,7 +106,7 @@ class PolicyConfig:
     width: int = 512            # of mlp and transformer; of the time's embedding
     depth: int = 3              # blocks of mlp and transformer
     mlp_dim: int = 1024
-    num_heads: int = 8          # transformer; and what mlp and unet pool tokens with
+    num_heads: int = 8          # transformer
     pool: int = 4               # mlp, unet: tokens become so many vectors of width `width`
     channels: tuple = (256, 512, 1024)      # unet: one for each halving of the chunk, and the first
     kernel_size: int = 5        # unet
@@ -254,19 +254,20 @@ class Transformer(nn.Module):
 
 
 class Pool(nn.Module):
-    """Tokens to vectors: `queries` learned queries attend to them."""
+    """Tokens to vectors: each of `queries` learned queries takes a mean of them, weighed by a softmax.
 
-    def __init__(self, context, width, num_heads, queries):
+    One head a query, and no keys and values of its own: what they would do, the query and the output can."""
+
+    def __init__(self, context, width, queries):
         super().__init__()
-        self.num_heads = num_heads
-        self.pos_embed = nn.Parameter(torch.randn(1, queries, width))       # the queries
-        self.norm, self.kv, self.o = nn.LayerNorm(context), nn.Linear(context, 2 * width), nn.Linear(width, width)
+        self.pos_embed = nn.Parameter(torch.randn(1, queries, context))     # the queries
+        self.norm, self.o = nn.LayerNorm(context), nn.Linear(context, width)
 
     def forward(self, x, mask):
         """x (B, S, C), mask (B, S) -> (B, queries * width)."""
-        k, v = (t.unflatten(-1, (self.num_heads, -1)) for t in self.kv(self.norm(x)).chunk(2, -1))
-        q = self.pos_embed.to(k).expand(len(x), -1, -1).unflatten(-1, (self.num_heads, -1))
-        return self.o(attention(q, k, v, mask[:, None].expand(-1, q.shape[1], -1)).flatten(2)).flatten(1)
+        x = self.norm(x)[:, :, None]                                        # (B, S, 1, C)
+        q = self.pos_embed.to(x).expand(len(x), -1, -1)[:, :, None]
+        return self.o(attention(q, x, x, mask[:, None].expand(-1, q.shape[1], -1)).flatten(2)).flatten(1)
 
 
 class DiffusionPolicy(nn.Module):
@@ -285,7 +286,7 @@ class DiffusionPolicy(nn.Module):
             decoder = getattr(encoder, 'decoder', encoder)
             decoder.head, context = nn.Identity(), decoder.config.width     # no gradient would reach an output layer
             self.blank = nn.Parameter(torch.zeros(1, 1, context))           # a token that is there when no other is
-        self.pool = Pool(context, c.width, c.num_heads, c.pool) if context and c.denoiser != 'transformer' else None
+        self.pool = Pool(context, c.width, c.pool) if context and c.denoiser != 'transformer' else None
         condition += c.pool * c.width if self.pool else 0
         if c.denoiser == 'mlp':
             self.denoiser = MLPDenoiser(c, condition)

@@ -1,4 +1,4 @@
-"""Use a trained run: caption pictures, continue text, draw pictures, or measure a data set.
+"""Use a trained run: caption pictures, continue text, draw pictures, or measure a data set; let a policy act.
 
     python sample.py --out_dir=out/vlm_emoji --image=a.png [--prompt=...] [--json=true]
     python sample.py --out_dir=out/vlm_emoji --image='pictures/*.png,other.jpg'         (many at once; a folder, too)
@@ -9,6 +9,7 @@
     python sample.py --out_dir=out/t2i_emoji --eval=mix,heldout --judge=out/vlm_judge
                                                         (what a captioner reads in its pictures, and in the real ones)
     python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20  (success, and controls)
+    python sample.py --out_dir=out/policy_metaworld_state --serve_policy=8000           (for robots, see serve.py)
 """
 import glob
 import os
@@ -54,8 +55,11 @@ sample_steps = 10               # of denoising
 sampler = ''                    # euler | heun | ddim | ddpm (empty: the first that fits)
 held_out = False                # say the task in words that no demonstration has
 controls = True                 # also measure the expert, a replayed demonstration, random, zero, and a wrong sentence
-film = ''                       # a GIF of the first episode of each task (needs pictures: a policy that sees)
+film = ''                       # films of the first episode of each task: a.gif or a.mp4 becomes a_<task>.gif or .mp4
+record = ''                     # a folder: the policy's episodes as a data set of shards
 processes = 2                   # that step environments
+serve_policy = 0                # a port: answer robots there, see serve.py
+serve_host = '127.0.0.1'        # who may ask: this machine (0.0.0.0: all that reach it)
 data_dir = ''                   # where --eval looks for its data set (empty: the run's own)
 device = 'auto'                 # auto: cuda if there is one, else cpu
 configure(globals())
@@ -310,19 +314,28 @@ def judge_pictures():
 # ----------------------------------------------------------------------------------------------------------------------
 # robots
 
+FILM_SIZE = 192         # of the pictures, where the policy needs none
 
-def policy_of(words=None, blank=False):
-    """A function of observations, as envs.rollout takes it. words: task -> the sentence it is told; blank: it sees
-    white pictures."""
+
+def statistics():
+    """stats.json of the run: its actions and states have so many numbers as these."""
+    with open(os.path.join(run['folder'], 'stats.json'), encoding='utf-8') as f:
+        return load(f)
+
+
+def policy_of(words=None, blank=False, action_dim=0):
+    """A function of observations, as envs.rollouts takes it. words: task -> the sentence it is told; blank: it sees
+    white pictures; action_dim: of a robot with fewer numbers than the run's largest."""
     import actions
     import diffusion
-    with open(os.path.join(run['folder'], 'stats.json'), encoding='utf-8') as f:
-        units = actions.Units(load(f), run['normalize'], run['action_steps'], run['action_dim'], run['proprio_dim'])
+    stats = statistics()
+    units = actions.Units(stats, run['normalize'], run['action_steps'], run['action_dim'], run['proprio_dim'])
+    action_dim = action_dim or len(stats['actions']['mean'])
 
     def act(seen):
         sentences = [words(o['task']) if words else o['instruction'] for o in seen]
-        pictures = [[o['pictures'][name] for name in run['cameras'] or o['pictures']] if processor.image_tokens else []
-                    for o in seen]
+        pictures = [[o['pictures'][name] for name in run['cameras'] or sorted(o['pictures'])]
+                    if processor.image_tokens else [] for o in seen]
         rows = [processor.prefix(text, len(p)) for text, p in zip(sentences, pictures)]
         tokens = torch.full((len(rows), max(map(len, rows))), tok.pad_id)
         for i, row in enumerate(rows):
@@ -332,77 +345,116 @@ def policy_of(words=None, blank=False):
         pixels = None if pixels is None else processors.to_pixels(
             np.full_like(pixels, 255) if blank else pixels, device, processor.mean, processor.std)
         proprio = torch.tensor(np.stack([o['proprio'] for o in seen]))
+        real = torch.arange(run['proprio_dim']).expand(len(seen), -1) < proprio.shape[1]
         proprio = torch.nn.functional.pad(proprio, (0, run['proprio_dim'] - proprio.shape[1]))
         positions = torch.tensor([o['seed'] * 4096 + o['step'] for o in seen])
-        low = units.encode(dict(proprio=proprio, proprio_mask=torch.ones_like(proprio)))
-        low |= dict(keys=diffusion.random_keys(seed, positions))
+        low = units.encode(dict(proprio=proprio, proprio_mask=real))
+        low |= dict(keys=diffusion.random_keys(seed, positions),
+                    action_mask=torch.arange(run['action_dim']).expand(len(seen), -1) < action_dim)
         low = {k: v.to(device) for k, v in low.items()}
         given = model.sample(tokens.to(device), pixels, torch.zeros_like(tokens).to(device),
                              (torch.arange(tokens.shape[1])[None] < lengths[:, None]).long().to(device), low,
-                             steps=sample_steps, sampler=sampler)
-        return units.decode(given.cpu(), proprio).numpy()
+                             steps=sample_steps, **({'sampler': sampler} if sampler else {}))
+        return units.decode(given.cpu(), proprio)[..., :action_dim].numpy()
     return act
 
 
 def demonstrations(names):
     """{task: actions (T, A)} of one demonstration each, in the run's data sets; nothing of those that have none."""
-    found = {}
-    for name in run['mix']:
-        folder = shards.Folder(name, data_dir or run['data_dir'])
+    found, whole = {}, False
+    for folder in (shards.Folder(name, data_dir or run['data_dir']) for name in run['mix']):
         for shard, size in enumerate(folder.sizes):
             i = 0
-            while i < size and set(found) < set(names):
-                members = folder.read(shard, i)             # an episode from its first step on
-                if 'lowdim.npy' not in members:
-                    return found
-                task, rows = loads(members['json']).get('task'), members['lowdim.npy']
-                i += len(rows)
-                if task in names:
-                    found.setdefault(task, rows['actions'])
-    return found
+            while i < size and not (whole and set(names) <= set(found)):
+                members = folder.read(shard, i)
+                meta, low = loads(members['json']), processors.fields(members, False, True).get('lowdim')
+                task, whole = meta.get('task'), 'lowdim.npy' in members     # an episode from here on, or one step of it
+                if low is None or not whole and meta.get('frame', 0) < len(found.get(task, ())):
+                    break               # the next episode; a shard of steps has one task
+                if whole:
+                    found.setdefault(task, low['actions'])
+                else:
+                    found.setdefault(task, []).append(low['actions'][0])
+                i += len(low['actions']) if whole else 1
+    return {task: found[task] for task in names if task in found}
 
 
 def act_out():
     """A table of successes: a row a task, the policy beside its controls; 95 % intervals by Wilson."""
     import envs
-    names = [t for t in tasks.split(',') if t] or (list(envs.TASKS) if env == 'metaworld' else ['pusht'])
-    for task in set(names) - {*envs.TASKS, 'pusht'}:
-        fail(f'--tasks={tasks}: {task!r} is none of {", ".join(envs.TASKS)}')
-    size = run['vit.image_size'] if processor.image_tokens else 0
+    robot, known = (envs.MetaWorld, list(envs.TASKS)) if env == 'metaworld' else (envs.PushT, ['pusht'])
+    names = [t for t in tasks.split(',') if t] or known
+    for task in set(names) - set(known):
+        fail(f'--tasks={tasks}: {task!r} is none of {", ".join(known)}')
+    stats, blind = statistics(), not processor.image_tokens
+    own = [len(stats[key]['mean']) for key in ('actions', 'proprio')]
+    proprio_dim = robot.hand_dim if env == 'metaworld' and not blind else robot.proprio_dim
+    if own[0] < robot.action_dim or own[1] < proprio_dim:
+        fail(f'--env={env}: actions of {robot.action_dim} and states of {proprio_dim} numbers, {out_dir} was trained '
+             f'on {own[0]} and {own[1]}')
+    size = run['vit.image_size'] if processor.image_tokens else FILM_SIZE if film else 0
     chosen = [(task, envs.TEST_SEED + i) for task in names for i in range(episodes)]
     wrong = dict(zip(names, names[1:] + names[:1]))
-    rows = {'policy': policy_of((lambda task: envs.instruction(task, 0, True)) if held_out else None)}
+    words = (lambda task: envs.instruction(task, 0, True)) if held_out else None
+    rows = {'policy': policy_of(words, action_dim=robot.action_dim)}
     if controls and env == 'metaworld':
         shown = demonstrations(names)
         rows |= {'expert': envs.expert, 'random': envs.random_policy([-1] * 4, [1] * 4, execute),
                  'zero': envs.zero(4, execute)}
         rows |= {'replay': envs.replay(shown, execute)} if set(shown) == set(names) else {}
         if len(names) > 1 and run.get('policy.encoder') != 'none':
-            rows |= {'wrong words': policy_of(lambda task: envs.instruction(wrong[task]))}
-        rows |= {'blank picture': policy_of(blank=True)} if size else {}
+            rows |= {'wrong words': policy_of(lambda task: envs.instruction(wrong[task]), action_dim=4)}
+        rows |= {'blank picture': policy_of(blank=True, action_dim=4)} if processor.image_tokens else {}
+    firsts = chosen[::episodes]
     for label, policy in rows.items():
-        results = envs.rollout(chosen, policy, 1 if label == 'expert' else execute, parallel=batch_size,
-                               make=lambda task: envs.make(task, size, run['cameras'] or ('near',)),
-                               processes=processes, film=bool(film) and label == 'policy')
-        if film and label == 'policy':
-            write_films(results)
-        won = {task: sum(r['success'] for r in results if r['task'] == task) for task in names}
+        ours, won = label == 'policy', dict.fromkeys(names, 0)
+        sink = envs.Recorder(record, run['action_steps']) if record and ours else None
+        show = chosen if sink and not blind else firsts if film and ours else ()
+        for _, result in envs.rollouts(chosen, policy, 1 if label == 'expert' else execute, parallel=batch_size,
+                                       make=lambda task: envs.make(task, size, run['cameras'] or ('near',), 0, blind),
+                                       processes=processes, keep=chosen if sink else (), show=show, blind=blind):
+            task = result['task']
+            won[task] += result['success']
+            if film and ours and (task, result['seed']) in firsts:
+                print(f'film of {task}: {envs.write_film(film, task, result["pictures"], robot.fps)}', file=sys.stderr)
+            if sink:
+                sink.write(result | (dict(instruction=words(task)) if words else {}), robot.fps, not blind)
+        if sink:
+            print(f'{record}: {sink.close()} steps recorded', file=sys.stderr)
         share, (low, high) = sum(won.values()) / len(chosen), envs.wilson(sum(won.values()), len(chosen))
         print(dumps(dict(policy=label, success=share, low=low, high=high, episodes=episodes, tasks=won)) if json else
               f'{label:14} {share:6.1%} [{low:.1%}, {high:.1%}] of {len(chosen)}: ' +
               ', '.join(f'{task} {n}' for task, n in won.items()), flush=True)
 
-def write_films(results):
-    from PIL import Image
-    firsts = {r['task']: r['frames'] for r in reversed(results)}
-    for task, frames in firsts.items():
-        path = f'{film.removesuffix(".gif")}_{task}.gif'
-        first, *rest = (Image.fromarray(frame) for frame in frames[::4])
-        first.save(path, save_all=True, append_images=rest, duration=50, loop=0)
-        print(f'film of {task}: {path}', file=sys.stderr)
+
+def answer_robots():
+    """A server, until SIGTERM or Ctrl-C; see serve.py."""
+    import signal
+
+    import serve
+    stats, side = statistics(), run['vit.image_size']
+    cameras = (run['cameras'] or ['image']) if processor.image_tokens else []
+    fields = {'proprio': ('float32', (len(stats['proprio']['mean']),)), 'instruction': ('str', ())}
+    fields |= {name: ('uint8', (side, side, 3)) for name in cameras} | {k: ('int64', ()) for k in ('seed', 'step')}
+    act = policy_of()
+    server = serve.Server(lambda seen: act([o | dict(pictures={name: o[name] for name in cameras}) for o in seen]),
+                          fields, serve_policy, serve_host, batch_size)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.end)
+    server.run()
 
 
-if env:
+if serve_policy:
+    if run['task'] not in ('policy', 'vla') or not 0 < serve_policy < 65536:
+        fail(f'--serve_policy={serve_policy}: expected a port from 1 to 65535, and a policy; {out_dir} is '
+             f'task={run["task"]}')
+    try:
+        answer_robots()
+    except OSError as error:
+        fail(f'--serve_policy={serve_policy}: {error}', 1)
+    except ValueError as error:
+        fail(f'--serve_policy={serve_policy}: {error}')
+elif env:
     if run['task'] not in ('policy', 'vla') or env not in ('metaworld', 'pusht'):
         fail(f'--env={env}: {out_dir} is task={run["task"]}; policies act in metaworld or pusht')
     try:
@@ -410,7 +462,7 @@ if env:
     except (OSError, ValueError, ImportError) as error:
         fail(f'--env={env}: {error}')
 elif run['task'] in ('policy', 'vla') and not (image or eval or prompt):
-    fail(f'{out_dir} is task={run["task"]}: give --env=metaworld')
+    fail(f'{out_dir} is task={run["task"]}: give --env=metaworld or --serve_policy=8000')
 elif eval and run['task'] == 't2i':
     judge_pictures()
 elif eval:

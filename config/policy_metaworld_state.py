@@ -12,24 +12,25 @@ a task: the expert 100 %, one demonstration replayed 25 %, random 8 %, zero 0 %.
 task = 'policy'
 out_dir = 'out/policy_metaworld_state'
 mix = {'metaworld': 1.0}
-seq_len = 56                    # bytes of a sentence
+seq_len = 48                    # bytes of a sentence
 
 action_steps = 16
 action_dim = 4                  # xyz of the hand, gripper
 proprio_dim = 39
+normalize = 'mean_std'
 policy.encoder = 'text'         # the state does not say whether to reach or to pick
 policy.num_noise_draws = 2
 policy.pool = 1
 policy.width = 512
 policy.depth = 3
 policy.mlp_dim = 1024
-decoder.width = 48
+decoder.width = 32
 decoder.depth = 1
-decoder.mlp_dim = 96
+decoder.mlp_dim = 64
 decoder.num_heads = 2
-decoder.head_dim = 24
+decoder.head_dim = 16
 
-max_steps = 1400
+max_steps = 1750
 batch_size = 128
 lr = 1e-3
 betas = (0.9, 0.95)

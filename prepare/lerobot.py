@@ -1,7 +1,7 @@
 """LeRobot data sets (v2.1 and v3: parquet and mp4) to shards, and shards to a LeRobot data set (v3).
 
     python prepare/lerobot.py --data=path/to/lerobot_set --out=datasets/mine
-    python prepare/lerobot.py --data=datasets/mine --out=path/to/lerobot_set --export=true --fps=10
+    python prepare/lerobot.py --data=datasets/mine --out=path/to/lerobot_set --export=true
 
 Every time step becomes a sample: `key.<camera>.png` (exact; jpg is smaller), `key.lowdim.npz` with `proprio` (column
 observation.state), a chunk of `action_steps` actions (the column action) and `is_pad`, `key.json` with the instruction,
@@ -12,10 +12,9 @@ An episode that is broken (a file is missing or cut, a count or a time does not 
 stderr and left out; then the exit code is 1, or 0 with --skip_broken=true.
 
 Export writes a file of parquet and one mp4 a camera for all episodes; h264, `crf=0` keeps every pixel (libx264rgb).
-Needs `pip install av`.
+What `sample.py --record` wrote goes the same way, its success in next.success. Needs `pip install av`.
 """
 
-import io
 import json
 import os
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+import envs  # noqa: E402
 from configurator import configure  # noqa: E402
 from processor import fields, open_picture  # noqa: E402
 from shards import CACHE, BadSample, Folder  # noqa: E402
@@ -32,6 +32,33 @@ from shards import CACHE, BadSample, Folder  # noqa: E402
 
 class Broken(Exception):
     """An episode that can not be used; the message says why."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rotations
+
+
+def turned(x, rotations, name, back=False):
+    """The numbers (T, D) of a column with its rotations as 6D; back: from 6D to what they were. rotations: as the
+    setting, counted in LeRobot's column. Raises ValueError."""
+    here = sorted((begin, kind) for column, begin, kind in rotations if column == name)
+    if not here:
+        return x
+    import torch
+
+    import actions
+    kinds = {'quaternion': (4, actions.quaternion_to_rotation_6d, actions.rotation_6d_to_quaternion),
+             'axis_angle': (3, actions.axis_angle_to_rotation_6d, actions.rotation_6d_to_axis_angle)}
+    for begin, kind in here if back else reversed(here):
+        size, to_6d, from_6d = kinds[kind.removesuffix('_xyzw')]
+        roll = int(kind.endswith('_xyzw'))          # ours are (w, x, y, z)
+        end = begin + (6 if back else size)
+        if x.shape[1] < end:
+            raise ValueError(f'rotations={rotations}: {name} has {x.shape[1]} numbers, no {kind} at {begin}')
+        part = torch.tensor(x[:, begin:end], dtype=torch.float64)
+        part = from_6d(part).roll(-roll, -1) if back else to_6d(part.roll(roll, -1))
+        x = np.concatenate([x[:, :begin], part.numpy().astype(np.float32), x[:, end:]], 1)
+    return x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,6 +166,8 @@ def read_episode(root, info, tasks, episode, s, opened):
     actions, times = column(table, 'action'), column(table, 'timestamp')[:, 0].astype(float)
     proprio = column(table, 'observation.state') if 'observation.state' in table.column_names else np.zeros(
         (len(table), 0), np.float32)
+    actions, proprio = (turned(x, s['rotations'], name) for x, name in (
+        (actions, 'action'), (proprio, 'observation.state')))
     try:
         words = [tasks[i] for i in table['task_index'].to_pylist()]
     except KeyError as error:
@@ -146,38 +175,13 @@ def read_episode(root, info, tasks, episode, s, opened):
     name, fps = f'{episode["episode_index"]:06d}', info['fps']
     cameras = {key: feature['dtype'] for key, feature in info['features'].items()
                if feature['dtype'] in ('video', 'image')}
-    if not cameras and len(set(words)) == 1:
-        rows = np.zeros(len(table), [('proprio', '<f4', proprio.shape[1]), ('actions', '<f4', actions.shape[1])])
-        rows['proprio'], rows['actions'] = proprio, actions
-        meta = dict(instruction=words[0], episode=episode['episode_index'], fps=fps)
-        return [(name, {'json': json.dumps(meta).encode(), 'lowdim.npy': saved(np.save, rows)})]
     views = {key.rpartition('.')[2]: video_frames(root, info, episode, key, times) if kind == 'video' else
              image_frames(table, key) for key, kind in cameras.items()}
-    out = []
-    for t in range(len(table)):
-        chunk = actions[t:t + s['action_steps']]
-        short = s['action_steps'] - len(chunk)
-        meta = dict(instruction=words[t], episode=episode['episode_index'], frame=t, timestamp=times[t], fps=fps)
-        arrays = dict(proprio=proprio[t], actions=np.pad(chunk, ((0, short), (0, 0))),
-                      is_pad=np.arange(s['action_steps']) >= len(chunk))
-        out.append((f'{name}-{t:06d}', {
-            'json': json.dumps(meta).encode(), 'lowdim.npz': saved(np.savez, **arrays),
-            **{f'{view}.{s["picture_format"]}': encoded(next(frames), s['picture_format'])
-               for view, frames in views.items()}}))
-    return out
-
-
-def saved(save, *args, **arrays):
-    file = io.BytesIO()
-    save(file, *args, **arrays)
-    return file.getvalue()
-
-
-def encoded(frame, kind):
-    from PIL import Image
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, {'png': 'PNG', 'jpg': 'JPEG'}[kind], quality=95)
-    return file.getvalue()
+    meta = dict(episode=episode['episode_index'], fps=fps)
+    if 'next.success' in table.column_names:
+        meta['success'] = bool(column(table, 'next.success').any())
+    return envs.samples(name, proprio, actions, views, meta, [dict(instruction=word, timestamp=at) for word, at in zip(
+        words, times)], s['action_steps'], s['picture_format'])
 
 
 def convert(s):
@@ -213,8 +217,9 @@ def convert(s):
 # writing
 
 
-def episodes_of(folder):
-    """Yields (words, proprio (T, P), actions (T, A), {camera: [uint8]}) of a data set of shards, episode by episode."""
+def episodes_of(folder, rotations):
+    """Yields the episodes of a data set of shards: (words, proprio (T, P), actions (T, A), {camera: [uint8]}, what its
+    first .json holds)."""
     now, held = None, []
     for shard in range(len(folder.sizes)):
         for i in range(int(folder.sizes[shard])):
@@ -226,86 +231,116 @@ def episodes_of(folder):
                 raise ValueError(f'{folder.name(shard)}.tar, {key}: {error}') from None
             this = key.rpartition('[')[0] or key.rpartition('-')[0]
             if this != now and held:
-                yield gathered(held)
+                yield gathered(held, rotations)
                 held = []
             now = this
             held.append((sample.get('instruction', ''), low['proprio'], low['actions'][0], {
                 name or 'image': np.array(open_picture(data).convert('RGB'))
-                for name, data in zip(sample['picture_names'], sample['pictures'])}))
+                for name, data in zip(sample['picture_names'], sample['pictures'])}, sample))
     if held:
-        yield gathered(held)
+        yield gathered(held, rotations)
 
 
-def gathered(held):
-    words, proprio, actions, pictures = zip(*held)
-    return words, np.stack(proprio), np.stack(actions), {k: [p[k] for p in pictures] for k in pictures[0]}
+def gathered(held, rotations):
+    words, proprio, actions, pictures, samples = zip(*held)
+    proprio, actions = (turned(np.stack(x), rotations, name, back=True)
+                        for x, name in ((proprio, 'observation.state'), (actions, 'action')))
+    return words, proprio, actions, {k: [p[k] for p in pictures] for k in pictures[0]}, samples[0]
 
 
-def write_v3(root, episodes, fps, crf=23, robot='unknown'):
-    """Write a LeRobotDataset v3 of (words, proprio, actions, pictures), see `episodes_of`; the number of episodes."""
+def open_video(path, shape, fps, crf):
+    """(container, stream) of an mp4 to be written."""
     import av
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    path.parent.mkdir(parents=True, exist_ok=True)
+    container = av.open(str(path), 'w')
+    stream = container.add_stream('libx264' if crf else 'libx264rgb', rate=Fraction(fps).limit_denominator(1000),
+                                  options={'crf': str(crf), 'g': '10'})
+    stream.height, stream.width, stream.pix_fmt = *shape[:2], 'yuv420p' if crf else 'rgb24'
+    return container, stream
+
+
+def write_v3(root, episodes, fps=0, crf=23, robot='unknown'):
+    """Write a LeRobotDataset v3 of what `episodes_of` yields; the number of episodes. Where .json says `success`, the
+    last step has next.success, as LeRobot's simulators write it. fps=0: as .json says. Raises ValueError."""
+    import av
     root = Path(root)
     if (root / 'meta').exists():
         raise ValueError(f'{root} holds a LeRobot data set already: give another --out')
-    table, meta, tasks, videos, total = [], [], {}, {}, 0
-    for number, (words, proprio, actions, pictures) in enumerate(episodes):
-        n = len(actions)
-        if number and pictures.keys() != videos.keys():
-            raise ValueError(f'episode {number} has cameras {sorted(pictures)}, those before {sorted(videos)}')
+    rows, meta, tasks, videos, total, keys = [], [], {}, {}, 0, ()
+    for number, (words, proprio, actions, pictures, said) in enumerate(episodes):
+        n, fps = len(actions), fps or said.get('fps', 0)
+        if not fps:
+            raise ValueError('the shards do not say how many steps a second there are: give --fps=')
+        keys = keys or (pictures.keys(), 'success' in said)
+        if (pictures.keys(), 'success' in said) != keys:
+            raise ValueError(f'episode {number} has cameras {sorted(pictures)} and success {"success" in said}, those '
+                             f'before {sorted(keys[0])} and {keys[1]}')
         row = {'episode_index': number, 'tasks': sorted(set(words)), 'length': n, 'dataset_from_index': total,
                'dataset_to_index': total + n, 'data/chunk_index': 0, 'data/file_index': 0,
                'meta/episodes/chunk_index': 0, 'meta/episodes/file_index': 0}
-        for name, frames in pictures.items():
-            key = f'observation.images.{name}'
-            if name not in videos:
+        for key, frames in ((f'observation.images.{name}', frames) for name, frames in pictures.items()):
+            if key not in videos:
                 path = root / f'videos/{key}/chunk-000/file-000.mp4'
-                path.parent.mkdir(parents=True, exist_ok=True)
-                container = av.open(str(path), 'w')
-                rate = Fraction(fps).limit_denominator(1000)
-                stream = container.add_stream('libx264' if crf else 'libx264rgb', rate=rate,
-                                              options={'crf': str(crf), 'g': '10'})
-                stream.height, stream.width = frames[0].shape[:2]
-                stream.pix_fmt = 'rgb24' if crf == 0 else 'yuv420p'
-                videos[name] = container, stream, frames[0].shape
-            container, stream, shape = videos[name]
+                videos[key] = *open_video(path, frames[0].shape, fps, crf), frames[0].shape
+            container, stream, _ = videos[key]
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
             row |= {f'videos/{key}/chunk_index': 0, f'videos/{key}/file_index': 0,
                     f'videos/{key}/from_timestamp': total / fps, f'videos/{key}/to_timestamp': (total + n) / fps}
         meta.append(row)
-        table += [{'observation.state': p.tolist(), 'action': a.tolist(), 'timestamp': np.float32(t / fps),
-                   'frame_index': t, 'episode_index': number, 'index': total + t,
-                   'task_index': tasks.setdefault(w, len(tasks))}
-                  for t, (w, p, a) in enumerate(zip(words, proprio, actions))]
+        rows += [{'observation.state': proprio[t].tolist(), 'action': actions[t].tolist(), 'timestamp': t / fps,
+                  'frame_index': t, 'episode_index': number, 'index': total + t,
+                  'task_index': tasks.setdefault(words[t], len(tasks))} for t in range(n)]
+        for t in range(n if keys[1] else 0):
+            rows[total + t] |= {'next.done': t == n - 1, 'next.success': t == n - 1 and bool(said['success'])}
         total += n
     for container, stream, _ in videos.values():
         container.mux(stream.encode())
         container.close()
     if not meta:
         raise ValueError('there are no episodes to write')
-    schema = pa.schema([('observation.state', pa.list_(pa.float32())), ('action', pa.list_(pa.float32())),
-                        ('timestamp', pa.float32()), *((k, pa.int64()) for k in (
-                            'frame_index', 'episode_index', 'index', 'task_index'))])
-    features = {k: dict(dtype='float32', shape=[len(table[0][k])], names=None) for k in ('observation.state', 'action')}
-    axes = ['height', 'width', 'channels']
-    features |= {f'observation.images.{k}': dict(dtype='video', shape=list(shape), names=axes)
-                 for k, (_, _, shape) in videos.items()}
-    features |= {f.name: dict(dtype=str(f.type).replace('float', 'float32'), shape=[1], names=None)
-                 for f in list(schema)[2:]}
-    for path, what in ((root / 'data/chunk-000/file-000.parquet', pa.Table.from_pylist(table, schema)),
-                       (root / 'meta/episodes/chunk-000/file-000.parquet', pa.Table.from_pylist(meta)),
-                       (root / 'meta/tasks.parquet', pa.table({'task_index': list(tasks.values()),
-                                                               '__index_level_0__': list(tasks)}))):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(what, path)
+    write_tables(root, rows, meta, tasks, {key: shape for key, (*_, shape) in videos.items()}, fps, robot)
+    return len(meta)
+
+
+def write_tables(root, rows, meta, tasks, videos, fps, robot):
+    """The parquet and json files: rows of steps, meta of episodes, {sentence: number}, {video: shape}."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from actions import Statistics
+    types = {'timestamp': pa.float32(), 'next.done': pa.bool_(), 'next.success': pa.bool_()}
+    features, columns, stats = {}, [], {}
+    for key, value in rows[0].items():
+        size = len(value) if isinstance(value, list) else 1
+        kind = pa.float32() if isinstance(value, list) else types.get(key, pa.int64())
+        if isinstance(value, list):
+            stats[key] = Statistics(size).update(np.array([row[key] for row in rows], np.float32)).to_dict()
+            stats[key]['count'] = [len(rows)]
+            for row in rows if size == 1 else []:       # LeRobot has one number as a number
+                row[key] = row[key][0]
+        columns.append((key, pa.list_(kind) if size != 1 else kind))
+        features[key] = dict(dtype={'float': 'float32'}.get(str(kind), str(kind)), shape=[size], names=None)
+    features |= {key: dict(dtype='video', shape=list(shape), names=['height', 'width', 'channels'])
+                 for key, shape in videos.items()}
+    index = '__index_level_0__'         # pandas, with which LeRobot reads it, is to take the sentences as index
+    pandas = dict(index_columns=[index], column_indexes=[], columns=[
+        dict(name='task_index', field_name='task_index', pandas_type='int64', numpy_type='int64', metadata=None),
+        dict(name=None, field_name=index, pandas_type='unicode', numpy_type='object', metadata=None)])
+    names = pa.table({'task_index': list(tasks.values()), index: list(tasks)})
+    names = names.replace_schema_metadata({'pandas': json.dumps(pandas)})
+    for path, what in (('data/chunk-000/file-000.parquet', pa.Table.from_pylist(rows, pa.schema(columns))),
+                       ('meta/episodes/chunk-000/file-000.parquet', pa.Table.from_pylist(meta)),
+                       ('meta/tasks.parquet', names)):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(what, root / path)
+    (root / 'meta/stats.json').write_text(json.dumps(stats, indent=1))
     (root / 'meta/info.json').write_text(json.dumps(dict(
-        codebase_version='v3.0', robot_type=robot, total_episodes=len(meta), total_frames=total, total_tasks=len(tasks),
-        chunks_size=1000, fps=fps, splits={'train': f'0:{len(meta)}'}, features=features,
+        codebase_version='v3.0', robot_type=robot, total_episodes=len(meta), total_frames=len(rows),
+        total_tasks=len(tasks), chunks_size=1000, data_files_size_in_mb=100, video_files_size_in_mb=200, fps=fps,
+        splits={'train': f'0:{len(meta)}'}, features=features,
         data_path='data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet',
         video_path='videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4'), indent=1))
-    return len(meta)
 
 
 def fail(message, code):
@@ -316,11 +351,16 @@ def fail(message, code):
 def main(s):
     if not s['data'] or not s['out']:
         fail('--data= and --out= are needed', 2)
-    if min(s['action_steps'], s['episodes_per_shard'], s['fps']) < 1 or s['picture_format'] not in ('png', 'jpg'):
-        fail('action_steps, episodes_per_shard and fps must be at least 1, picture_format png or jpg', 2)
+    if min(s['action_steps'], s['episodes_per_shard']) < 1 or s['fps'] < 0 or s['picture_format'] not in ('png', 'jpg'):
+        fail('action_steps and episodes_per_shard must be at least 1, fps at least 0, picture_format png or jpg', 2)
+    columns, kinds = ('action', 'observation.state'), ('quaternion', 'quaternion_xyzw', 'axis_angle')
+    for item in s['rotations']:
+        if len(item) != 3 or item[0] not in columns or item[1] not in range(1000) or item[2] not in kinds:
+            fail(f'rotations={s["rotations"]}: expected ({" or ".join(columns)}, its place, {" or ".join(kinds)})', 2)
     try:
         if s['export']:
-            count = write_v3(s['out'], episodes_of(Folder(s['data'], '', s['cache_dir'])), s['fps'], s['crf'])
+            folder = Folder(s['data'], '', s['cache_dir'])
+            count = write_v3(s['out'], episodes_of(folder, s['rotations']), s['fps'], s['crf'])
             print(f'{s["out"]}: {count} episodes')
             return
         broken = convert(s)
@@ -338,7 +378,9 @@ if __name__ == '__main__':
     episodes_per_shard = 50
     skip_broken = False         # exit code 0 though episodes are left out
     export = False              # from shards to LeRobot v3
-    fps = 10                    # of an export
+    rotations = []              # ('action', 3, 'quaternion') at 3 to 6 becomes 6D, and back; or 'quaternion_xyzw', or
+    #                             'axis_angle', in 'action' or 'observation.state'
+    fps = 0                     # of an export (0: as the shards say)
     crf = 23                    # of an export's h264: 0 keeps every pixel
     cache_dir = CACHE
     main(configure(globals()))

@@ -10,13 +10,13 @@ The seed decides the goal (see envs.py), and tests begin at seed 1,000,000: thei
 
 States are stored by episodes: `key.lowdim.npy`, a row a time step with fields `proprio` (39) and `actions` (4); each
 row is a sample, and training decides how long chunks are. With pictures a sample is a time step: `key.<camera>.png` (or
-.jpg), `key.lowdim.npz` with a chunk of `action_steps` actions, `is_pad` at the episode's end. `key.json` has the
-instruction, one of those of envs.TASKS that are not held out. stats.json: `python prepare/stats.py --data=...`.
+.jpg), `key.lowdim.npz` with a chunk of `action_steps` actions, `is_pad` at the episode's end; hand and gripper (4) are
+what is left of the state, for all else is to be seen. `key.json` has the instruction, one of those of envs.TASKS that
+are not held out. stats.json: `python prepare/stats.py --data=...`.
 
 Needs `pip install metaworld packaging`, and EGL for pictures (Debian and Ubuntu: apt install libegl1 if it is missing).
 """
 
-import io
 import itertools
 import json
 import os
@@ -33,8 +33,8 @@ import envs  # noqa: E402
 from configurator import configure  # noqa: E402
 
 
-def record(env, seed, noise, linger, number):
-    """One episode: rows of (proprio, actions), pictures {camera: [uint8]}, and what goes into .json; None: it failed.
+def record(env, seed, noise, linger):
+    """One episode: proprio (T, P), actions (T, A), pictures {camera: [uint8]}, dict for .json; None: it failed.
 
     It ends `linger` steps after its success, so that success is not only seen as padding."""
     rng, seen = np.random.default_rng([seed, *env.task.encode()]), env.reset(seed)
@@ -50,51 +50,14 @@ def record(env, seed, noise, linger, number):
         left = linger if success and left < 0 else left - 1
     if left:
         return None
-    rows = np.zeros(len(states), [('proprio', '<f4', env.proprio_dim), ('actions', '<f4', env.action_dim)])
-    rows['proprio'], rows['actions'] = states, actions
-    return rows, pictures, dict(instruction=envs.instruction(env.task, number), task=env.task, seed=seed,
-                                goal=env.goal.tolist(), fps=env.fps)
-
-
-def npy(array):
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
-def npz(**arrays):
-    file = io.BytesIO()
-    np.savez(file, **arrays)
-    return file.getvalue()
-
-
-def picture(frame, kind):
-    from PIL import Image
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, {'png': 'PNG', 'jpg': 'JPEG'}[kind], quality=95)
-    return file.getvalue()
-
-
-def samples(key, rows, pictures, meta, steps, kind):
-    """[(key, {extension: bytes})] of an episode: itself, or with pictures its time steps."""
-    if not pictures:
-        return [(key, {'json': json.dumps(meta).encode(), 'lowdim.npy': npy(rows)})]
-    out = []
-    for t in range(len(rows)):
-        actions = rows['actions'][t:t + steps]
-        short = steps - len(actions)
-        out.append((f'{key}-{t:04d}', {
-            'json': json.dumps(meta | {'frame': t}).encode(),
-            'lowdim.npz': npz(proprio=rows['proprio'][t], actions=np.pad(actions, ((0, short), (0, 0))),
-                              is_pad=np.arange(steps) >= len(actions)),
-            **{f'{name}.{kind}': picture(frames[t], kind) for name, frames in pictures.items()}}))
-    return out
+    return np.stack(states), np.stack(actions), pictures, dict(task=env.task, seed=seed, goal=env.goal.tolist(),
+                                                               fps=env.fps)
 
 
 def shard(task, s):
     """Record a task's episodes into a shard of its own; its manifest row and what is printed of it."""
     from webdataset import TarWriter
-    began, tried, kept, count, steps = time.time(), 0, 0, 0, 0
+    began, tried, kept, steps = time.time(), 0, 0, 0
     env = envs.make(task, s['size'], s['cameras'], s['max_steps'])
     path = Path(s['out']) / f'{task}.tar'
     with TarWriter(str(path) + '.part', encoder=False, mtime=0.0) as sink:
@@ -104,13 +67,13 @@ def shard(task, s):
             if seed >= envs.TEST_SEED or tried > 20 + 10 * kept:
                 raise RuntimeError(f'{task}: {kept} of {tried} episodes succeed, with noise={s["noise"]}')
             tried += 1
-            found = record(env, seed, s['noise'], s['linger'], kept)
+            found = record(env, seed, s['noise'], s['linger'])
             if found is None:
                 continue
-            for key, members in samples(f'{task}-{seed:06d}', *found, s['action_steps'], s['picture']):
+            words = [dict(instruction=envs.instruction(task, kept))] * len(found[0])
+            for key, members in envs.samples(f'{task}-{seed:06d}', *found, words, s['action_steps'], s['picture']):
                 sink.write({'__key__': key, **members})
-                count += 1
-            kept, steps = kept + 1, steps + len(found[0])
+            kept, steps = kept + 1, steps + len(words)
     os.replace(str(path) + '.part', path)
     env.close()
     return (dict(shard=task, num_sequences=steps, episodes=kept),

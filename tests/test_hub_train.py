@@ -92,6 +92,28 @@ def test_config_pali_on_ranks_and_shards(pali, run, tmp_path):
             assert abs(a['loss'] - b['loss']) < 1e-5 and abs(a['grad_norm'] - b['grad_norm']) < 1e-3
 
 
+def test_config_pi0_like(pali, tmp_path):
+    """config/pi0_like.py begins from the tiny PaliGemma, on a robot with fewer numbers and one camera of three."""
+    import io
+
+    import numpy as np
+    import webdataset
+    (tmp_path / 'robot').mkdir()
+    rng = np.random.default_rng(0)
+    with webdataset.TarWriter(str(tmp_path / 'robot' / '0.tar'), encoder=False) as tar:
+        for i in range(12):
+            file = io.BytesIO()
+            np.savez(file, proprio=rng.standard_normal(5), actions=rng.uniform(-1, 1, (4, 3)), is_pad=np.arange(4) > i)
+            tar.write({'__key__': f's{i}', 'json': b'{"instruction": "look"}', 'lowdim.npz': file.getvalue(),
+                       'base.png': tiny.png(tiny.draw('red disc', 'plain'))})
+    tiny.run('prepare/stats.py', f'--data={tmp_path / "robot"}', f'--cache_dir={tmp_path / "cache"}').ok()
+    done = tiny.run('train.py', 'config/pi0_like.py', pali / 'tiny.py', *FLAGS, f'--data_dir={tmp_path}', '--fsdp=1',
+                    '--mix={"robot": 1.0}', f'--out_dir={tmp_path / "run"}', '--action_steps=6', '--action_dim=4',
+                    '--proprio_dim=6', '--task=vla', '--vla.width=16', '--vla.mlp_dim=24').ok()
+    assert re.search(r'\(connector, decoder, vit\) loaded, action_in, .*expert.* begin anew, none left', done.out)
+    assert len(tiny.rows(tmp_path / 'run')) == 3
+
+
 def test_frozen_parts_have_no_state_and_are_not_saved_twice(run):
     latest = run / 'checkpoints' / 'latest'
     state = [name for file in (latest / 'state').glob('*.safetensors') for name in safe_open(file, 'pt').keys()]

@@ -102,11 +102,13 @@ def test_pictures(tmp_path):
             seen, _ = env.step(envs.expert_action(env.task, env.state))
     assert seen['pictures']['near'].std() > 20 and not (seen['pictures']['near'] == seen['pictures']['corner3']).all()
     # the right way up: the floor's grey is above the table in no picture of a camera that hangs upside-down
-    p = Processor(Bytes(), 32, 4, '', 64, lowdim=(5, 4, 39), cameras=('near', 'corner3'))
+    p = Processor(Bytes(), 32, 4, '', 64, lowdim=(5, 4, 4), cameras=('near', 'corner3'))
     folder = Folder(str(tmp_path))
     batch = Batches([folder], InOrder(folder.sizes), p)[np.arange(len(folder))]
     assert not batch['bad'] and batch['lowdim']['camera_mask'].all() and len(batch['pixels']) == 2 * len(samples)
     assert batch['lowdim']['is_pad'][-1].tolist() == [False] + [True] * 4
+    assert np.array_equal(batch['lowdim']['proprio'][3], seen['proprio']), 'what is to be seen is not told'
+    assert np.array_equal(seen['proprio'], np.float32(seen['state'][:4]))
     env.close()
 
 
@@ -149,6 +151,20 @@ def test_an_environment_forgets_what_was_before():
     assert all((a == b).all() for a, b in zip(again, new)) and not (again[0] == play(used, 8)[0]).all()
 
 
+@pytest.mark.parametrize('task', ['drawer-open', 'window-open', 'reach'])
+def test_the_first_observation_is_of_where_things_are(task):
+    """As the one after a step on the spot has it, in the state and in the picture."""
+    env = envs.make(task)
+    for seed in (3, 4):
+        first = env.reset(seed)
+        places = [x.copy() for x in (env.env.data.xpos, env.env.data.site_xpos)]    # what a picture shows
+        after, _ = env.step([0, 0, 0, 0])
+        assert abs(first['proprio'] - after['proprio']).max() < 0.01
+        assert (first['proprio'][:18] == first['proprio'][18:36]).all()
+        assert all(abs(x - y).max() < 0.01 for x, y in zip(places, (env.env.data.xpos, env.env.data.site_xpos)))
+    env.close()
+
+
 def test_controls():
     seen = envs.make('reach', max_steps=20).reset(envs.TEST_SEED)
     assert envs.expert([seen]).shape == (1, 1, 4)
@@ -162,12 +178,21 @@ def test_controls():
     assert not envs.zero(4)([seen]).any() and envs.zero(4, 5)([seen] * 2).shape == (2, 5, 4)
 
 
-def test_film_and_errors():
+def test_what_is_kept_and_errors():
     make = lambda task: envs.make(task, 16, max_steps=5)        # noqa: E731
-    done, = envs.rollout([('reach', envs.TEST_SEED)], envs.zero(4), execute=2, make=make, film=True)
-    assert done['frames'].shape == (6, 16, 16, 3) and done['frames'].dtype == np.uint8
-    with pytest.raises(ValueError, match='size is 0'):
-        envs.rollout([('reach', 0)], envs.zero(4), film=True)
+    policy = lambda seen: np.full((len(seen), 2, 4), 0.1 * seen[0]['step'] + 0.9)       # noqa: E731
+    episodes = [('reach', envs.TEST_SEED), ('reach', envs.TEST_SEED + 1)]
+    done, other = envs.rollout(episodes, policy, execute=2, make=make, show=episodes[:1])
+    blind, *_ = envs.rollout(episodes, policy, execute=2, make=make, keep=episodes, blind=True)
+    assert not blind['pictures'] and (blind['proprio'] == done['proprio']).all()
+    assert done['pictures']['near'].shape == (6, 16, 16, 3) and done['pictures']['near'].dtype == np.uint8
+    assert 'actions' not in other and done['actions'].max() == 1, 'as they are executed: clipped'
+    env = make('reach')
+    seen = env.reset(envs.TEST_SEED)
+    for state, action, picture in zip(done['proprio'], done['actions'], done['pictures']['near']):
+        assert (seen['proprio'] == state).all() and (seen['pictures']['near'] == picture).all()
+        seen, _ = env.step(action)
+    assert (seen['pictures']['near'] == done['pictures']['near'][5]).all() and env.steps == len(done['actions']) == 5
     with pytest.raises(ValueError, match='the policy gave'):
         envs.rollout([('reach', 0)], envs.zero(4, 3), execute=8)
     with pytest.raises(RuntimeError, match='task .fly.'):

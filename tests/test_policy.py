@@ -606,6 +606,20 @@ def test_vla_equals_transformers_pi0():
           ref.sample_actions(state=state, noise=noise, **given))
 
 
+def test_parameters_of_pi0():
+    """The sizes of config/pi0_like.py, on the meta device, beside transformers' PI0: its expert has an embedding that
+    nothing reads, and PaliGemma's own vocabulary has 64 rows more."""
+    from transformers import PI0Config, PI0ForConditionalGeneration
+    towers = (ViTConfig(image_size=224, patch_size=14, width=1152, depth=27, mlp_dim=4304, num_heads=16),
+              DecoderConfig(vocab_size=257216, width=2048, depth=18, mlp_dim=16384, num_heads=8, num_kv_heads=1,
+                            head_dim=256))
+    config = VLAConfig(action_dim=32, action_steps=50, proprio_dim=32, width=1024, mlp_dim=4096)
+    with torch.device('meta'):
+        model, ref = build('vla', config, *towers, 257216, 257152), PI0ForConditionalGeneration(PI0Config())
+    ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (model, ref))
+    assert ours == theirs - 257152 * 1024 + 64 * 2048 == 3_238_179_600
+
+
 def load_pi0(model, weights, ref):
     """Give transformers' PI0 these weights, and ours the same."""
     ref.load_state_dict(weights)

@@ -1,19 +1,19 @@
 """prepare/lerobot.py: tiny v2.1 and v3 data sets written here, lossless, and read to the last pixel and bit."""
 import io
 import json
-import subprocess
-import sys
+import runpy
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+import tiny
 
 import processor
 from processor import open_picture
 from shards import Folder
 
+lerobot = runpy.run_path(str(tiny.ROOT / 'prepare' / 'lerobot.py'))
 LENGTHS, FPS, CAMERAS = (5, 9, 4), 10, ('front', 'wrist')
 
 
@@ -85,8 +85,7 @@ def write_set(root, version, cameras=CAMERAS):
 
 
 def run(*args):
-    return subprocess.run([sys.executable, str(ROOT / 'prepare' / 'lerobot.py'), *args], check=False, text=True,
-                          capture_output=True, timeout=100)
+    return tiny.run('prepare/lerobot.py', *args)
 
 
 def check(folder, cameras=CAMERAS, without=()):
@@ -112,8 +111,8 @@ def check(folder, cameras=CAMERAS, without=()):
 def test_every_frame_and_value(tmp_path, version):
     root = write_set(tmp_path / 'lerobot', version)
     done = run(f'--data={root}', f'--out={tmp_path}/out', '--action_steps=4', '--episodes_per_shard=2')
-    assert done.returncode == 0, done.stderr
-    assert '3 episodes, 18 steps, 0 broken' in done.stdout
+    assert done.code == 0, done.err
+    assert '3 episodes, 18 steps, 0 broken' in done.out
     check(Folder(f'{tmp_path}/out'))
 
 
@@ -123,13 +122,70 @@ def test_there_and_back(tmp_path):
         here = tmp_path / f'cameras{len(cameras)}'
         root = write_set(here / 'lerobot', 'v2.1', cameras)
         for command in ([f'--data={root}', f'--out={here}/a'], [f'--data={here}/a', f'--out={here}/v3', '--export=true',
-                        f'--fps={FPS}', '--crf=0'], [f'--data={here}/v3', f'--out={here}/b']):
+                        '--crf=0'], [f'--data={here}/v3', f'--out={here}/b']):
             done = run(*command, '--action_steps=4', f'--cache_dir={here}/cache')
-            assert done.returncode == 0, done.stderr
+            assert done.code == 0, done.err
         for name in 'ab':
             check(Folder(f'{here}/{name}'), cameras)
         assert (here / 'a/00000000.tar').read_bytes() == (here / 'b/00000000.tar').read_bytes()
-    assert run(f'--data={here}/a', f'--out={here}/v3', '--export=true').returncode == 1, 'it is there already'
+    assert run(f'--data={here}/a', f'--out={here}/v3', '--export=true').code == 1, 'it is there already'
+
+
+@pytest.mark.parametrize('kind, size', [('quaternion', 4), ('quaternion_xyzw', 4), ('axis_angle', 3)])
+def test_rotations_become_6d_and_again_what_they_were(kind, size):
+    """By hand: a quarter turn about z takes x to y and y to -x, its first two columns."""
+    half = np.sqrt(0.5)
+    one = dict(quaternion=[half, 0, 0, half], quaternion_xyzw=[0, 0, half, half], axis_angle=[0, 0, np.pi / 2])[kind]
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.standard_normal((5, 2)), [one] * 5, rng.standard_normal((5, 1)), [one] * 5], 1).astype('f4')
+    places = [('action', 2, kind), ('action', 3 + size, kind), ('observation.state', 0, kind)]
+    out = lerobot['turned'](x, places, 'action')
+    assert out.shape == (5, 2 + 6 + 1 + 6) and out.dtype == np.float32
+    np.testing.assert_allclose(out[:, 2:8], [[0, 1, 0, -1, 0, 0]] * 5, atol=1e-6)
+    np.testing.assert_allclose(out[:, 9:], out[:, 2:8], atol=0)
+    assert (out[:, [0, 1, 8]] == x[:, [0, 1, 2 + size]]).all()
+    np.testing.assert_allclose(lerobot['turned'](out, places, 'action', back=True), x, atol=1e-6)
+    with pytest.raises(ValueError, match='has 3 numbers'):
+        lerobot['turned'](x[:, :3], places, 'action')
+    assert lerobot['turned'](x, [], 'action') is x
+
+
+def test_rotations_by_the_command(tmp_path):
+    root = write_set(tmp_path / 'lerobot', 'v2.1', ())
+    flags = "--rotations=[('observation.state', 0, 'axis_angle')]", f'--cache_dir={tmp_path}/cache'
+    run(f'--data={root}', f'--out={tmp_path}/a', *flags).ok()
+    run(f'--data={tmp_path}/a', f'--out={tmp_path}/v3', '--export=true', *flags).ok()
+    run(f'--data={tmp_path}/v3', f'--out={tmp_path}/b', flags[1]).ok()
+    turned, again = (Folder(f'{tmp_path}/{name}').read(0, 0)['lowdim.npy'] for name in 'ab')
+    _, proprio, actions, _ = next(episodes(()))
+    assert turned['proprio'].shape == (5, 6) and (turned['actions'] == actions).all()
+    same = proprio * np.minimum(1, np.pi / np.linalg.norm(proprio, axis=1, keepdims=True)) == proprio     # below pi
+    np.testing.assert_allclose(np.where(same, again['proprio'], 0), np.where(same, proprio, 0), atol=1e-5)
+    assert same.any()
+    run(f'--data={root}', f'--out={tmp_path}/c', "--rotations=[('action', 0, 'euler')]").refused('euler', 'axis_angle')
+
+
+def test_what_is_exported_is_as_lerobot_reads_it(tmp_path):
+    """pandas takes the sentences as the index of tasks.parquet, a state of one number is a number, and there are
+    statistics."""
+    words, actions = ['b', 'b', 'a'], np.arange(6, dtype=np.float32).reshape(3, 2)
+    said = dict(fps=30, success=True)
+    lerobot['write_v3'](tmp_path / 'set', [(words, actions[:, :1], actions, {}, said)] * 2)
+    schema = pq.read_schema(tmp_path / 'set/meta/tasks.parquet')
+    assert schema.pandas_metadata['index_columns'] == ['__index_level_0__']
+    assert pq.read_table(tmp_path / 'set/meta/tasks.parquet').to_pylist() == [
+        {'task_index': 0, '__index_level_0__': 'b'}, {'task_index': 1, '__index_level_0__': 'a'}]
+    table = pq.read_table(tmp_path / 'set/data/chunk-000/file-000.parquet')
+    assert table['observation.state'].to_pylist() == [0, 2, 4] * 2 and table['action'].to_pylist()[4] == [2, 3]
+    assert table['next.success'].to_pylist() == table['next.done'].to_pylist() == [False, False, True] * 2
+    stats = json.loads((tmp_path / 'set/meta/stats.json').read_text())
+    assert stats['action']['mean'] == [2, 3] and stats['action']['count'] == [6] and set(stats['action']) == {
+        'count', 'mean', 'std', 'min', 'max', 'q01', 'q99'}
+    info = json.loads((tmp_path / 'set/meta/info.json').read_text())
+    assert info['fps'] == 30 and info['features']['observation.state'] == dict(dtype='float32', shape=[1], names=None)
+    assert info['features']['next.success']['dtype'] == 'bool' and info['features']['index']['dtype'] == 'int64'
+    with pytest.raises(ValueError, match='--fps='):
+        lerobot['write_v3'](tmp_path / 'other', [(words, actions, actions, {}, {})])
 
 
 def test_broken_episodes_are_named_and_left_out(tmp_path):
@@ -138,25 +194,25 @@ def test_broken_episodes_are_named_and_left_out(tmp_path):
     write_video(video, [np.zeros((16, 32, 3), np.uint8)] * 6)           # three too few
     args = f'--data={root}', f'--out={tmp_path}/out', '--action_steps=4'
     done = run(*args)
-    assert done.returncode == 1 and 'episode 1: ' in done.stderr and '1 broken' in done.stdout, done.stderr
-    assert run(*args, '--skip_broken=true').returncode == 0
+    assert done.code == 1 and 'episode 1: ' in done.err and '1 broken' in done.out, done.err
+    assert run(*args, '--skip_broken=true').code == 0
     check(Folder(f'{tmp_path}/out'), without=[1])
     video.write_bytes(b'no video')
     table = pq.read_table(root / 'data/chunk-001/episode_000002.parquet')
     pq.write_table(table.slice(1), root / 'data/chunk-001/episode_000002.parquet')
     done = run(*args, '--skip_broken=true')
-    assert done.returncode == 0 and 'episode 1: ' in done.stderr and 'episode 2: ' in done.stderr
+    assert done.code == 0 and 'episode 1: ' in done.err and 'episode 2: ' in done.err
     check(Folder(f'{tmp_path}/out'), without=[1, 2])
     file = io.BytesIO()
     pq.write_table(table, file)
     (root / 'data/chunk-000/episode_000000.parquet').write_bytes(file.getvalue()[:-9])
     (root / 'data/chunk-001/episode_000002.parquet').unlink()
     done = run(*args)
-    assert done.returncode == 1 and all(f'episode {i}: ' in done.stderr for i in range(3))
+    assert done.code == 1 and all(f'episode {i}: ' in done.err for i in range(3))
 
 
 def test_wrong_settings(tmp_path):
     for args, code, word in (([], 2, '--data'), ([f'--data={tmp_path}', f'--out={tmp_path}/x'], 1, 'info.json'),
                              ([f'--data={tmp_path}', '--out=x', '--picture_format=gif'], 2, 'png')):
         done = run(*args)
-        assert done.returncode == code and word in done.stderr and done.stderr.count('\n') == 1
+        assert done.code == code and word in done.err and done.err.count('\n') == 1
