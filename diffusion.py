@@ -388,8 +388,9 @@ class DiTConfig:
         if min(self.channels, self.patch_size, self.depth) < 1 or self.image_size % self.patch_size:
             raise ValueError(f'dit.image_size={self.image_size} must be a multiple of dit.patch_size={self.patch_size}'
                              f', dit.channels={self.channels} and dit.depth={self.depth} at least 1')
-        if self.width % (2 * self.num_heads):
-            raise ValueError(f'dit.width={self.width} must be a multiple of twice dit.num_heads={self.num_heads}')
+        if self.width % (2 * self.num_heads) or self.width % 4:
+            raise ValueError(f'dit.width={self.width} must be a multiple of 4 and of twice dit.num_heads='
+                             f'{self.num_heads}')
         if not 0 <= self.drop < 1:
             raise ValueError(f'dit.drop={self.drop}: expected a share of at least 0 and below 1')
 
@@ -406,7 +407,9 @@ class DiT(nn.Module):
         self.steps = 1 if c.objective == 'flow' else c.schedule_steps       # the times are from 0 to so much
         numbers = c.channels * c.patch_size ** 2
         self.input = nn.Linear(numbers, c.width)
-        self.pos_embed = nn.Parameter(torch.empty(1, (c.image_size // c.patch_size) ** 2, c.width))
+        side = c.image_size // c.patch_size
+        place = sincos(torch.arange(side) / side, c.width // 2, 2 / side, 4.0)                  # (side, D / 2)
+        self.pos_embed = nn.Parameter(torch.cat((place.repeat_interleave(side, 0), place.repeat(side, 1)), 1)[None])
         self.time = nn.Sequential(nn.Linear(c.width, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         self.context = nn.Sequential(nn.LayerNorm(context, eps=1e-6), nn.Linear(context, c.width))
         self.mean = nn.Linear(c.width, c.width)
@@ -418,7 +421,6 @@ class DiT(nn.Module):
 
     def init_weights(self):
         """As the paper has it: Xavier, and zero where a block, or the whole, begins as nothing."""
-        nn.init.normal_(self.pos_embed, std=0.02)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)

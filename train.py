@@ -61,8 +61,9 @@ except ModuleNotFoundError:     # deleted: no robots
 # settings
 
 # what is trained, and where it goes
-task = 'vlm'                        # vlm | llm | siglip (a vision tower on picture-name pairs) | policy (a robot's
-#                                     actions, by diffusion) | vla (a vlm with an action expert) | t2i (text to image)
+task = 'vlm'                        # vlm | llm | siglip | policy | vla | t2i
+#                                     siglip: a vision tower on picture-name pairs; policy: a robot's actions, by
+#                                     diffusion; vla: a vlm with an action expert; t2i: text to image
 vit = ViTConfig()
 decoder = DecoderConfig()           # siglip, t2i: the text tower
 pixel_shuffle = 1                   # vlm: squares of so many patches a side become one image token
@@ -96,8 +97,8 @@ tokenizer = 'bytes'                 # bytes | a .model (sentencepiece), .tiktoke
 processor = 'auto'                  # how a sample is written as tokens: paligemma | text | chat | gemma | llava |
 #                                     smolvlm | t2i | a model folder, or one on the Hugging Face hub |
 #                                     file.py:function; auto: by task
-prompt = ''                         # vlm: the text between a picture and its answer; t2i: how a caption is put, of
-#                                     what the sample and its .json hold: '{style}: {text}' (empty: '{text}')
+prompt = ''                         # vlm: between a picture and its answer; t2i: a caption, as '{style}: {text}'
+#                                     of what the sample and its .json hold (empty: '{text}')
 image_mean = 0.5                    # subtracted from pixels of 0 to 1 (1.0: white is 0)
 image_std = 0.5                     # and what they are then divided by
 image_draft = True                  # JPEGs may be decoded at 1/2, 1/4 or 1/8, where that is at least vit.image_size

@@ -54,6 +54,9 @@ def read(folder):
         shard = list(webdataset.WebDataset(str(folder / f"{row['shard']}.tar"), shardshuffle=False))
         assert len(shard) == row["num_sequences"] > 0
         samples |= {sample["__key__"]: (sample["txt"].decode(), sample["png"]) for sample in shard}
+        for sample in shard:
+            style = sample["__key__"].split("--")[0] if folder.name == "heldout" else folder.name
+            assert json.loads(sample["json"]) == {"style": style}
     assert len(samples) == sum(row["num_sequences"] for row in rows), "a key is there twice"
     return samples
 

@@ -250,3 +250,22 @@ def test_text_is_any_module():
     (t, context, mask), = seen
     assert t.dtype == torch.long and t.max() < 50 and torch.equal(context, embedding(tokens))
     assert torch.equal(mask, segments > 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('settings', KINDS)
+def test_on_a_gpu(settings):
+    """Loss and pictures as on the CPU; bf16 is near, and every parameter has its gradient."""
+    model, (tokens, segments) = model_of(**settings).train(), sentences()
+    loss = model.loss(tokens, pixels=PICTURES, segments=segments, keys=KEYS)[0]
+    drawn = model.sample(tokens, segments, KEYS, steps=3, guidance=2.0)
+    there, on_gpu = model.cuda(), [x.cuda() for x in (tokens, segments, PICTURES, KEYS)]
+    tokens, segments, pictures, keys = on_gpu
+    close(there.loss(tokens, pixels=pictures, segments=segments, keys=keys)[0].cpu(), loss, 1e-3)
+    close(there.sample(tokens, segments, keys, steps=3, guidance=2.0).cpu(), drawn, 1e-2)
+    with torch.autocast('cuda', torch.bfloat16):
+        rough = there.loss(tokens, pixels=pictures, segments=segments, keys=keys)[0]
+    rough.backward()
+    assert abs(rough.item() - loss.item()) < 0.05 * loss.item()
+    assert all(p.grad is not None for p in there.parameters())
