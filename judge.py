@@ -60,11 +60,12 @@ def draw(path, name, pixels, texts, given, score, columns=8, rows=5):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     chosen = np.linspace(0, len(texts) - 1, min(columns * rows, len(texts))).round().astype(int)
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * 1.7, rows * 1.75), layout='constrained')
+    height = 0.5 + 1.25 * pixels.shape[1] / pixels.shape[2]
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * 1.7, rows * height), layout='constrained')
     for axis in axes.flat:
         axis.axis('off')
     for axis, i in zip(axes.flat, chosen):
-        axis.imshow(pixels[i])
+        axis.imshow(pixels[i], interpolation='nearest')
         right = given[i] == texts[i]
         axis.set_title(texts[i] if right else f'{texts[i]}\n{given[i][:28]}', fontsize=7, color='g' if right else 'r')
     figure.suptitle(f'{name}: {score:.1%} of {len(texts)} right (the true name; below it a wrong answer)', fontsize=10)
