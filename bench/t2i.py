@@ -1,7 +1,8 @@
 """What text to image costs: OMP_NUM_THREADS=1 python bench/t2i.py [--width=256 --image_size=32 --patch_size=2]
 
 Our DiT beside the nearest of diffusers of equal width, depth, heads, patches and sentence, random weights, in one
-process with the same threads; medians of calls that take turns. Cross-attention beside PixArtTransformer2DModel, joint
+process; medians of calls that take turns, in seconds of the CPU, which other work on the machine changes little (on a
+GPU, seconds). Cross-attention beside PixArtTransformer2DModel, joint
 attention beside SD3Transformer2DModel. A training step (flow matching, fused AdamW), `steps` Euler steps of pictures
 with guidance, both of one batch with and without the sentence, and the bytes that a forward pass keeps for the backward
 pass (on a GPU also the peak of a training step).
@@ -47,14 +48,14 @@ class Text(torch.nn.Module):
 
 def compare(what, calls):
     """Print the median times of `calls`, {name: function}, which take turns, beside the first."""
-    times = {name: [] for name in calls}
+    times, clock = {name: [] for name in calls}, time.process_time if device == 'cpu' else time.perf_counter
     for i in range(repeats + 2):
         for name, call in calls.items():
-            began = time.perf_counter()
+            began = clock()
             call()
             torch.cuda.synchronize() if device != 'cpu' else None
             if i >= 2:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     ours, theirs = (1e3 * statistics.median(t) for t in times.values())
     print(f'  {what:34} ours {ours:8.1f} ms, diffusers {theirs:8.1f} ms: {theirs / ours:.2f} x', flush=True)
 
