@@ -124,8 +124,13 @@ def build_model(run, tok, weights=True):
                         sd.CLIPText(clip), sd.AutoencoderKL(part('vae', sd.VAEConfig)), empty)
     if task == 't2i':
         import diffusion
-        return diffusion.build(part('dit', diffusion.DiTConfig), decoder, tok.vocab_size, [tok.bos_id, tok.eos_id],
-                               towers.get('decoder'))
+        dit, vae = part('dit', diffusion.DiTConfig), None
+        if dit.vae:
+            import hub_sd
+            import sd
+            settings = part('vae', sd.VAEConfig)
+            vae = hub_sd.autoencoder(dit.vae, settings) if weights else sd.AutoencoderKL(settings)
+        return diffusion.build(dit, decoder, tok.vocab_size, [tok.bos_id, tok.eos_id], towers.get('decoder'), vae)
     return build(task, *shape, run.get('pair_scale', 1.0), run.get('pair_bias', 0.0), towers)
 
 

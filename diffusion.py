@@ -363,7 +363,8 @@ class JointBlock(nn.Module):
 
 @dataclass
 class DiTConfig:
-    image_size: int = 32        # pixels of a side, or of latents
+    vae: str = ''               # a folder of diffusers: its vae/ makes latents of pictures, which are learned
+    image_size: int = 32        # pixels of a side, or rows of a latent
     channels: int = 3           # 3 of pictures, 4 of Stable Diffusion's latents
     patch_size: int = 4
     width: int = 256
@@ -556,7 +557,12 @@ class TextToImage(nn.Module):
         return self.vae.decode(x) if self.vae else x
 
 
-def build(config, decoder, vocab_size, empty, text=None):
-    """A TextToImage from a DiTConfig and a DecoderConfig, or a text tower that is taken as it is. Raises ValueError."""
+def build(config, decoder, vocab_size, empty, text=None, vae=None):
+    """A TextToImage from a DiTConfig and a DecoderConfig, or a text tower that is taken as it is; vae: an autoencoder,
+    which is not trained. Raises ValueError."""
     config.check()
-    return TextToImage(config, text or Decoder(sized(decoder, vocab_size)), empty=empty)
+    if vae and vae.config.latent_channels != config.channels:
+        raise ValueError(f'dit.channels={config.channels}: latents of {config.vae!r} have {vae.config.latent_channels}')
+    if vae:
+        vae.requires_grad_(False)
+    return TextToImage(config, text or Decoder(sized(decoder, vocab_size)), vae=vae, empty=empty)

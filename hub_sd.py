@@ -274,18 +274,30 @@ def whole(model, folder, skip=()):
                 yield f'{name}.{key}', tensor
 
 
-def load(model, folder, skip=()):
-    """Copy a folder's weights into a TextToImage of the same settings: the names that were loaded. Raises
-    ValueError."""
-    if not isinstance(getattr(model, 'denoiser', None), UNet2DCondition):
-        raise ValueError(f'{folder!r} is Stable Diffusion: it begins a run of task=t2i with denoiser=unet')
-    ours = {'unet': model.denoiser.config, 'clip': model.text.config, 'vae': model.vae.config}
-    different = [f'{key}={value!r} (here {here!r})' for key, value in settings_of(folder).items() if '.' in key
+def check_same(folder, theirs, ours):
+    """Raises ValueError where `theirs`, settings of a folder, are not those of `ours` {'vae': its config, ...}."""
+    different = [f'{key}={value!r} (here {here!r})' for key, value in theirs.items() if '.' in key
                  and (part := key.partition('.'))[0] in ours
                  and to_list(here := getattr(ours[part[0]], part[2])) != to_list(value)]
     if different:
         raise ValueError(f'{folder!r} has {", ".join(different)}: python hub.py config {folder} prints all of its '
                          'settings')
+
+
+def autoencoder(folder, config):
+    """The AutoencoderKL of a folder, which has to be as `config` says. Raises ValueError."""
+    theirs = read_config(folder, 'vae')
+    check_same(folder, {f'vae.{f.name}': getattr(theirs, f.name) for f in fields(theirs)}, {'vae': config})
+    return from_folder(folder, 'vae')
+
+
+def load(model, folder, skip=()):
+    """Copy a folder's weights into a TextToImage of the same settings: the names that were loaded. Raises
+    ValueError."""
+    if not isinstance(getattr(model, 'denoiser', None), UNet2DCondition):
+        raise ValueError(f'{folder!r} is Stable Diffusion: it begins a run of task=t2i with denoiser=unet')
+    check_same(folder, settings_of(folder), {'unet': model.denoiser.config, 'clip': model.text.config,
+                                             'vae': model.vae.config})
     return hub.copy_into(model, whole(model, folder, skip))
 
 

@@ -318,7 +318,7 @@ def build(config, tokenizer, image_tokens):
     # a policy may see nothing but its state and a sentence
     pictures = config['task'] != 'llm' and (config['task'] != 'policy' or config['policy.encoder'] == 'vlm')
     size = config['dit.image_size' if config['task'] == 't2i' else 'vit.image_size']
-    if config.get('denoiser') == 'unet':        # pictures have more pixels than latents
+    if config.get('denoiser') == 'unet' or config.get('dit.vae'):       # pictures have more pixels than latents
         size *= 2 ** (len(config['vae.block_out_channels']) - 1)
     files, draft = dict(form=form), config.get('image_draft', True)
     if os.path.isdir(form):

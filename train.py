@@ -78,7 +78,7 @@ denoiser = 'dit'                    # t2i: dit | unet (Stable Diffusion: unet, c
 #                                     of a latent, and drop)
 unet = sd.UNetConfig() if sd else {}
 clip = sd.CLIPTextConfig() if sd else {}
-vae = sd.VAEConfig() if sd else {}
+vae = sd.VAEConfig() if sd else {}                        # of unet, and of dit with dit.vae
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;

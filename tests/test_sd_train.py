@@ -137,6 +137,29 @@ def test_samples_without_a_usable_picture_are_named_and_counted(saved, tmp_path)
     tiny.run('prepare/latents.py', flags[0], '--vae=nowhere').refused('no vae/config.json')
 
 
+def test_a_dit_learns_latents(saved, latents, tmp_path):
+    """Of pictures, encoded every time, and of prepare/latents.py; the run keeps the autoencoder."""
+    flags = [*hub.config_lines(saved[1]).splitlines(), 'processor = "t2i"', 'tokenizer = "bytes"', 'init_from = ""']
+    config = tmp_path / 'tiny.py'
+    config.write_text('\n'.join(flags))
+    tiny_dit = [str(config), *FLAGS[:1], *FLAGS[4:-1], '--denoiser=dit', '--dit.image_size=8', '--dit.patch_size=2',
+                '--dit.width=32', '--dit.depth=1', '--dit.num_heads=2', '--decoder.width=32', '--decoder.depth=1',
+                '--decoder.num_heads=2', '--seq_len=40', f'--dit.vae={saved[1]}']
+    tiny.run('train.py', *tiny_dit, f'--out_dir={tmp_path}/c').refused('dit.channels=3', 'have 4')
+    tiny_dit.append('--dit.channels=4')
+    tiny.run('train.py', *tiny_dit, f'--out_dir={tmp_path}/a').ok()
+    tiny.run('train.py', *tiny_dit, f'--out_dir={tmp_path}/b', f'--data_dir={latents[0].parent}').ok()
+    np.testing.assert_allclose(losses(tmp_path / 'a'), losses(tmp_path / 'b'), rtol=2e-3)
+    vae = {f'vae.{key}': value for key, value in hub_sd.from_folder(saved[1], 'vae').state_dict().items()}
+    kept = tiny.weights(tmp_path / 'a')
+    assert vae and all((kept[key] == value.numpy()).all() for key, value in vae.items())
+    tiny.run('sample.py', f'--out_dir={tmp_path}/a', '--prompt=red disc', '--steps=2', '--n=1',
+             f'--grid={tmp_path}/grid.png', '--device=cpu').ok()
+    assert np.array(Image.open(tmp_path / 'grid_000.png')).shape == (16, 16, 3)
+    tiny.run('train.py', *tiny_dit, f'--out_dir={tmp_path}/c', '--vae.scaling_factor=0.5').refused(
+        'vae.scaling_factor', '(here 0.5)')
+
+
 def test_settings_that_do_not_go_together(saved, tmp_path):
     train(saved[1], tmp_path / 'a', '--seq_len=40').refused('seq_len', '77')
     train(saved[1], tmp_path / 'a', '--unet.layers_per_block=1').refused('unet.layers_per_block=2 (here 1)')
