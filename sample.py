@@ -336,6 +336,11 @@ def statistics():
         return load(f)
 
 
+def is_told():
+    """Does the policy read a sentence?"""
+    return run['task'] == 'vla' or run['policy.encoder'] != 'none'
+
+
 def policy_of(words=None, blank=False, action_dim=0):
     """A function of observations, as envs.rollouts takes it. words: task -> the sentence it is told; blank: it sees
     white pictures; action_dim: of a robot with fewer numbers than the run's largest."""
@@ -415,7 +420,7 @@ def act_out():
         rows |= {'expert': envs.expert, 'random': envs.random_policy([-1] * 4, [1] * 4, execute),
                  'zero': envs.zero(4, execute)}
         rows |= {'replay': envs.replay(shown, execute)} if set(shown) == set(names) else {}
-        if len(names) > 1 and run.get('policy.encoder') != 'none':
+        if len(names) > 1 and is_told():
             rows |= {'wrong words': policy_of(lambda task: envs.instruction(wrong[task]), action_dim=4)}
         rows |= {'blank picture': policy_of(blank=True, action_dim=4)} if processor.image_tokens else {}
     firsts = chosen[::episodes]
@@ -448,8 +453,7 @@ def answer_robots():
     import serve
     stats, side = statistics(), run['vit.image_size']
     cameras = (run['cameras'] or ['image']) if processor.image_tokens else []
-    told = run['task'] == 'vla' or run['policy.encoder'] != 'none'
-    fields = dict(proprio=('float32', (len(stats['proprio']['mean']),), False), instruction=('str', (), not told),
+    fields = dict(proprio=('float32', (len(stats['proprio']['mean']),), False), instruction=('str', (), not is_told()),
                   **{name: ('uint8', (side, side, 3), False) for name in cameras}, seed=('int64', (), True),
                   step=('int64', (), True))
     act = policy_of()
