@@ -65,11 +65,12 @@ class Schedule:
     Equal to diffusers' DDPMScheduler and DDIMScheduler; arguments have the names and defaults of its
     scheduler_config.json but for the first three: beta_schedule linear | scaled_linear | squaredcos_cap_v2,
     num_train_timesteps, and prediction_type epsilon (the noise) | sample (x) | v_prediction (arXiv 2202.00512).
-    rescale_betas_zero_snr leaves nothing of x at the last time (arXiv 2305.08891), where epsilon then says nothing."""
+    rescale_betas_zero_snr leaves nothing of x at the last time (arXiv 2305.08891), where epsilon then says nothing.
+    chained, which is not diffusers': see `pairs`."""
 
     def __init__(self, kind='squaredcos_cap_v2', steps=1000, prediction='epsilon', beta_start=1e-4, beta_end=0.02,
                  clip_sample=True, clip_sample_range=1.0, timestep_spacing='leading', steps_offset=0,
-                 set_alpha_to_one=True, rescale_betas_zero_snr=False):
+                 set_alpha_to_one=True, rescale_betas_zero_snr=False, chained=False):
         for name, value, allowed in (('kind', kind, ('linear', 'scaled_linear', 'squaredcos_cap_v2')),
                                      ('prediction', prediction, ('epsilon', 'sample', 'v_prediction')),
                                      ('timestep_spacing', timestep_spacing, ('leading', 'trailing', 'linspace'))):
@@ -92,6 +93,7 @@ class Schedule:
             alphas = torch.cat((alphas[:1], alphas[1:] / alphas[:-1]))
             alphas = (1 - (1 - alphas)).cumprod(0)
         self.steps, self.prediction, self.spacing, self.offset = steps, prediction, timestep_spacing, steps_offset
+        self.chained = chained
         self.clip = clip_sample_range if clip_sample else math.inf
         self.alphas, self.final = alphas, 1.0 if set_alpha_to_one else alphas[0].item()     # products, 1 to 0
 
@@ -138,7 +140,7 @@ class Schedule:
         diffusers' DDIM steps to t - steps // n, whatever time comes next: the same for leading spacing, not for others
         whose n does not divide steps. chained: to the time that comes next, as diffusers' DDPM does."""
         t = self.timesteps(n).tolist()
-        return list(zip(t, [*t[1:], -1])) if chained else [(a, max(a - self.steps // n, -1)) for a in t]
+        return list(zip(t, [*t[1:], -1])) if chained or self.chained else [(a, max(a - self.steps // n, -1)) for a in t]
 
     def split(self, output, t, x):
         """What the model's output says of x at t: (clean x, clipped; noise, which does not know of the clipping)."""
@@ -176,13 +178,13 @@ class Schedule:
         return torch.where(torch.as_tensor(t, device=x.device).reshape(a.shape) > 0, mean + variance.sqrt() * noise,
                            mean)
 
-    def sample(self, predict, x, n, sampler='ddim', keys=None, chained=False, skip=0, after=None):
+    def sample(self, predict, x, n, sampler='ddim', keys=None, skip=0, after=None):
         """From noise x to a sample in n steps; predict(x, t) is the model at the times t (B,). sampler: ddim | ddpm,
-        which adds noise by `keys` (B,); chained: see `pairs`. skip: x is what the first so many steps would have left;
+        which adds noise by `keys` (B,). skip: x is what the first so many steps would have left;
         after(x, t): what becomes of x when it has come to t."""
         if sampler not in ('ddim', 'ddpm'):
             raise ValueError(f'sampler={sampler!r}: a discrete schedule has ddim and ddpm')
-        for i, (t, t_next) in enumerate(self.pairs(n, chained or sampler == 'ddpm')[skip:], skip):
+        for i, (t, t_next) in enumerate(self.pairs(n, sampler == 'ddpm')[skip:], skip):
             output = predict(x, torch.full((len(x),), t, device=x.device))
             if sampler == 'ddim':
                 x = self.step(output, t, t_next, x)
@@ -273,7 +275,8 @@ def schedule_of(c):
     if c.objective not in ('flow', 'ddpm'):
         raise ValueError(f'objective={c.objective!r}: expected flow or ddpm')
     return (FlowSchedule(c.time, c.shift) if c.objective == 'flow' else Schedule(
-        c.schedule, c.schedule_steps, c.prediction, clip_sample=c.clip_range > 0, clip_sample_range=c.clip_range))
+        c.schedule, c.schedule_steps, c.prediction, clip_sample=c.clip_range > 0, clip_sample_range=c.clip_range,
+        timestep_spacing=c.spacing, chained=True))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -377,7 +380,8 @@ class DiTConfig:
     shift: float = 1.0          # flow: above 1: times are noisier, as large pictures want them
     schedule: str = 'squaredcos_cap_v2'     # ddpm: linear | scaled_linear | squaredcos_cap_v2
     schedule_steps: int = 1000  # ddpm
-    prediction: str = 'epsilon'     # ddpm: epsilon | sample | v_prediction
+    prediction: str = 'v_prediction'        # ddpm: epsilon (wants spacing=leading) | sample | v_prediction
+    spacing: str = 'trailing'   # ddpm: the times that are sampled at: trailing | leading | linspace
     clip_range: float = 0.0     # ddpm: clean pictures lie within so much of 0 (0: anywhere)
     drop: float = 0.1           # share of samples that are learned without their sentence, for guidance
     remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed

@@ -115,7 +115,8 @@ class PolicyConfig:
     shift: float = 1.0          # flow: above 1: times are noisier
     schedule: str = 'squaredcos_cap_v2'     # ddpm: linear | scaled_linear | squaredcos_cap_v2
     schedule_steps: int = 100   # ddpm
-    prediction: str = 'epsilon'     # ddpm: epsilon | sample | v_prediction
+    prediction: str = 'sample'  # ddpm: epsilon (the paper's) | sample | v_prediction
+    spacing: str = 'trailing'   # ddpm: the times that are sampled at: trailing | leading (epsilon's) | linspace
     clip_range: float = 0.0     # ddpm: clean actions lie within so much of 0 (0: anywhere)
     loss: str = 'mse'           # mse | l1 | huber
     num_noise_draws: int = 1    # noisy versions of a chunk for one pass of the encoder

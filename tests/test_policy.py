@@ -299,7 +299,7 @@ def test_samples_do_not_depend_on_the_batch(denoiser, objective, sampler):
 
 
 def test_ddim_sampling_equals_diffusers():
-    model, state = policy(objective='ddpm', clip_range=1.0), randn(2, 5)
+    model, state = policy(objective='ddpm', prediction='epsilon', spacing='leading', clip_range=1.0), randn(2, 5)
     noise, ref = randn(2, 8, 3), DDIMScheduler(100, beta_schedule='squaredcos_cap_v2')
     for steps in (10, 7):
         ref.set_timesteps(steps)
