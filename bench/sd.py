@@ -3,10 +3,9 @@
 Our U-Net beside diffusers' UNet2DConditionModel of the same settings and weights, in one process with the same threads;
 medians of calls that take turns (on a CPU of its seconds, not of the clock's). A DDIM sample with guidance, text
 encoded before, and a training step (epsilon, fused AdamW). Then the peak memory of each, in processes of their own:
-what a process holds at most, less what it held before the call. --device=cuda --dtype=bfloat16 for a GPU.
+weights, and what a process holds at most beyond what it held before the call. --device=cuda --dtype=bfloat16 for a GPU.
 """
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -141,19 +140,26 @@ def main():
               flush=True)
 
 
+def resident(key):
+    """MB that this process has (VmRSS) or had at most (VmHWM; getrusage's begins with what the parent had)."""
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(key)) / 2 ** 10
+
+
 def peak(who, what):
-    """MB of the peak of one call, the second."""
-    calls, _ = models(who)
+    """MB of the peak of one call, the second, weights included."""
+    calls, count = models(who)
     if device != 'cpu':
         calls[what]()
         torch.cuda.reset_peak_memory_stats()
         calls[what]()
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    with open('/proc/self/statm') as f:
-        before = int(f.read().split()[1]) * resource.getpagesize() / 2 ** 20
+    with open('/proc/self/clear_refs', 'w') as f:
+        f.write('5')                            # VmHWM begins anew
+    before = resident('VmRSS')
     calls[what]()
     calls[what]()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10 - before
+    return resident('VmHWM') - before + 4 * count / 2 ** 20
 
 
 if __name__ == '__main__':
