@@ -231,7 +231,7 @@ def staged(tensors):
     meshes, out = {}, {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, DTensor):
-            out[name] = tensor.detach().to('cpu', copy=True)
+            out[name] = tensor.detach().to('cpu', copy=True).contiguous()
             continue
         mesh = tensor.device_mesh
         if mesh.device_type != 'cpu' and mesh not in meshes:

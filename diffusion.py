@@ -366,7 +366,6 @@ class JointBlock(nn.Module):
 
 @dataclass
 class DiTConfig:
-    vae: str = ''               # a folder of diffusers: its vae/ makes latents of pictures, which are learned
     image_size: int = 32        # pixels of a side, or rows of a latent
     channels: int = 3           # 3 of pictures, 4 of Stable Diffusion's latents
     patch_size: int = 4
@@ -385,6 +384,7 @@ class DiTConfig:
     clip_range: float = 0.0     # ddpm: clean pictures lie within so much of 0 (0: anywhere)
     drop: float = 0.1           # share of samples that are learned without their sentence, for guidance
     remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
+    vae: str = ''               # a folder of diffusers: its vae/ makes latents of pictures, which are learned
 
     def check(self):
         """Raises ValueError for settings that no DiT can have."""
@@ -511,8 +511,9 @@ class TextToImage(nn.Module):
         if self.training and c.drop and keys is not None:
             tokens, segments = self.dropped(tokens, segments, uniform(keys, 1, 2)[:, 0] < c.drop)
         output = self.denoiser(self.schedule.add_noise(x, noise, time), time, *self.encode(tokens, segments))
-        losses = F.mse_loss(output.float(), self.schedule.target(x, noise, time), reduction='none').flatten(1).mean(1)
-        return losses[:n].sum() if reduction == 'sum' else losses[:n], count
+        losses = F.mse_loss(output.float(), self.schedule.target(x, noise, time), reduction='none')[:n]
+        losses = losses.flatten(1).mean(1)
+        return losses.sum() if reduction == 'sum' else losses, count
 
     forward = loss              # DistributedDataParallel wraps `forward`
 

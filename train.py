@@ -360,7 +360,9 @@ if sharded:
     mesh = init_device_mesh(torch.device(device).type, shape, mesh_dim_names=('replicate', 'shard')[-len(shape):])
     for module in (*blocks, raw_model):
         fully_shard(module, mesh=mesh)          # gathered in fp32, so that DDP computes the same
-elif world > 1:
+elif denoiser == 'unet':
+    raw_model.to(memory_format=torch.channels_last)     # what convolutions are fastest with, and FSDP can not shard
+if world > 1 and not sharded:
     model = DistributedDataParallel(raw_model, device_ids=None if device == 'cpu' else [torch.device(device).index])
 trained = {name: p for name, p in raw_model.named_parameters() if p.requires_grad}
 averages = {name: p.detach().clone() for name, p in trained.items()} if ema else {}

@@ -82,17 +82,15 @@ def models(which):
     else:
         small = VAEConfig(block_out_channels=(32,) * 4, norm_num_groups=32)
         model = build(DiTConfig(image_size=rows, drop=0.0), unet, Text(table), AutoencoderKL(small), [0] * 77)
-        model.to(device)
+        model.to(device, memory_format=torch.channels_last)     # as train.py and hub_sd.load_run have it
         model.vae = None                        # latents come out
         told = torch.ones(pictures, 77, dtype=torch.long, device=device)
         tokens = torch.arange(2, batch_size + 2, device=device)[:, None].expand(-1, 77)
 
         def sample():
-            unet.to(memory_format=torch.channels_last)          # as hub_sd.load_run gives it
             return model.sample(told, noise=noise[:1].expand(pictures, -1, -1, -1), steps=steps, guidance=7.5)
 
         def mean_loss():
-            unet.to(memory_format=torch.contiguous_format)      # as train.py has it
             loss, count = model.loss(tokens, pixels=x, noise=noise, time=t)
             return loss / count
         module = unet
