@@ -425,7 +425,7 @@ def load_checkpoint(path, saved):
 def check_changed(path, old):
     """Refuse to resume with other model settings; print the other settings that changed."""
     for key in (k for k in old if k in config and config[k] != old[k]):
-        model_settings = ('vit.', 'decoder.', 'policy.', 'vla.', 'dit.', 'unet.', 'clip.', 'vae.')
+        model_settings = ('vit.', 'decoder.', 'dit.' if task == 't2i' else f'{task}.', 'unet.', 'clip.', 'vae.')
         if key.startswith(model_settings) and not key.endswith('.remat') or key in (
                 'task', 'denoiser', 'tokenizer', 'lanes', 'pixel_shuffle', 'connector_bias', 'optimizer',
                 'action_steps', 'action_dim', 'proprio_dim', 'normalize'):

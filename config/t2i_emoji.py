@@ -38,11 +38,11 @@ decoder.depth = 1
 decoder.mlp_dim = 256
 decoder.num_heads = 2
 
-max_steps = 8000
+max_steps = 6400
 batch_size = 32
 lr = 1.5e-3
 schedule = 'wsd'                # so that a longer run may go on from this one
-decay = 0.5
+decay = 0.375
 betas = (0.9, 0.98)
 warmup = 100
 weight_decay = 0.05
