@@ -1,0 +1,141 @@
+"""From a robot's sample to what its model gets: the tasks policy and vla write their rows so.
+
+Axes: A samples with actions, H actions of a chunk, D numbers of an action, P of a state.
+"""
+import base64
+import json
+
+import fsspec
+import numpy as np
+import torch
+
+from diffusion import random_keys
+from processor import BESIDE, HIDDEN, LEARNED, SEEN, document, is_document, question
+from robots import actions
+from robots.chunks import nothing
+from shards import BadSample
+
+# what stands for a camera that is missing: a black pixel, as PNG
+BLACK = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2F'
+                         'zhVAAAAAElFTkSuQmCC')
+FILES = ('stats.json',)
+
+
+def form(sample, p):
+    """<image>..., bos, instruction, newline, all seen by all, and an answer, if there is one, as
+    paligemma has it; beside them the actions and the state."""
+    lowdim = sample.get('lowdim') or actions.read(sample['members']).get('lowdim')
+    beside = []
+    if lowdim:
+        if not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages'}:
+            sample.setdefault('instruction', '')        # a state alone is a sample
+        beside = [(padded(lowdim, p.settings), BESIDE)]
+    if is_document(sample):
+        return document(sample, p) + beside
+
+    pictures = [(picture, SEEN) for picture in sample['pictures']]
+    if p.settings['cameras'] and p.eyes:
+        pictures, mask = by_camera(sample, p.settings['cameras'])
+        if beside:
+            beside.append((dict(camera_mask=mask), BESIDE))
+    prefix, suffix = question(sample, p)
+    parts = [*pictures, (p.tokenizer.bos_id, SEEN), (prefix + '\n', SEEN)]
+    if suffix:
+        parts += [(suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
+    return parts + beside
+
+
+def by_camera(sample, cameras):
+    """The pictures of the cameras that the settings name, in their order, and which are there,
+    bool (cameras,). One that is missing is black, and nobody sees it."""
+    by_name = dict(zip(sample['picture_names'], sample['pictures']))
+    parts = []
+    for name in cameras:
+        if name in by_name:
+            parts.append((by_name[name], SEEN))
+        else:
+            parts.append((BLACK, HIDDEN))
+    return parts, np.array([name in by_name for name in cameras])
+
+
+def padded(lowdim, settings):
+    """Actions and state of one sample at the sizes of the settings, with masks of what is real.
+    Raises BadSample."""
+    steps, size = settings['action_steps'], settings['action_dim']
+    state_size = settings['proprio_dim']
+    chunk, is_pad, proprio = lowdim['actions'], lowdim['is_pad'], lowdim['proprio']
+    if len(chunk) > steps or chunk.shape[1] > size or len(proprio) > state_size:
+        raise BadSample(f'actions {chunk.shape} and proprio {proprio.shape} are larger than '
+                        f'action_steps={steps}, action_dim={size}, proprio_dim={state_size}')
+    out = dict(actions=np.zeros((steps, size), np.float32), is_pad=np.ones(steps, bool),
+               action_mask=np.zeros(size, bool), proprio=np.zeros(state_size, np.float32),
+               proprio_mask=np.zeros(state_size, bool))
+    h, d = chunk.shape
+    out['actions'][:h, :d], out['is_pad'][:h], out['action_mask'][:d] = chunk, is_pad, True
+    out['proprio'][:len(proprio)], out['proprio_mask'][:len(proprio)] = proprio, True
+    return out
+
+
+# -----------------------------------------------------------------------------------------------
+# training
+
+
+def check(settings):
+    """What both tasks ask of their settings. Raises ValueError."""
+    task = settings['task']
+    for key in ('action_dim', 'action_steps', 'proprio_dim'):
+        inside = settings[f'{task}.{key}']
+        if inside:
+            raise ValueError(f'{task}.{key}={inside}: set {key}, which samples have, too')
+    for key in ('action_dim', 'action_steps'):
+        if settings[key] < 1:
+            raise ValueError(f'{key}={settings[key]} must be at least 1')
+    if settings['proprio_dim'] < 0:
+        raise ValueError(f'proprio_dim={settings["proprio_dim"]} must be at least 0')
+
+
+def sizes(settings):
+    return {key: settings[key] for key in ('action_steps', 'action_dim', 'proprio_dim')}
+
+
+def statistics(settings, folders):
+    """stats.json of prepare/stats.py: the setting's, or the one beside the one data set of a mix.
+    Raises ValueError."""
+    path = settings['stats']
+    if not path and len(folders) > 1:
+        names = ','.join(folder.path for folder in folders)
+        raise ValueError(f'{len(folders)} data sets have one stats.json: python prepare/stats.py '
+                         f'--data={names} --out=stats.json, and --stats=stats.json')
+    path = path or folders[0].base.rstrip('/') + '/stats.json'
+    try:
+        with fsspec.open(path, 'r', encoding='utf-8') as file:
+            return {'stats.json': json.load(file)}
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f'stats={path!r} can not be read ({error}): python prepare/stats.py '
+                         f'--data={folders[0].path} makes it') from None
+
+
+def prepare(run):
+    """run.units turns a robot's numbers into the model's, and back. Raises ValueError."""
+    settings = run.settings
+    units = actions.Units(run.kept['stats.json'], settings['normalize'], settings['action_steps'],
+                          settings['action_dim'], settings['proprio_dim'])
+    run.units = units.to(run.device)
+
+
+def count_actions(batch):
+    """Numbers of actions in a batch, as far as they are learned."""
+    if 'beside' not in batch:
+        return 0
+    steps = (~batch['beside']['is_pad']).sum(1)
+    return int((steps * batch['beside']['action_mask'].sum(1)).sum())
+
+
+def lowdim_of(run, tensors, config):
+    """What a batch has beside its rows, in the model's units; the noise and the times of a sample
+    follow from its position."""
+    if 'beside' not in tensors:
+        return nothing(config, run.device)
+    beside = tensors['beside']
+    keys = random_keys(run.settings['seed'], beside['positions'])
+    return run.units.encode(beside) | dict(keys=keys)

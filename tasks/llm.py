@@ -1,0 +1,107 @@
+"""A language model.
+
+    python train.py config/llm_tiny.py
+    python sample.py --out_dir=out/llm_tiny --prompt='Once upon a time'
+"""
+import json
+import math
+
+import hub
+from configurator import part
+from model import Decoder, DecoderConfig, generate, sized
+from processor import padded, text as form  # noqa: F401
+
+
+class TrainSettings:
+    """What train.py takes with task=llm, beside its own settings."""
+    decoder = DecoderConfig()
+    pack = False                # several samples share a row, each sees itself alone;
+    #                             micro_batch_size then counts rows
+    document_attention = True   # tokenized sets: attention stops at a document's end (False:
+    #                             faster, less exact)
+    label_smoothing = 0.0
+    z_loss = 0.0                # weight of log(sum of exponentials)^2, which keeps logits small
+
+
+class SampleSettings:
+    """What sample.py takes with a run of task=llm."""
+    prompt = ''                 # to be continued
+    max_new_tokens = 32
+    temperature = 0.0           # 0: the likeliest token
+    top_k = 0                   # 0: all tokens
+    top_p = 1.0                 # 1: all tokens
+
+
+def check(settings, world):
+    """Raises ValueError for settings that can not be."""
+    check_text_loss(settings)
+
+
+def check_text_loss(settings):
+    """The settings of the cross-entropy, which all tasks with words share."""
+    if not 0 <= settings['label_smoothing'] < 1:
+        raise ValueError(f'label_smoothing={settings["label_smoothing"]}: expected at least 0 and '
+                         'below 1')
+    if settings['z_loss'] < 0:
+        raise ValueError(f'z_loss={settings["z_loss"]}: expected at least 0')
+
+
+def build(settings, tokenizer, load_weights=True):
+    """The Decoder of the settings. Raises ValueError."""
+    config = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
+    return hub.tower('decoder', config, tokenizer, load_weights) or Decoder(config)
+
+
+def arguments(settings):
+    """What forward gets in training alone."""
+    return dict(label_smoothing=settings['label_smoothing'], z_loss=settings['z_loss'])
+
+
+def summary(run, folder, batches, losses):
+    """Bits per byte, where the data set knows how many bytes its tokens were made from."""
+    if not folder.num_bytes:
+        return {}
+    return dict(bits_per_byte=losses['text'] / math.log(2) / folder.num_bytes)
+
+
+# -----------------------------------------------------------------------------------------------
+# use
+
+
+def check_sampling(options):
+    """Raises ValueError for settings of generation that can not be."""
+    for key in ('batch_size', 'max_new_tokens'):
+        if getattr(options, key) < 1:
+            raise ValueError(f'{key}={getattr(options, key)} must be at least 1')
+    for key in ('temperature', 'top_k'):
+        if getattr(options, key) < 0:
+            raise ValueError(f'{key}={getattr(options, key)} must be at least 0')
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f'top_p={options.top_p} must be above 0 and at most 1')
+
+
+def answers(run, prompts, pixels, options):
+    """Texts that continue prompts, lists of token ids. pixels: uint8 (I, H, W, 3), one picture a
+    prompt, or None."""
+    out, tok, eyes = [], run.tokenizer, run.processor.eyes
+    for a in range(0, len(prompts), options.batch_size):
+        tokens, _ = padded(prompts[a:a + options.batch_size], tok.pad_id)
+        pictures = None
+        if pixels is not None:
+            pictures = eyes.to_tensor(pixels[a:a + options.batch_size], run.device)
+        new = generate(run.model, tokens.to(run.device), pictures, options.max_new_tokens,
+                       options.temperature, options.top_k, options.top_p, run.processor.end_id,
+                       tok.pad_id, options.seed + a)
+        out += [tok.decode(ids) for ids in new]
+    return out
+
+
+def sample(run, options):
+    """Continue --prompt."""
+    check_sampling(options)
+    tok = run.tokenizer
+    continued, = answers(run, [[tok.bos_id] + tok.encode(options.prompt)], None, options)
+    if options.json:
+        print(json.dumps(dict(prompt=options.prompt, text=continued)))
+    else:
+        print(options.prompt + continued)

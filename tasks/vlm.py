@@ -1,0 +1,221 @@
+"""A vision-language model: pictures and a question in, an answer out.
+
+    python train.py config/vlm_emoji.py
+    python sample.py --out_dir=out/vlm_emoji --image='a.png,pictures/*.png' [--prompt=...]
+    python sample.py --out_dir=out/vlm_emoji --eval=mix,fluent-emoji-flat   (exact match, controls)
+
+Axes: B rows, T tokens of a row, N pictures of a data set.
+"""
+import json
+import os
+
+import numpy as np
+import torch
+
+import data
+import hub
+import pictures
+import shards
+from configurator import part
+from model import VLM, DecoderConfig, ViTConfig, VLMConfig, generate, sized
+from processor import paligemma as form  # noqa: F401
+from tasks.llm import answers, arguments, check_sampling, check_text_loss  # noqa: F401
+
+
+class TrainSettings:
+    """What train.py takes with task=vlm, beside its own settings."""
+    vit = ViTConfig()
+    decoder = DecoderConfig()
+    pixel_shuffle = 1           # squares of so many patches a side become one image token
+    connector_bias = True       # of the linear layer between vit and decoder
+    prompt = ''                 # between a picture and its answer
+    image_mean = 0.5            # subtracted from pixels of 0 to 1 (1.0: white is 0)
+    image_std = 0.5             # and what they are then divided by
+    image_draft = True          # JPEGs may be decoded at 1/2, 1/4 or 1/8, where that is at least
+    #                             vit.image_size
+    augment = False             # drawings change a little every time they are seen
+    pack = False                # several samples share a row, each sees itself alone;
+    #                             micro_batch_size then counts rows
+    document_attention = True   # tokenized sets: attention stops at a document's end (False:
+    #                             faster, less exact)
+    label_smoothing = 0.0
+    z_loss = 0.0                # weight of log(sum of exponentials)^2, which keeps logits small
+    exact_match = True          # validation also generates, and counts answers that are right to
+    #                             the letter
+
+
+class SampleSettings:
+    """What sample.py takes with a run of task=vlm."""
+    image = ''                  # pictures: paths, patterns and folders, separated by commas
+    prompt = ''                 # text after the picture (empty: the run's own)
+    eval = ''                   # data sets to measure, separated by commas; mix: all that the run
+    #                             was trained on
+    grid = ''                   # a PNG of the last one's pictures and answers (empty: in out_dir)
+    max_new_tokens = 32
+    temperature = 0.0           # 0: the likeliest token
+    top_k = 0                   # 0: all tokens
+    top_p = 1.0                 # 1: all tokens
+
+
+KEPT = 'pixel_shuffle', 'connector_bias'
+
+
+def check(settings, world):
+    """Raises ValueError for settings that can not be."""
+    check_text_loss(settings)
+
+
+def eyes(settings):
+    return pictures.eyes_of(settings, settings['vit.image_size'])
+
+
+def build(settings, tokenizer, load_weights=True):
+    """The VLM of the settings. Raises ValueError."""
+    config = config_of(settings, tokenizer)
+    vit = hub.tower('vit', config.vit, tokenizer, load_weights)
+    decoder = hub.tower('decoder', config.decoder, tokenizer, load_weights)
+    return VLM(config, vit, decoder)
+
+
+def config_of(settings, tokenizer):
+    """The VLMConfig of the settings, which a policy and a VLA have, too."""
+    decoder = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
+    return VLMConfig(part(settings, 'vit', ViTConfig), decoder, tokenizer.image_id,
+                     settings['pixel_shuffle'], settings['connector_bias'])
+
+
+# -----------------------------------------------------------------------------------------------
+# validation
+
+
+def scorer(settings):
+    return count_right if settings['exact_match'] else None
+
+
+def count_right(run, batch, tensors):
+    """How many rows are answered to the letter, from the picture and its prompt alone."""
+    tok = run.tokenizer
+    learned = (tensors['targets'] != -100).int()
+    if not learned.any():
+        return 0
+    before = learned.cumsum(1) - learned == 0               # up to the first target
+    prompts = torch.where(before, tensors['tokens'], tok.pad_id)
+    given = generate(run.model, prompts, tensors.get('pixels'), run.settings['seq_len'],
+                     eos_id=run.processor.end_id, pad_id=tok.pad_id)
+    texts = [tok.decode(ids).strip() for ids in given]
+    return sum(answer == text for answer, text in zip(texts, batch['texts']))
+
+
+# -----------------------------------------------------------------------------------------------
+# use
+
+
+def sample(run, options):
+    """Say what is in --image, or measure the data sets of --eval."""
+    check_sampling(options)
+    if options.eval:
+        evaluate(run, options)
+    elif options.image:
+        caption(run, options)
+    else:
+        raise ValueError(f'{options.out_dir} is a vision-language model: give --image=a.png or '
+                         '--eval=<data set>')
+
+
+def caption(run, options):
+    """A line for each picture."""
+    files, pixels = pictures.find(options.image), []
+    for name in files:
+        try:
+            with open(name, 'rb') as f:
+                pixels.append(run.processor.eyes.pixels(f.read()))
+        except shards.BadSample as error:
+            raise OSError(f'{name}: {error}') from None
+    prompt = run.processor.prefix(options.prompt or None)
+    texts = answers(run, [prompt] * len(files), np.stack(pixels), options)
+    for name, text in zip(files, texts):
+        text = text.strip()
+        if options.json:
+            print(json.dumps(dict(image=name, prompt=options.prompt or run.settings['prompt'],
+                                  text=text)))
+        elif len(files) == 1:
+            print(text)
+        else:
+            print(f'{name}: {text}')
+
+
+COLUMNS = 'exact match', 'blank picture', 'shuffled pictures', 'nearest pixels'
+
+
+def evaluate(run, options):
+    """A line of scores for each data set: exact match, beside what a model would get that does not
+    look, and a nearest neighbour that only looks. The last one is drawn."""
+    if not options.json:
+        heads = '  '.join(f'{name:>17}' for name in COLUMNS)
+        print(f'{"data set":26} {"pictures":>8}  {heads}')
+    for name in options.eval.split(','):
+        pixels, texts, _ = read_sets(run, name, options)
+        prompts = [run.processor.prefix(options.prompt or None)] * len(texts)
+        # every picture goes to another name
+        shuffled = np.roll(pixels, len(pixels) // 2 + 1, 0)
+        given = [[text.strip() for text in answers(run, prompts, x, options)]
+                 for x in (pixels, np.full_like(pixels, 255), shuffled)]
+        given.append(nearest_neighbour(run, pixels, options))
+        scores = [share_right(row, texts) for row in given]
+        if options.json:
+            keys = [column.replace(' ', '_') for column in COLUMNS]
+            print(json.dumps(dict(data=name, samples=len(texts)) | dict(zip(keys, scores))))
+        else:
+            row = '  '.join(f'{score:17.1%}' for score in scores)
+            print(f'{name:26} {len(texts):8}  {row}', flush=True)
+    path = options.grid or os.path.join(options.out_dir, 'captions.png')
+    pictures.draw_answers(path, name, pixels, texts, given[0], scores[0])
+
+
+def share_right(given, texts):
+    return sum(answer == text for answer, text in zip(given, texts)) / len(texts)
+
+
+def read_all(run, name, data_dir):
+    """The pictures (uint8, on white), texts and sentences (lists of token ids) of a data set."""
+    folder = shards.Folder(name, data_dir)
+    batches = data.Batches([folder], data.InOrder(folder.sizes), run.processor)
+    batch = batches[np.arange(len(folder))]
+    if 'error' in batch or batch['bad']:
+        raise OSError(batch.get('error') or batch['bad'][0])
+    if len(batch.get('pixels', ())) != len(folder):
+        raise ValueError(f'data set {name!r} has samples without a picture: there is nothing to '
+                         'look at')
+    lengths = [batch['tokens'].shape[1]] * len(folder)
+    if 'segments' in batch:
+        lengths = batch['segments'].sum(1)
+    sentences = [ids[:length].tolist() for ids, length in zip(batch['tokens'], lengths)]
+    return batch['pixels'], batch['texts'], sentences
+
+
+def read_sets(run, name, options):
+    """The same of a data set, or of all that the run was trained on: mix."""
+    places = [(name, options.data_dir or run.settings['data_dir'])]
+    if name == 'mix':
+        places = [(each, run.settings['data_dir']) for each in run.settings['mix']]
+    try:
+        sets = [read_all(run, each, folder) for each, folder in places]
+    except FileNotFoundError as error:
+        raise ValueError(error) from None
+    pixels, texts, sentences = zip(*sets)
+    return np.concatenate(pixels), sum(texts, []), sum(sentences, [])
+
+
+def nearest_neighbour(run, pixels, options, size=8):
+    """For each picture the text of the nearest training picture, both averaged down to 8 x 8
+    pixels."""
+    def small(x):
+        n, step = len(x), x.shape[1] // size
+        x = x[:, :step * size, :step * size].astype(np.float32)
+        return x.reshape(n, size, step, size, step, 3).mean((2, 4)).reshape(n, -1)
+
+    known, names, _ = read_sets(run, 'mix', options)
+    theirs = small(known)
+    # the square of the distance, less a constant of each picture
+    distance = (theirs ** 2).sum(1) - 2 * small(pixels) @ theirs.T
+    return [names[i] for i in distance.argmin(1)]
