@@ -90,9 +90,10 @@ class VLMConfig:
 
 
 def attention(q, k, v, mask=None, is_causal=False, scale=None, softcap=0.0):
-    """Scaled dot-product attention. q (B, T, N, H), k, v (B, S, K, H), mask bool (B or 1, T, S).
+    """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N.
 
-    scale: of the logits, 1 / sqrt(H) if None. softcap: as in the config (arXiv 2408.00118)."""
+    mask: bool (B or 1, T, S), True = attends. scale: of the logits, 1 / sqrt(H) if None. softcap: as
+    in the config (Gemma 2, arXiv 2408.00118)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, N or K, T or S, H)
     if mask is not None:
         mask = mask[:, None]                                            # (B, 1, T, S)
@@ -122,8 +123,8 @@ def softcapped(q, k, v, mask, is_causal, scale, softcap):
 def make_attn_mask(blocks, segments=None, window=0):
     """Who attends to whom: bool (B, T, S), True = attends. blocks, segments (B, T).
 
-    Blocks 0 0 1 1, a picture and its caption, give the rows 1100 1100 1110 1111. window > 0: none
-    sees a token `window` or more before it, but for its own bidirectional block (as in Gemma 3)."""
+    Blocks 0 0 1 1, a picture and its caption, give the rows 1100 1100 1110 1111. window > 0: only
+    the last `window` tokens, itself included, and all of its own bidirectional block (Gemma 3)."""
     number = blocks.cumsum(1)
     of_query, of_key = number[:, :, None], number[:, None, :]
     mask = of_key <= of_query                                           # (B, T, S)
