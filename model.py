@@ -92,8 +92,8 @@ class VLMConfig:
 def attention(q, k, v, mask=None, is_causal=False, scale=None, softcap=0.0):
     """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N.
 
-    mask: bool (B or 1, T, S), True = attends. scale: of the logits, 1 / sqrt(H) if None. softcap: as
-    in the config (Gemma 2, arXiv 2408.00118)."""
+    mask: bool (B or 1, T, S), True = attends. scale: of the logits, 1 / sqrt(H) if None. softcap:
+    as in the config (Gemma 2, arXiv 2408.00118)."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, N or K, T or S, H)
     if mask is not None:
         mask = mask[:, None]                                            # (B, 1, T, S)
