@@ -1,16 +1,18 @@
-"""Transformers: a vision tower (SigLIP's ViT), a decoder (Gemma), the two joined (PaliGemma), and generation.
+"""Transformers: a vision tower (SigLIP), a decoder (Gemma), both joined (PaliGemma), generation.
 
 Everything here takes tensors and gives tensors: no files, tokenizers or ranks.
 
-Axes: B batch, I pictures, P patches, T query, S key, N heads, K kv heads, H head dim, D width, V vocabulary.
+Axes: B batch, I pictures, P patches, T query, S key, N heads, K kv heads, H head dim, D width,
+V vocabulary.
 
 Attention has one implementation and one mask. A sequence is described by two integer rows:
-  blocks    a token attends to every token whose running sum of `blocks` is not larger than its own:
+  blocks    a token attends to all whose running sum of `blocks` is not larger than its own:
             1 1 1 1 causal, 0 0 0 0 bidirectional, 0 0 0 1 1 prefix-LM (big_vision's convention);
   segments  a token attends inside its own segment only: 1, 2, ... are documents, 0 is padding.
 """
 import math
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -23,15 +25,15 @@ class ViTConfig:
     image_size: int = 64        # pixels, a square
     patch_size: int = 8         # pixels, a square
     width: int = 192
-    depth: int = 6              # blocks
+    depth: int = 6              # layers
     mlp_dim: int = 768
     num_heads: int = 3
-    stem: str = 'patch'         # patch: one convolution (SigLIP) | conv: a 3x3 stride-2 convolution per halving
-    init_scale: float = 1.0     # of the last weights of residual branches at the start: 1 as SigLIP, 0 learns sooner
-    feature_layer: int = -1     # -1: the last block, normed; k >= 0: the output of block k as it is
+    stem: str = 'patch'         # patch: one convolution (SigLIP) | conv: a 3x3 one per halving
+    init_scale: float = 1.0     # of each residual branch at the start: 1 SigLIP, 0 learns sooner
+    feature_layer: int = -1     # layer whose output is given, as it is; -1: the last, normed
     dropout: float = 0.0        # on the output of each attention and MLP
-    remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
-    hf: str = ''                # a folder or repository: that vision model of transformers instead (hf.py)
+    remat: bool = False         # compute layers again in the backward pass: less memory, slower
+    hf: str = ''                # a folder or hub id: that model of transformers instead (hf.py)
 
     @property
     def num_patches(self):
@@ -40,34 +42,33 @@ class ViTConfig:
 
 @dataclass
 class DecoderConfig:
-    vocab_size: int = 0         # 0: as many as the tokenizer has, rounded up to a multiple of 64
+    vocab_size: int = 0         # 0: that of the tokenizer, rounded up to a multiple of 64
     width: int = 192
-    depth: int = 4              # blocks
+    depth: int = 4              # layers
     mlp_dim: int = 768
     num_heads: int = 4
     num_kv_heads: int = 1
     head_dim: int = 64
     activation: str = 'gelu'    # of the gated MLP: gelu (GeGLU, Gemma) | silu (SwiGLU, Llama)
     tied: bool = True           # the output layer is the embedding
-    embed_scale: float = 0.0    # of embeddings; 0: the root of the width (Gemma), 1: as they are (Llama)
+    embed_scale: float = 0.0    # of embeddings; 0: the root of the width (Gemma), 1: none (Llama)
     norm_offset: float = 1.0    # what norms add to their weights: 1 Gemma, 0 Llama
     norm_eps: float = 1e-6
     post_norms: bool = False    # norms also after attention and MLP (Gemma 2, 3)
     qk_norm: bool = False       # norms of queries and keys (Gemma 3, Qwen3)
     qkv_bias: bool = False      # biases of queries, keys and values (Qwen2)
     query_pre_attn_scalar: float = 0.0      # queries are divided by its root; 0: head_dim
-    attn_logits_softcap: float = 0.0        # s: logits become s tanh(logits / s) (Gemma 2); 0: as they are
+    attn_logits_softcap: float = 0.0        # s: logits become s tanh(logits / s), Gemma 2; 0: no
     final_logits_softcap: float = 0.0       # the same for the output
-    sliding_window: int = 0     # tokens that local layers see, themselves included; 0: no layer is local
-    global_every: int = 1       # of so many layers the last is global (2 Gemma 2, 6 Gemma 3); 1: all
+    sliding_window: int = 0     # tokens that local layers see, with itself; 0: none is local
+    global_every: int = 1       # of so many the last is global (2 Gemma 2, 6 Gemma 3); 1: all
     rope_theta: float = 10000.0
     rope_local_theta: float = 10000.0       # of local layers
-    rope_scaling: list = field(default_factory=list)    # of global layers: [factor], or Llama 3's [factor,
-    #                             low_freq_factor, high_freq_factor, original_max_position_embeddings]
-    feature_layer: int = -1     # layer whose output `features` gives: -1 the last, normed
+    rope_scaling: list = field(default_factory=list)    # of global layers, see rope_frequencies
+    feature_layer: int = -1     # layer whose output is given, as it is; -1: the last, normed
     dropout: float = 0.0        # on the output of each attention and MLP
-    remat: bool = False         # recompute the blocks in the backward pass instead of keeping what they computed
-    hf: str = ''                # a folder or repository: that causal LM of transformers instead (hf.py)
+    remat: bool = False         # compute layers again in the backward pass: less memory, slower
+    hf: str = ''                # a folder or hub id: that causal LM of transformers (hf.py)
 
 
 @dataclass
@@ -84,89 +85,126 @@ class VLMConfig:
         return self.vit.num_patches // self.pixel_shuffle ** 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # attention
 
 
 def attention(q, k, v, mask=None, is_causal=False, scale=None, softcap=0.0):
-    """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N; mask bool (B or 1, T, S).
+    """Scaled dot-product attention. q (B, T, N, H); k, v (B, S, K, H), K divides N.
 
-    scale: of the logits, 1 / sqrt(H) if None; softcap s > 0 makes them s tanh(logits / s) (Gemma 2, 2408.00118)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None if mask is None else mask[:, None]                              # (B, 1, T, S)
+    mask: bool (B or 1, T, S), True = attends. scale: of the logits, 1 / sqrt(H) if None. softcap:
+    as in the config (Gemma 2, arXiv 2408.00118)."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, N or K, T or S, H)
+    if mask is not None:
+        mask = mask[:, None]                                            # (B, 1, T, S)
     if softcap:
-        out = softcapped(q, k, v, mask, is_causal, scale or q.shape[-1] ** -0.5, softcap)
+        scale = scale or q.shape[-1] ** -0.5
+        out = softcapped(q, k, v, mask, is_causal, scale, softcap)
     else:
+        is_grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale,
-                                             enable_gqa=q.shape[1] != k.shape[1])
-    return out.transpose(1, 2)                                                  # (B, T, N, H)
+                                             enable_gqa=is_grouped)
+    return out.transpose(1, 2)                                          # (B, T, N, H)
 
 
 def softcapped(q, k, v, mask, is_causal, scale, softcap):
-    """What SDPA can not do. q (B, N, T, H); k, v (B, K, S, H); mask (B, 1, T, S) -> (B, N, T, H)."""
-    q = q.unflatten(1, (k.shape[1], -1)) * scale                                # (B, K, N / K, T, H)
-    logits = (q @ k[:, :, None].mT / softcap).tanh() * softcap
+    """What SDPA can not do. q (B, N, T, H), k, v (B, K, S, H), mask (B, 1, T, S)."""
+    q = q.unflatten(1, (k.shape[1], -1)) * scale                        # (B, K, N / K, T, H)
+    k, v = k[:, :, None], v[:, :, None]                                 # (B, K, 1, S, H)
+    logits = (q @ k.mT / softcap).tanh() * softcap                      # (B, K, N / K, T, S)
     if is_causal:
-        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=q.device).tril()[None, None]
+        mask = logits.new_ones(logits.shape[-2:], dtype=torch.bool).tril()[None, None]
     if mask is not None:
         logits = logits.masked_fill(~mask[:, :, None], -math.inf)
-    return (logits.softmax(-1).to(v.dtype) @ v[:, :, None]).flatten(1, 2)
+    out = logits.softmax(-1).to(v.dtype) @ v                            # (B, K, N / K, T, H)
+    return out.flatten(1, 2)
 
 
 def make_attn_mask(blocks, segments=None, window=0):
-    """Who attends to whom: bool (B, T, S), True = attends. blocks, segments (B, T), see the top of this file.
+    """Who attends to whom: bool (B, T, S), True = attends. blocks, segments (B, T).
 
-    window > 0: nobody sees a token that stands `window` or more before, but for those of its own bidirectional block
-    (as PaliGemma 2 and Gemma 3 have it)."""
-    order = blocks.cumsum(1)
-    mask = order[:, None, :] <= order[:, :, None]
+    Blocks 0 0 1 1, a picture and its caption, give the rows 1100 1100 1110 1111. window > 0: only
+    the last `window` tokens, itself included, and all of its own bidirectional block (Gemma 3)."""
+    number = blocks.cumsum(1)
+    of_query, of_key = number[:, :, None], number[:, None, :]
+    mask = of_key <= of_query                                           # (B, T, S)
+
+    # Padding sees padding, so that no row is empty and no softmax divides zero by zero.
     if segments is not None:
-        # Padding sees padding, so that no row is empty and no softmax divides zero by zero.
         mask = mask & (segments[:, None, :] == segments[:, :, None])
+
     if window:
         index = torch.arange(blocks.shape[1], device=blocks.device)
-        mask = mask & ((index[None] > index[:, None] - window) | (order[:, None, :] == order[:, :, None]))
+        is_near = index[None, :] > index[:, None] - window              # (T, S)
+        mask = mask & (is_near | (of_key == of_query))
     return mask
 
 
 def make_attn_masks(config, blocks, segments=None):
     """The masks of a DecoderConfig's global layers and of its local ones."""
     mask = make_attn_mask(blocks, segments)
-    near = 0 < config.sliding_window < blocks.shape[1] and config.global_every > 1
-    return mask, make_attn_mask(blocks, segments, config.sliding_window) if near else mask
+
+    # A window that holds the whole row hides nothing.
+    has_local = config.sliding_window > 0 and config.global_every > 1
+    if not has_local or config.sliding_window >= blocks.shape[1]:
+        return mask, mask
+    return mask, make_attn_mask(blocks, segments, config.sliding_window)
 
 
 def positions_of(segments):
-    """Positions that restart at 0 with every segment. segments (B, T), each segment contiguous -> (B, T)."""
+    """Positions that restart with every segment. segments (B, T), each contiguous -> (B, T)."""
     index = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
-    starts = torch.ones_like(segments, dtype=torch.bool)
-    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(1).values
+    is_start = torch.ones_like(segments, dtype=torch.bool)
+    is_start[:, 1:] = segments[:, 1:] != segments[:, :-1]
+
+    # The last start at or before a token is where its segment begins.
+    start = torch.where(is_start, index, 0).cummax(1).values
+    return index - start
+
+
+def rope_frequencies(head_dim, theta, scaling, device):
+    """Radians that each pair of a head turns in one position: (H / 2,).
+
+    scaling: [factor] divides them; Llama 3's [factor, low_freq_factor, high_freq_factor,
+    original_max_position_embeddings] (arXiv 2407.21783) does so to waves above length / low,
+    not to those below length / high, and in between in part."""
+    index = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    frequency = theta ** -(index / head_dim)
+    if not scaling:
+        return frequency
+    if len(scaling) == 1:
+        return frequency / scaling[0]
+
+    factor, low, high, length = scaling
+    waves = frequency * length / (2 * math.pi)                          # in that length
+    kept = ((waves - low) / (high - low)).clamp(0, 1)
+    return frequency * (kept + (1 - kept) / factor)
 
 
 def rope_table(positions, head_dim, theta, scaling=()):
-    """cos, and sin with the signs of a rotation, (B, T, 1, H), always fp32: in bf16 positions past a few hundred run
-    together.
+    """cos, and sin with the signs of a rotation, of positions (B, T): (B, T, 1, H).
 
-    scaling: [factor] divides positions; Llama 3's [factor, low, high, length] (arXiv 2407.21783) does so for waves
-    longer than length / low, not for those shorter than length / high, and in between in part."""
-    frequency = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    if len(scaling) == 1:
-        frequency = frequency / scaling[0]
-    elif scaling:
-        factor, low, high, length = scaling
-        keep = ((frequency * length / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (keep + (1 - keep) / factor)
-    angle = positions.float()[..., None, None] * frequency
+    Always fp32: in bf16 positions past a few hundred run together."""
+    frequency = rope_frequencies(head_dim, theta, scaling, positions.device)
+    angle = positions.float()[..., None, None] * frequency              # (B, T, 1, H / 2)
     cos, sin = angle.cos(), angle.sin()
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
+def rope_tables(config, positions):
+    """The tables of a DecoderConfig's global layers and of its local ones."""
+    rope = rope_table(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    if not config.sliding_window:
+        return rope, rope
+    return rope, rope_table(positions, config.head_dim, config.rope_local_theta)
+
+
 def rotate(x, rope):
-    """Rotary position embedding (arXiv 2104.09864), halves paired as Gemma and Llama do. x (B, T, N, H)."""
+    """Rotary position embedding (arXiv 2104.09864) of x (B, T, N, H), halves paired as Gemma."""
     cos, sin = rope
     h = x.float()
-    return torch.addcmul(h * cos, h.roll(h.shape[-1] // 2, -1), sin).to(x.dtype)
+    turned = torch.addcmul(h * cos, h.roll(h.shape[-1] // 2, -1), sin)
+    return turned.to(x.dtype)
 
 
 class KVCache:
@@ -176,21 +214,23 @@ class KVCache:
         shape = (config.depth, batch, size, config.num_kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0         # positions filled; moved on by the decoder once all layers have written
+        self.length = 0         # positions filled; moved on once all layers have written
 
     def update(self, layer, k, v):
-        """Write k, v (B, T, K, H) after what is there; all keys and values so far, (B, S, K, H)."""
+        """Write k, v (B, T, K, H) after what is there; all so far, (B, S, K, H)."""
         end = self.length + k.shape[1]
         self.keys[layer, :, self.length:end] = k
         self.values[layer, :, self.length:end] = v
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # vision tower: SigLIP's ViT (arXiv 2303.15343)
 
 
 class ViTBlock(nn.Module):
+    is_block = True     # FSDP shards and torch.compile compiles block by block
+
     def __init__(self, c):
         super().__init__()
         self.num_heads = c.num_heads
@@ -200,19 +240,25 @@ class ViTBlock(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x):
+        """x (I, P, D): every patch attends to all patches of its picture."""
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (self.num_heads, -1)) for f in (self.q, self.k, self.v))
-        x = x + self.dropout(self.o(attention(q, k, v).flatten(2)))
-        return x + self.dropout(self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate='tanh')))
+        h = self.o(attention(q, k, v).flatten(2))                       # (I, P, D)
+        x = x + self.dropout(h)
+        h = self.fc1(self.norm2(x))
+        h = self.fc2(F.gelu(h, approximate='tanh'))
+        return x + self.dropout(h)
 
 
 def run_block(block, remat, *args):
     """block(*args), whose inside is computed again in the backward pass if remat."""
-    return checkpoint(block, *args, use_reentrant=False) if remat and torch.is_grad_enabled() else block(*args)
+    if remat and torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
 class ConvStem(nn.Sequential):
-    """3x3 stride-2 convolutions down to one pixel a patch (arXiv 2106.14881): learns edges from little data."""
+    """3x3 stride-2 convolutions down to one pixel a patch: needs less data (arXiv 2106.14881)."""
 
     def __init__(self, width, patch_size):
         halvings = patch_size.bit_length() - 1
@@ -226,29 +272,39 @@ class ConvStem(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(width, width, 1))
 
 
+def check_vit(c):
+    """Raises ValueError for settings that no vision tower can have."""
+    if c.image_size % c.patch_size:
+        raise ValueError(f'vit.image_size={c.image_size} must be a multiple of '
+                         f'vit.patch_size={c.patch_size}')
+    if c.width % c.num_heads:
+        raise ValueError(f'vit.width={c.width} must be a multiple of vit.num_heads={c.num_heads}')
+    if not -1 <= c.feature_layer < c.depth:
+        raise ValueError(f'vit.feature_layer={c.feature_layer}: expected -1 to {c.depth - 1}')
+    if c.stem not in ('patch', 'conv'):
+        raise ValueError(f'vit.stem={c.stem!r}: expected patch or conv')
+
+
 class ViT(nn.Module):
     """Pictures to patch features."""
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        if c.image_size % c.patch_size or c.width % c.num_heads:
-            raise ValueError(f'vit.image_size={c.image_size} must be a multiple of vit.patch_size={c.patch_size}, '
-                             f'vit.width={c.width} of vit.num_heads={c.num_heads}')
-        if not -1 <= c.feature_layer < c.depth:
-            raise ValueError(f'vit.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
-        if c.stem not in ('patch', 'conv'):
-            raise ValueError(f'vit.stem={c.stem!r}: expected patch or conv')
-        self.stem = (ConvStem(c.width, c.patch_size) if c.stem == 'conv'
-                     else nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size))
+        check_vit(c)
+        if c.stem == 'conv':
+            self.stem = ConvStem(c.width, c.patch_size)
+        else:
+            self.stem = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, c.num_patches, c.width))
-        # what comes after feature_layer is not built: a parameter without a gradient would stop DDP
-        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.feature_layer % c.depth + 1 if c.depth else 0))
+        # Layers after feature_layer are not built: a parameter without a gradient would stop DDP.
+        num_layers = c.depth if c.feature_layer < 0 else c.feature_layer + 1
+        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(num_layers))
         self.norm = nn.LayerNorm(c.width, eps=1e-6) if c.feature_layer < 0 else nn.Identity()
         self.init_weights()
 
     def init_weights(self):
-        """As big_vision initialises SigLIP's tower: Xavier in the blocks, lecun-normal in the stem."""
+        """As big_vision initialises SigLIP: Xavier in the layers, lecun-normal in the stem."""
         nn.init.normal_(self.pos_embed, std=self.config.width ** -0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -258,31 +314,34 @@ class ViT(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity='linear')
                 nn.init.zeros_(module.bias)
         with torch.no_grad():
-            for block in self.blocks:
-                block.o.weight *= self.config.init_scale
-                block.fc2.weight *= self.config.init_scale
+            for layer in self.blocks:
+                layer.o.weight *= self.config.init_scale
+                layer.fc2.weight *= self.config.init_scale
 
     def forward(self, pixels):
         """pixels (I, 3, H, W) as the processor gives them -> features (I, P, D)."""
-        x = self.stem(pixels).flatten(2).transpose(1, 2) + self.pos_embed       # (I, P, D)
-        for block in self.blocks:
-            x = run_block(block, self.config.remat, x)
+        x = self.stem(pixels)                                           # (I, D, rows, columns)
+        x = x.flatten(2).transpose(1, 2) + self.pos_embed               # (I, P, D)
+        for layer in self.blocks:
+            x = run_block(layer, self.config.remat, x)
         return self.norm(x)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # decoder: Gemma (arXiv 2403.08295)
 
 
 class RMSNormFunction(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) * weight in fp32, with a gradient of its own: a third of the time that autograd takes,
-    and it keeps nothing but x and a number a row. x (..., D), weight (D,) fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight in fp32; x (..., D), weight (D,). Its own gradient takes
+    a third of the time that autograd takes, and keeps nothing but x and a number a row."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        with torch.autocast(x.device.type, enabled=False):          # it would take vecdot in half precision
+        # Autocast would take vecdot in half precision.
+        with torch.autocast(x.device.type, enabled=False):
             h = x.to(torch.promote_types(x.dtype, torch.float32))
-            scale = torch.rsqrt(torch.linalg.vecdot(h, h)[..., None] / h.shape[-1] + eps)
+            mean_square = torch.linalg.vecdot(h, h)[..., None] / h.shape[-1]
+            scale = torch.rsqrt(mean_square + eps)                      # (..., 1)
             ctx.save_for_backward(x, weight, scale)
             return (h * scale).mul_(weight).to(x.dtype)
 
@@ -291,14 +350,18 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             g, h = grad.to(scale.dtype), x.to(scale.dtype)
-            along_h = g * h
-            grad_weight = scale.flatten() @ along_h.flatten(0, -2)
-            along = (along_h @ weight.to(scale.dtype))[..., None] * scale ** 3 / -h.shape[-1]   # of the gradient, on x
-            return (g * weight).mul_(scale).addcmul_(h, along).to(x.dtype), grad_weight.to(weight.dtype), None
+            g_h = g * h
+            grad_weight = scale.flatten() @ g_h.flatten(0, -2)          # (D,)
+
+            # A longer x has a smaller scale: what of the gradient lies along x is taken off.
+            along = g_h @ weight.to(scale.dtype)                        # (...)
+            along = along[..., None] * scale ** 3 / -h.shape[-1]        # (..., 1)
+            grad_x = (g * weight).mul_(scale).addcmul_(h, along)
+            return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class RMSNorm(nn.Module):
-    """Root mean square norm in fp32; the weight is stored as its distance from `offset`: 1 in Gemma, 0 in Llama."""
+    """Root mean square norm; the weight is stored as its distance from 1 (Gemma) or 0 (Llama)."""
 
     def __init__(self, width, eps, offset=1.0):
         super().__init__()
@@ -309,21 +372,30 @@ class RMSNorm(nn.Module):
         return RMSNormFunction.apply(x, self.offset + self.weight, self.eps)
 
 
+ACTIVATIONS = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu}
+
+
+def norm_of(c, width, is_used=True):
+    """A norm as a DecoderConfig has it, or what does nothing in its place."""
+    return RMSNorm(width, c.norm_eps, c.norm_offset) if is_used else nn.Identity()
+
+
 class DecoderBlock(nn.Module):
+    is_block = True     # FSDP shards and torch.compile compiles block by block
+
     def __init__(self, c, layer):
         super().__init__()
         self.layer, self.head_dim, self.softcap = layer, c.head_dim, c.attn_logits_softcap
         self.scale = (c.query_pre_attn_scalar or c.head_dim) ** -0.5
-        self.is_local = bool(c.sliding_window and (layer + 1) % c.global_every)
-        self.activation = {'gelu': lambda x: F.gelu(x, approximate='tanh'), 'silu': F.silu}[c.activation]
-        self.norm1, self.norm2 = (RMSNorm(c.width, c.norm_eps, c.norm_offset) for _ in range(2))
-        self.post_norm1, self.post_norm2 = (
-            RMSNorm(c.width, c.norm_eps, c.norm_offset) if c.post_norms else nn.Identity() for _ in range(2))
-        self.q_norm, self.k_norm = (
-            RMSNorm(c.head_dim, c.norm_eps, c.norm_offset) if c.qk_norm else nn.Identity() for _ in range(2))
+        self.is_local = c.sliding_window > 0 and (layer + 1) % c.global_every > 0
+        self.norm1, self.norm2 = norm_of(c, c.width), norm_of(c, c.width)
+        self.post_norm1, self.post_norm2 = (norm_of(c, c.width, c.post_norms) for _ in range(2))
+        self.q_norm, self.k_norm = (norm_of(c, c.head_dim, c.qk_norm) for _ in range(2))
         self.q = nn.Linear(c.width, c.num_heads * c.head_dim, bias=c.qkv_bias)
-        self.k, self.v = (nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=c.qkv_bias) for _ in range(2))
+        self.k = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v = nn.Linear(c.width, c.num_kv_heads * c.head_dim, bias=c.qkv_bias)
         self.o = nn.Linear(c.num_heads * c.head_dim, c.width, bias=False)
+        self.activation = ACTIVATIONS[c.activation]
         self.gate, self.up = (nn.Linear(c.width, c.mlp_dim, bias=False) for _ in range(2))
         self.down = nn.Linear(c.mlp_dim, c.width, bias=False)
         self.dropout = nn.Dropout(c.dropout)
@@ -335,9 +407,12 @@ class DecoderBlock(nn.Module):
         q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
         q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        h = self.o(attention(q, k, v, mask, mask is None, self.scale, self.softcap).flatten(2))
+            k, v = cache.update(self.layer, k, v)                       # (B, S, K, H)
+        is_causal = mask is None
+        h = attention(q, k, v, mask, is_causal, self.scale, self.softcap)
+        h = self.o(h.flatten(2))                                        # (B, T, D)
         x = x + self.dropout(self.post_norm1(h))
+
         h = self.norm2(x)
         h = self.down(self.activation(self.gate(h)) * self.up(h))
         return x + self.dropout(self.post_norm2(h))
@@ -345,19 +420,26 @@ class DecoderBlock(nn.Module):
 
 def check_decoder(c):
     """Raises ValueError for settings that no decoder can have."""
-    if c.num_heads % c.num_kv_heads or c.head_dim % 2:
-        raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of decoder.num_kv_heads='
-                         f'{c.num_kv_heads}, and decoder.head_dim={c.head_dim} even')
+    if c.num_heads % c.num_kv_heads:
+        raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of '
+                         f'decoder.num_kv_heads={c.num_kv_heads}')
+    if c.head_dim % 2:
+        raise ValueError(f'decoder.head_dim={c.head_dim} must be even: RoPE turns pairs')
     if not -1 <= c.feature_layer < c.depth:
-        raise ValueError(f'decoder.feature_layer={c.feature_layer}: blocks are 0 to {c.depth - 1}, -1 is the last')
-    if c.activation not in ('gelu', 'silu'):
+        raise ValueError(f'decoder.feature_layer={c.feature_layer}: expected -1 to {c.depth - 1}')
+    if c.activation not in ACTIVATIONS:
         raise ValueError(f'decoder.activation={c.activation!r}: expected gelu or silu')
-    if c.sliding_window < 0 or c.global_every < 1 or c.global_every > 1 and not c.sliding_window:
-        raise ValueError(f'decoder.global_every={c.global_every} of layers are global: expected at least 1, and above '
-                         f'1 a decoder.sliding_window for the others (it is {c.sliding_window})')
+    if c.sliding_window < 0:
+        raise ValueError(f'decoder.sliding_window={c.sliding_window}: expected 0 or more')
+    if c.global_every < 1:
+        raise ValueError(f'decoder.global_every={c.global_every}: expected at least 1')
+    if c.global_every > 1 and c.sliding_window == 0:
+        raise ValueError(f'decoder.global_every={c.global_every} makes the other layers local: '
+                         'they need a decoder.sliding_window')
     if len(c.rope_scaling) not in (0, 1, 4):
-        raise ValueError(f'decoder.rope_scaling={c.rope_scaling}: expected [], [factor] or [factor, low_freq_factor, '
-                         'high_freq_factor, original_max_position_embeddings]')
+        raise ValueError(f'decoder.rope_scaling={c.rope_scaling}: expected [], [factor] or '
+                         '[factor, low_freq_factor, high_freq_factor, '
+                         'original_max_position_embeddings]')
 
 
 class Decoder(nn.Module):
@@ -368,17 +450,18 @@ class Decoder(nn.Module):
         self.config = c = config
         check_decoder(c)
         self.embedding = nn.Embedding(c.vocab_size, c.width)
-        self.blocks = nn.ModuleList(DecoderBlock(c, i) for i in range(c.feature_layer % c.depth + 1 if c.depth else 0))
-        self.norm = RMSNorm(c.width, c.norm_eps, c.norm_offset) if c.feature_layer < 0 else nn.Identity()
+        num_layers = c.depth if c.feature_layer < 0 else c.feature_layer + 1
+        self.blocks = nn.ModuleList(DecoderBlock(c, i) for i in range(num_layers))
+        self.norm = norm_of(c, c.width, c.feature_layer < 0)
         self.head = nn.Identity() if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
         self.init_weights()
 
     def init_weights(self):
-        """As big_vision initialises Gemma: truncated normal with variance 1 / fan-in, norms at one."""
+        """As big_vision initialises Gemma: truncated normal with variance 1 / fan-in."""
         nn.init.normal_(self.embedding.weight, std=self.config.width ** -0.5)
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # 0.8796: the standard deviation of a unit normal cut at 2, so that the cut does not shrink the weights
+                # A unit normal that is cut at 2 has this standard deviation.
                 std = module.in_features ** -0.5 / 0.87962566
                 nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
                 if module.bias is not None:
@@ -390,35 +473,44 @@ class Decoder(nn.Module):
 
     def embed(self, tokens):
         """tokens (B, T) -> (B, T, D), scaled."""
-        return self.embedding(tokens) * (self.config.embed_scale or math.sqrt(self.config.width))
+        scale = self.config.embed_scale or math.sqrt(self.config.width)
+        return self.embedding(tokens) * scale
 
     def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D) of `feature_layer`.
 
-        With a cache, `masks` (two, (B, T, S)) and `positions` (B, T) say where the new tokens stand; without, both
-        follow from blocks and segments, and plain causal rows take SDPA's causal path."""
-        c = self.config
-        if masks is None and blocks is None and segments is None and not 0 < c.sliding_window < x.shape[1]:
+        With a cache, `masks` (two, (B, T, S)) and `positions` (B, T) say where new tokens stand;
+        without, both follow from blocks and segments."""
+        # Plain causal rows need no mask: SDPA has a faster path for them.
+        is_plain = blocks is None and segments is None
+        is_windowed = 0 < self.config.sliding_window < x.shape[1]
+        if masks is None and is_plain and not is_windowed:
             masks = None, None
         elif masks is None:
-            blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if blocks is None else blocks
-            masks = make_attn_masks(c, blocks, segments)
-        if positions is None:
-            positions = (torch.arange(x.shape[1], device=x.device)[None] if segments is None
-                         else positions_of(segments))
-        rope = rope_table(positions, c.head_dim, c.rope_theta, c.rope_scaling)
-        ropes = rope, rope_table(positions, c.head_dim, c.rope_local_theta) if c.sliding_window else rope
-        for block in self.blocks:
-            x = run_block(block, c.remat, x, ropes, masks, cache)
+            if blocks is None:
+                blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+            masks = make_attn_masks(self.config, blocks, segments)
+
+        if positions is None and segments is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
+        elif positions is None:
+            positions = positions_of(segments)
+
+        ropes = rope_tables(self.config, positions)
+        for layer in self.blocks:
+            x = run_block(layer, self.config.remat, x, ropes, masks, cache)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
 
     def unembed(self, x):
         """Hidden states (..., D) -> logits (..., V)."""
-        logits = F.linear(x, (self.embedding if self.config.tied else self.head).weight)
+        output_layer = self.embedding if self.config.tied else self.head
+        logits = F.linear(x, output_layer.weight)
         cap = self.config.final_logits_softcap
-        return (logits / cap).tanh() * cap if cap else logits
+        if cap:
+            logits = (logits / cap).tanh() * cap
+        return logits
 
     def logits(self, tokens, pixels=None, blocks=None, segments=None):
         """tokens (B, T) -> logits (B, T, V)."""
@@ -439,9 +531,11 @@ class Decoder(nn.Module):
 
 
 def positions_where(chosen, count=None):
-    """Flat positions of what is True, row by row: (count,). A GPU is waited for only where count is not given."""
+    """Flat positions of what is True: (count,). Without a count a GPU is waited for."""
     chosen = chosen.flatten()
-    return (chosen.nonzero() if count is None else torch.nonzero_static(chosen, size=count))[:, 0]
+    if count is None:
+        return chosen.nonzero()[:, 0]
+    return torch.nonzero_static(chosen, size=count)[:, 0]
 
 
 def token_loss(decoder, x, targets, reduction='sum', label_smoothing=0.0, z_loss=0.0, num_targets=None, chunk=4096):
@@ -466,65 +560,78 @@ def token_loss(decoder, x, targets, reduction='sum', label_smoothing=0.0, z_loss
     return torch.stack(parts).sum() if reduction == 'sum' else torch.cat(parts), wanted.sum()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # vision-language model: PaliGemma (arXiv 2407.07726)
 
 
 def pixel_shuffle(x, factor):
-    """Patches (I, P, D), row by row, to squares of factor x factor patches (I, P / factor^2, factor^2 * D)."""
-    side = math.isqrt(x.shape[1])
-    x = x.unflatten(1, (side // factor, factor, side // factor, factor))        # (I, rows, factor, columns, factor, D)
-    return x.transpose(2, 3).flatten(3).flatten(1, 2)
+    """Patches (I, P, D), row by row, to squares of patches (I, P / factor^2, factor^2 * D)."""
+    squares = math.isqrt(x.shape[1]) // factor                          # of a side
+    x = x.unflatten(1, (squares, factor, squares, factor))
+    x = x.transpose(2, 3)                           # (I, squares, squares, factor, factor, D)
+    return x.flatten(3).flatten(1, 2)
 
 
 class VLM(nn.Module):
-    """ViT -> pixel shuffle, linear -> decoder. Pictures are (I, 3, H, W), in the order in which their image tokens
-    stand in the rows of `tokens`; each takes `config.image_tokens`, and a row may have any number of pictures."""
+    """ViT -> pixel shuffle, linear -> decoder. Pictures (I, 3, H, W) come in the order of their
+    image tokens in the rows of `tokens`; a row may have any number."""
 
     def __init__(self, config, vit=None, decoder=None):
         super().__init__()
         self.vit, self.decoder = vit or ViT(config.vit), decoder or Decoder(config.decoder)
         self.config = config = replace(config, vit=self.vit.config, decoder=self.decoder.config)
+
         side, factor = config.vit.image_size // config.vit.patch_size, config.pixel_shuffle
         if factor < 1 or side % factor:
-            raise ValueError(f'pixel_shuffle={factor} does not divide the {side} patches of a side')
-        self.connector = nn.Linear(config.vit.width * factor ** 2, config.decoder.width, config.connector_bias)
-        nn.init.normal_(self.connector.weight, std=self.connector.in_features ** -0.5)
+            raise ValueError(f'pixel_shuffle={factor} must divide the {side} patches of a side')
+        features = config.vit.width * factor ** 2
+        self.connector = nn.Linear(features, config.decoder.width, config.connector_bias)
+        nn.init.normal_(self.connector.weight, std=features ** -0.5)
         if config.connector_bias:
             nn.init.zeros_(self.connector.bias)
+
+    @property
+    def image_tokens(self):
+        """Tokens that a picture takes."""
+        return self.config.image_tokens
 
     def patches(self, pixels):
         """pixels (I, 3, H, W) -> what stands in place of the image tokens (I, image_tokens, D)."""
         return self.connector(pixel_shuffle(self.vit(pixels), self.config.pixel_shuffle))
 
     def embed(self, tokens, pixels=None, always=False):
-        """Token embeddings with the patches of the pictures in place of the image tokens: (B, T, D).
+        """Token embeddings (B, T, D), with the pictures' patches in place of the image tokens.
 
-        always: the tower runs even without a picture, so that no collective waits for a rank that saw none."""
+        always: the tower runs even without a picture, as ranks wait for one that saw none."""
         x = self.decoder.embed(tokens)
-        here = tokens == self.config.image_token_id
+        is_image = tokens == self.config.image_token_id
         if pixels is None or len(pixels) == 0:
-            torch._assert_async(~here.any(), 'image tokens without pictures')
+            torch._assert_async(~is_image.any(), 'image tokens without pictures')
             if always:
                 size = self.config.vit.image_size
                 x = x + 0.0 * self.patches(x.new_zeros(1, 3, size, size)).sum()
             return x
-        patches = self.patches(pixels).flatten(0, 1)                            # (I * image_tokens, D)
-        torch._assert_async(here.sum() == len(patches), f'image tokens are not as many as the {len(patches)} patches')
-        return x.flatten(0, 1).index_copy(0, positions_where(here, len(patches)), patches.to(x.dtype)).view_as(x)
+
+        patches = self.patches(pixels).flatten(0, 1)                    # (I * image_tokens, D)
+        error = f'image tokens are not as many as the {len(patches)} patches'
+        torch._assert_async(is_image.sum() == len(patches), error)
+        where = positions_where(is_image, len(patches))
+        return x.flatten(0, 1).index_copy(0, where, patches.to(x.dtype)).view_as(x)
 
     def default_blocks(self, tokens, targets=None):
-        """Rows with a picture are prefix-LM (everything up to the first target is seen by all), others causal."""
+        """Rows with a picture are prefix-LM (a prefix ends at the first target), others causal."""
         suffix = torch.zeros_like(tokens)
         if targets is not None:
             suffix[:, 1:] = (targets[:, :-1] != -100).cummax(1).values
-        pictured = (tokens == self.config.image_token_id).any(1, keepdim=True)
-        return torch.where(pictured, suffix, 1)
+        has_picture = (tokens == self.config.image_token_id).any(1, keepdim=True)
+        return torch.where(has_picture, suffix, 1)
 
     def logits(self, tokens, pixels=None, blocks=None, segments=None):
         """tokens (B, T) -> logits (B, T, V)."""
-        blocks = self.default_blocks(tokens) if blocks is None else blocks
-        return self.decoder.unembed(self.decoder.features(self.embed(tokens, pixels), blocks, segments))
+        if blocks is None:
+            blocks = self.default_blocks(tokens)
+        x = self.embed(tokens, pixels)
+        return self.decoder.unembed(self.decoder.features(x, blocks, segments))
 
     def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum', label_smoothing=0.0,
              z_loss=0.0, num_targets=None):
@@ -613,59 +720,80 @@ def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, conne
     return VLM(config, **towers) if task == 'vlm' else SigLIP(config, pair_scale, pair_bias)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # generation
 
 
 @torch.no_grad()
-def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top_k=0, top_p=1.0, eos_id=-1, pad_id=0,
-             seed=0, use_cache=True):
-    """Continue the prompts `tokens` (B, T), padded left or right with pad_id: a list of new token lists, one a row.
+def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top_k=0, top_p=1.0,
+             eos_id=-1, pad_id=0, seed=0, use_cache=True):
+    """Continue the prompts `tokens` (B, T), padded left or right with pad_id: a list of new token
+    lists, one a row.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; a row ends before its eos_id (-1: never). Every row
-    samples from its own random stream (seed, row), so what it gets does not depend on the length of the others."""
+    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; a row ends before its eos_id
+    (-1: never). Every row samples from its own random stream (seed, row), so what it gets does not
+    depend on the length of the others."""
     tokens, segments = left_padded(tokens, pad_id)
     was_training = model.training
     model.eval()
-    decoder = getattr(model, 'decoder', model)
-    batch, prompt = tokens.shape
-    blocks = model.default_blocks(tokens) if isinstance(model, VLM) else torch.ones_like(tokens)
-    grown = torch.ones(batch, max_new_tokens, dtype=tokens.dtype, device=tokens.device)     # new tokens: causal
-    masks = make_attn_masks(decoder.config, torch.cat((blocks, grown), 1), torch.cat((segments, grown), 1))  # once
-    positions = positions_of(torch.cat((segments, grown), 1))
-    cache = decoder.new_cache(batch, prompt + max_new_tokens, tokens.device)
-    generators = [torch.Generator(tokens.device).manual_seed(seed * 1_000_003 + row) for row in range(batch)]
 
-    x = model.embed(tokens, pixels) if isinstance(model, VLM) else model.embed(tokens)
-    new, done = [], torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    for step in range(max_new_tokens):
-        start, end = cache.length if use_cache else 0, prompt + step
-        hidden = decoder.features(x, cache=cache if use_cache else None, positions=positions[:, start:end],
-                                  masks=tuple(mask[:, start:end, :end] for mask in masks))
-        choice = sample(decoder.unembed(hidden[:, -1]).float(), temperature, top_k, top_p, generators)
-        new.append(choice)
-        done |= choice == eos_id
-        if done.all():
+    decoder = getattr(model, 'decoder', model)
+    if isinstance(model, VLM):
+        x, blocks = model.embed(tokens, pixels), model.default_blocks(tokens)
+    else:
+        x, blocks = model.embed(tokens), torch.ones_like(tokens)
+
+    # Who will see whom is known beforehand: computed once, for the prompts and all that follows.
+    batch, prompt = tokens.shape
+    following = tokens.new_ones(batch, max_new_tokens)                  # causal
+    segments = torch.cat((segments, following), 1)
+    masks = make_attn_masks(decoder.config, torch.cat((blocks, following), 1), segments)
+    positions = positions_of(segments)
+    cache = decoder.new_cache(batch, prompt + max_new_tokens, tokens.device) if use_cache else None
+    seeds = [seed * 1_000_003 + row for row in range(batch)]
+    generators = [torch.Generator(tokens.device).manual_seed(number) for number in seeds]
+
+    new, is_done = [], torch.zeros(batch, dtype=torch.bool, device=tokens.device)
+    start = 0
+    for end in range(prompt, prompt + max_new_tokens):
+        seen = tuple(mask[:, start:end, :end] for mask in masks)
+        hidden = decoder.features(x, cache=cache, positions=positions[:, start:end], masks=seen)
+        logits = decoder.unembed(hidden[:, -1]).float()                 # (B, V)
+
+        token = sample(logits, temperature, top_k, top_p, generators)   # (B,)
+        new.append(token)
+        is_done |= token == eos_id
+        if is_done.all():
             break
-        fresh = decoder.embed(choice[:, None])
-        x = fresh if use_cache else torch.cat((x, fresh), 1)
+
+        # With a cache the next round reads this token alone; without one, all again.
+        fresh = decoder.embed(token[:, None])                           # (B, 1, D)
+        if use_cache:
+            x, start = fresh, end
+        else:
+            x = torch.cat((x, fresh), 1)
     model.train(was_training)
-    rows = torch.stack(new, 1).tolist() if new else [[] for _ in range(batch)]
-    return [row[:row.index(eos_id)] if eos_id in row else row for row in rows]
+
+    # A row that ended early was carried along until the last had ended.
+    rows = torch.stack(new, 1).tolist() if new else [[]] * batch
+    return [list(takewhile(lambda token: token != eos_id, row)) for row in rows]
 
 
 def left_padded(tokens, pad_id):
-    """Move the padding of each row to its left; (tokens, segments), segments 0 where padding, else 1.
+    """Move the padding of each row to its left: (tokens, segments), segments 0 at padding, 1 else.
 
-    Padding is what stands before the first and after the last other token: a pad_id inside a prompt is a token."""
-    real = tokens != pad_id
-    if not real.any(1).all():
+    Padding stands before the first or after the last other token: a pad_id inside is a token."""
+    is_real = tokens != pad_id
+    if not is_real.any(1).all():
         raise ValueError('generate: a prompt is empty')
-    first = real.int().argmax(1)
-    length = tokens.shape[1] - real.int().flip(1).argmax(1) - first
-    index = torch.arange(tokens.shape[1], device=tokens.device)[None] - (tokens.shape[1] - length)[:, None]
+    width = tokens.shape[1]
+    before, after = is_real.int().argmax(1), is_real.int().flip(1).argmax(1)
+
+    # The columns of the result, counted from the first token of each row: below 0 is padding.
+    index = torch.arange(width, device=tokens.device)[None] - (before + after)[:, None]
     segments = (index >= 0).to(tokens.dtype)
-    return tokens.gather(1, (index.clamp(min=0) + first[:, None])).where(segments > 0, pad_id), segments
+    moved = tokens.gather(1, index.clamp(min=0) + before[:, None])
+    return moved.where(segments > 0, pad_id), segments
 
 
 def sample(logits, temperature, top_k, top_p, generators):
@@ -674,13 +802,16 @@ def sample(logits, temperature, top_k, top_p, generators):
         return logits.argmax(-1)
     logits = logits / temperature
     if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p < 1:
+        # A token stays if those before it do not hold top_p yet; the first one always does.
         ordered, order = logits.sort(descending=True)
         probs = ordered.softmax(-1)
-        beyond = probs.cumsum(-1) - probs >= top_p
-        beyond[:, 0] = False                                                    # the first token always stays
-        logits = logits.masked_fill(beyond.gather(1, order.argsort(-1)), -math.inf)
+        is_beyond = probs.cumsum(-1) - probs >= top_p
+        is_beyond[:, 0] = False
+        logits = logits.masked_fill(is_beyond.gather(1, order.argsort(-1)), -math.inf)
+
+    # Row by row, as each has a random stream of its own.
     probs = logits.softmax(-1)
     return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])

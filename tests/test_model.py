@@ -282,17 +282,27 @@ def test_feature_layer_gives_the_output_of_that_block(layer):
                 type(whole)(replace(whole.config, feature_layer=wrong))
 
 
-def test_impossible_shapes_are_refused():
-    for settings in (dict(num_heads=3), dict(head_dim=7)):
-        with pytest.raises(ValueError, match='decoder.num_heads'):
-            Decoder(replace(TEXT, **settings))
-    for settings in (dict(image_size=20), dict(width=25)):
-        with pytest.raises(ValueError, match='vit.image_size'):
-            ViT(replace(VIT, **settings))
+@pytest.mark.parametrize('kind, settings, message', [
+    (Decoder, dict(num_heads=3), 'decoder.num_heads=3 must be a multiple of decoder.num_kv_heads=2'),
+    (Decoder, dict(head_dim=7), 'decoder.head_dim=7 must be even'),
+    (Decoder, dict(activation='relu'), "decoder.activation='relu'"),
+    (Decoder, dict(sliding_window=-1), 'decoder.sliding_window=-1'),
+    (Decoder, dict(global_every=0), 'decoder.global_every=0'),
+    (Decoder, dict(global_every=2), 'they need a decoder.sliding_window'),
+    (Decoder, dict(rope_scaling=[8.0, 1.0]), 'decoder.rope_scaling=[8.0, 1.0]'),
+    (ViT, dict(image_size=20), 'vit.image_size=20 must be a multiple of vit.patch_size=8'),
+    (ViT, dict(width=25), 'vit.width=25 must be a multiple of vit.num_heads=3'),
+    (ViT, dict(stem='convolution'), "vit.stem='convolution'")])
+def test_impossible_shapes_are_refused_fault_by_fault(kind, settings, message):
+    shape = TEXT if kind is Decoder else VIT
+    with pytest.raises(ValueError) as error:
+        kind(replace(shape, **settings))
+    assert message in str(error.value)
+
+
+def test_a_decoder_has_no_eyes():
     with pytest.raises(AssertionError, match='eyes'):
         decoder().logits(words(1, 3), pictures(1))
-    with pytest.raises(ValueError, match='stem'):
-        ViT(replace(VIT, stem='convolution'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -598,7 +608,7 @@ def test_pixel_shuffle_joins_squares_of_patches():
 def test_a_vlm_with_pixel_shuffle():
     torch.manual_seed(0)
     m = build('vlm', VIT, TEXT, V, IMAGE, pixel_shuffle=2).eval()
-    assert m.config.image_tokens == 1 and vlm().config.image_tokens == P
+    assert m.image_tokens == m.config.image_tokens == 1 and vlm().image_tokens == P
     tokens = torch.tensor([[IMAGE, 10, 11], [IMAGE, IMAGE, 12]])
     x = m.embed(tokens, pictures(3))
     close(x[1, :2], m.connector(m.vit(pictures(3)[1:]).flatten(1)), 1e-6)
