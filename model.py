@@ -13,6 +13,7 @@ Attention has one implementation and one mask. A sequence is described by two in
 import math
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -442,6 +443,23 @@ def check_decoder(c):
                          'original_max_position_embeddings]')
 
 
+def sized(config, vocab_size):
+    """A DecoderConfig with a vocabulary that holds the tokenizer's. Raises ValueError."""
+    if config.vocab_size == 0:
+        return replace(config, vocab_size=-(-vocab_size // 64) * 64)
+    if config.vocab_size < vocab_size:
+        raise ValueError(f'decoder.vocab_size={config.vocab_size} is less than the {vocab_size} '
+                         'of the tokenizer')
+    return config
+
+
+class Learned(NamedTuple):
+    """What a model's forward gives of one kind of target."""
+    losses: torch.Tensor        # (n,)
+    counts: torch.Tensor        # (n,): of how many targets each is the sum
+    places: torch.Tensor        # (n,): where in `tokens`, flat, each stands: its row is place // T
+
+
 class Decoder(nn.Module):
     """A language model. With `blocks=None` it is causal."""
 
@@ -517,17 +535,19 @@ class Decoder(nn.Module):
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
         return self.unembed(self.features(self.embed(tokens), blocks, segments))
 
-    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum', label_smoothing=0.0,
-             z_loss=0.0, num_targets=None):
-        """Sum of the cross-entropies in nats, and the number of targets; targets (B, T) are shifted, -100 ignored.
+    def forward(self, tokens, targets, pixels=None, blocks=None, segments=None, num_targets=None,
+                label_smoothing=0.0, z_loss=0.0):
+        """{'text': the cross-entropies in nats}; targets (B, T) are shifted, -100 is ignored.
 
-        reduction='none': not their sum but each, in the order of the targets, row by row. num_targets: how many there
-        are, where the caller knows; a GPU is then not waited for."""
+        num_targets: how many there are, where the caller knows; a GPU is then not waited for."""
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
         x = self.features(self.embed(tokens), blocks, segments)
-        return token_loss(self, x, targets, reduction, label_smoothing, z_loss, num_targets)
+        return {'text': token_losses(self, x, targets, num_targets, label_smoothing, z_loss)}
 
-    forward = loss              # DistributedDataParallel wraps `forward`
+    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None):
+        """The sum of the losses, and the number of targets."""
+        losses, counts, _ = self(tokens, targets, pixels, blocks, segments)['text']
+        return losses.sum(), counts.sum()
 
 
 def positions_where(chosen, count=None):
@@ -538,26 +558,33 @@ def positions_where(chosen, count=None):
     return torch.nonzero_static(chosen, size=count)[:, 0]
 
 
-def token_loss(decoder, x, targets, reduction='sum', label_smoothing=0.0, z_loss=0.0, num_targets=None, chunk=4096):
-    """Cross-entropy at the targets only, in chunks whose logits are recomputed in the backward pass:
-    (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> (sum or each, count).
+def token_losses(decoder, x, targets, num_targets=None, label_smoothing=0.0, z_loss=0.0,
+                 chunk=4096):
+    """Cross-entropy at the targets only, in chunks whose logits are recomputed in the backward
+    pass: (tokens x vocabulary) is never held. x (B, T, D), targets (B, T) -> Learned.
 
-    z_loss: weight of log(sum of exponentials)^2, which keeps logits from drifting (PaLM, arXiv 2204.02311)."""
-    wanted, x, targets = targets != -100, x.flatten(0, 1), targets.flatten()
+    z_loss: weight of log(sum of exponentials)^2, which keeps logits from drifting (PaLM, arXiv
+    2204.02311)."""
+    x, targets = x.flatten(0, 1), targets.flatten()
+    places = torch.arange(len(targets), device=targets.device)
     if num_targets != len(targets):
-        here = positions_where(wanted, num_targets)
-        x, targets = x.index_select(0, here), targets[here]                     # (targets, D), (targets,)
+        places = positions_where(targets != -100, num_targets)
+        x, targets = x.index_select(0, places), targets[places]                 # (targets, D)
 
-    def chunk_loss(x, targets):
+    def chunk_losses(x, targets):
         logits = decoder.unembed(x).float()
-        losses = F.cross_entropy(logits, targets, reduction='none', label_smoothing=label_smoothing)
-        losses = losses + z_loss * logits.logsumexp(-1).square() if z_loss else losses
-        return losses.sum() if reduction == 'sum' else losses
+        losses = F.cross_entropy(logits, targets, reduction='none',
+                                 label_smoothing=label_smoothing)
+        if z_loss:
+            losses = losses + z_loss * logits.logsumexp(-1).square()
+        return losses
 
     if len(x) <= chunk:
-        return chunk_loss(x, targets), wanted.sum()
-    parts = [checkpoint(chunk_loss, a, b, use_reentrant=False) for a, b in zip(x.split(chunk), targets.split(chunk))]
-    return torch.stack(parts).sum() if reduction == 'sum' else torch.cat(parts), wanted.sum()
+        losses = chunk_losses(x, targets)
+    else:
+        losses = torch.cat([checkpoint(chunk_losses, *pair, use_reentrant=False)
+                            for pair in zip(x.split(chunk), targets.split(chunk))])
+    return Learned(losses, torch.ones_like(losses), places)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -633,91 +660,16 @@ class VLM(nn.Module):
         x = self.embed(tokens, pixels)
         return self.decoder.unembed(self.decoder.features(x, blocks, segments))
 
-    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, reduction='sum', label_smoothing=0.0,
-             z_loss=0.0, num_targets=None):
-        """As `Decoder.loss`."""
-        blocks = self.default_blocks(tokens, targets) if blocks is None else blocks
+    def forward(self, tokens, targets, pixels=None, blocks=None, segments=None, num_targets=None,
+                label_smoothing=0.0, z_loss=0.0):
+        """As `Decoder.forward`."""
+        if blocks is None:
+            blocks = self.default_blocks(tokens, targets)
         x = self.decoder.features(self.embed(tokens, pixels, always=True), blocks, segments)
-        return token_loss(self.decoder, x, targets, reduction, label_smoothing, z_loss, num_targets)
+        return {'text': token_losses(self.decoder, x, targets, num_targets, label_smoothing,
+                                     z_loss)}
 
-    forward = loss
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# picture-name pairs: SigLIP (arXiv 2303.15343), the first stage of a VLM whose tower starts from nothing
-
-
-class SigLIP(nn.Module):
-    """ViT and text tower trained to tell, for every picture and every text of a batch, whether they belong together.
-
-    `loss` compares every picture with the texts of its batch, so that a batch can not be cut into micro-batches or
-    ranks, or with `texts`, and then it can. The picture's vector is linear in all its patches, where SigLIP pools
-    them by attention: a tower that starts from a thousand pictures does not find out by itself where things are.
-    scale and bias start the logits: bias near the log-odds of a match."""
-
-    def __init__(self, config, scale=10.0, bias=-10.0):
-        super().__init__()
-        if scale <= 0:
-            raise ValueError(f'pair_scale={scale} must be above 0')
-        self.config = config
-        self.vit, self.text = ViT(config.vit), Decoder(config.decoder)
-        width = config.decoder.width
-        self.image_head = nn.Linear(config.vit.width * config.vit.num_patches, width)
-        self.text_head = nn.Linear(width, width)
-        self.scale = nn.Parameter(torch.tensor(math.log(scale)))
-        self.bias = nn.Parameter(torch.tensor(bias))
-
-    def embed_images(self, pixels):
-        """pixels (I, 3, H, W) -> unit vectors (I, D)."""
-        return F.normalize(self.image_head(self.vit(pixels).flatten(1)), dim=-1)
-
-    def embed_texts(self, tokens, segments):
-        """tokens, segments (B, T), segments 0 where padding -> unit vectors (B, D). Bidirectional."""
-        x = self.text.features(self.text.embed(tokens), torch.zeros_like(tokens), segments)
-        real = (segments > 0)[..., None]
-        return F.normalize(self.text_head((x * real).sum(1) / real.sum(1)), dim=-1)
-
-    def loss(self, tokens, targets, pixels=None, blocks=None, segments=None, texts=None, text_segments=None,
-             reduction='sum', num_targets=None):
-        """Sum over pictures of the pairs' sigmoid losses, and the number of pictures. Equal texts are all positives.
-
-        texts, text_segments (N, T): what every picture is compared with; without them, the texts of the batch."""
-        pairs = (targets != -100).any(1)                                        # a row without targets has no picture
-        here = positions_where(pairs, num_targets)
-        tokens, segments = tokens[here], segments[here]
-        texts, text_segments = (tokens, segments) if texts is None else (texts, text_segments)
-        if pixels is None:      # no row has a picture
-            pixels = self.scale.new_zeros(0, 3, self.config.vit.image_size, self.config.vit.image_size)
-        same = (tokens[:, None] == texts[None]).all(-1)                         # (I, N)
-        logits = self.embed_images(pixels) @ self.embed_texts(texts, text_segments).T * self.scale.exp() + self.bias
-        losses = -F.logsigmoid(torch.where(same, logits, -logits).float()).sum(1)                   # (I,)
-        return losses.sum() if reduction == 'sum' else losses, pairs.sum()
-
-    forward = loss
-
-
-def sized(decoder, vocab_size):
-    """A decoder's settings with a vocabulary that holds the tokenizer's."""
-    if decoder.vocab_size == 0:
-        return replace(decoder, vocab_size=-(-vocab_size // 64) * 64)
-    if decoder.vocab_size < vocab_size:
-        raise ValueError(f'decoder.vocab_size={decoder.vocab_size} is less than the {vocab_size} of the tokenizer')
-    return decoder
-
-
-def build(task, vit, decoder, vocab_size, image_token_id, pixel_shuffle=1, connector_bias=True, pair_scale=10.0,
-          pair_bias=-10.0, towers=None):
-    """The model of a task (vlm, llm, siglip) from its settings and what the tokenizer says.
-
-    towers: {'vit': module, 'decoder': module} that are taken as they are, instead of ours (hf.py)."""
-    towers = towers or {}
-    if (vit.hf and task != 'llm' and 'vit' not in towers) or (decoder.hf and 'decoder' not in towers):
-        raise ValueError(f'vit.hf={vit.hf!r}, decoder.hf={decoder.hf!r}: build takes them as towers (hf.py)')
-    decoder = sized(decoder, vocab_size)
-    if task == 'llm':
-        return towers.get('decoder') or Decoder(decoder)
-    config = VLMConfig(vit, decoder, image_token_id, pixel_shuffle, connector_bias)
-    return VLM(config, **towers) if task == 'vlm' else SigLIP(config, pair_scale, pair_bias)
+    loss = Decoder.loss
 
 
 # -------------------------------------------------------------------------------------------------

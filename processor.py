@@ -608,11 +608,11 @@ def to_device(batch, device, p):
     return out
 
 
-def padded(rows, pad_id):
-    """Lists of token ids -> (tokens, segments), int64 tensors (B, T), padded on the right, segments
-    0 there."""
+def padded(rows, pad_id, least=1):
+    """Lists of token ids -> (tokens, segments), int64 tensors (B, T), T at least `least`, padded on
+    the right, segments 0 there."""
     import torch
-    width = max(map(len, rows))
+    width = max(least, *map(len, rows))
     tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
     segments = (torch.arange(width)[None] < lengths[:, None]).long()

@@ -1,0 +1,303 @@
+"""A policy acts: in a simulator, beside its controls, or for robots that ask over a network.
+
+    python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20
+    python sample.py --out_dir=out/policy_metaworld_state --serve_policy=8000
+
+Axes: A observations, T actions of a chunk, D numbers of an action, P of a state.
+"""
+import json
+import signal
+import sys
+
+import numpy as np
+import torch
+
+import shards
+from diffusion import random_keys
+from processor import collate
+from robots import actions, metaworld, pusht, record, rollouts, simulators
+from serve.server import Server
+
+FILM_SIZE = 192                 # pixels of a side of the pictures, where the policy needs none
+
+
+class SampleSettings:
+    """What sample.py takes with a run of task=policy or task=vla."""
+    env = ''                    # metaworld | pusht: let the policy act there
+    tasks = ''                  # of MetaWorld, separated by commas (empty: all eight)
+    episodes = 20               # a task; their goals are in no demonstration
+    execute = 8                 # actions done of a chunk before the policy looks again
+    sample_steps = 10           # of denoising
+    sampler = ''                # euler | heun | ddim | ddpm (empty: the first that fits)
+    held_out = False            # say the task in words that no demonstration has
+    controls = True             # also measure the expert, a replayed demonstration, random, zero,
+    #                             and a wrong sentence
+    film = ''                   # films of the first episode of each task: a.gif or a.mp4 becomes
+    #                             a_<task>.gif or .mp4
+    record = ''                 # a folder: the policy's episodes as a data set of shards
+    processes = 2               # that step environments
+    serve_policy = 0            # a port: answer robots there, see serve/server.py
+    serve_host = '127.0.0.1'    # who may ask: this machine (0.0.0.0: all that reach it)
+    image = ''                  # not of a policy: it acts
+    prompt = ''                 # not of a policy: it acts
+    eval = ''                   # not of a policy: it acts
+
+
+def sample(run, options):
+    """Let a policy act in --env, or answer robots at --serve_policy."""
+    task, where = run.settings['task'], options.out_dir
+    if options.image or options.prompt or options.eval:
+        raise ValueError(f'{where} is task={task}: give --env=metaworld or --serve_policy=8000')
+    if options.serve_policy:
+        if not 0 < options.serve_policy < 65536:
+            raise ValueError(f'--serve_policy={options.serve_policy}: expected a port from 1 to '
+                             '65535')
+        answer_robots(run, options)
+    elif options.env:
+        if options.env not in ('metaworld', 'pusht'):
+            raise ValueError(f'--env={options.env}: {where} is task={task}; policies act in '
+                             'metaworld or pusht')
+        act_out(run, options)
+    else:
+        raise ValueError(f'{where} is task={task}: give --env=metaworld or --serve_policy=8000')
+
+
+# -----------------------------------------------------------------------------------------------
+# observations to actions
+
+
+def is_told(run):
+    """Does the policy read a sentence?"""
+    return run.settings.get('policy.encoder') != 'none'
+
+
+def policy_of(run, options, words=None, is_blank=False, action_dim=0):
+    """A function of observations, as rollouts takes it. words: task -> the sentence it is told;
+    is_blank: it sees white pictures; action_dim: of a robot with fewer numbers than the run's
+    largest."""
+    own_dim = len(run.kept['stats.json']['actions']['mean'])
+    action_dim = action_dim or own_dim
+
+    def act(observations):
+        """Actions (A, T, D) in the robot's units."""
+        pieces = []
+        for observation in observations:
+            sample = sample_of(run, observation, words, is_blank, action_dim)
+            piece, = run.processor.row(sample)
+            # noise is by (seed, step), so any batching of robots gives the same actions
+            position = observation['seed'] * 4096 + observation['step']
+            pieces.append(piece | dict(part=0, position=position))
+        tensors = run.inputs(shortened(collate(pieces, run.processor)))
+        lowdim, proprio = tensors['lowdim'], proprio_of(run, observations)
+        positions = torch.tensor([piece['position'] for piece in pieces])
+        lowdim['keys'] = random_keys(options.seed, positions).to(run.device)
+        seen = {key: tensors.get(key) for key in ('tokens', 'pixels', 'blocks', 'segments')}
+        chunk = run.model.sample(**seen, lowdim=lowdim, steps=options.sample_steps,
+                                 sampler=options.sampler)
+        chunk = run.units.decode(chunk, proprio)
+        return chunk[..., :action_dim].cpu().numpy()
+    return act
+
+
+def sample_of(run, observation, words, is_blank, action_dim):
+    """An observation as if it were read from a shard."""
+    pictures, names = [], []
+    if run.processor.eyes:
+        names = run.settings['cameras'] or sorted(observation['pictures'])
+        pictures = [observation['pictures'][name] for name in names]
+    if is_blank:
+        pictures = [np.full_like(picture, 255) for picture in pictures]
+    instruction = words(observation['task']) if words else observation['instruction']
+    proprio = np.asarray(observation['proprio'], np.float32)
+    # the chunk that is to come: its numbers are not looked at, how many there are is
+    chunk = np.zeros((run.settings['action_steps'], action_dim), np.float32)
+    lowdim = dict(actions=chunk, is_pad=np.zeros(len(chunk), bool), proprio=proprio)
+    return dict(pictures=pictures, picture_names=list(names), instruction=instruction,
+                lowdim=lowdim)
+
+
+def proprio_of(run, observations):
+    """The states as the robots have them, (A, P), padded with zeros to the run's size."""
+    states = torch.zeros(len(observations), run.settings['proprio_dim'], device=run.device)
+    for row, observation in zip(states, observations):
+        state = torch.as_tensor(np.asarray(observation['proprio'], np.float32))
+        row[:len(state)] = state.to(run.device)
+    return states
+
+
+def shortened(batch):
+    """A batch without the columns that are padding in every row."""
+    if 'segments' not in batch:
+        return batch
+    width = int((batch['segments'] > 0).any(0).nonzero()[0].max()) + 1
+    cut = {key: batch[key][:, :width] for key in ('tokens', 'targets', 'blocks', 'segments')
+           if key in batch}
+    return batch | cut
+
+
+# -----------------------------------------------------------------------------------------------
+# in a simulator
+
+
+def demonstrations(run, options, names):
+    """{task: actions (T, D)} of one demonstration each, in the run's data sets; nothing of those
+    that have none."""
+    found = {}
+    for name in run.settings['mix']:
+        folder = shards.Folder(name, options.data_dir or run.settings['data_dir'])
+        for shard, size in enumerate(folder.sizes):
+            read_demonstrations(folder, shard, size, names, found)
+    return {task: found[task] for task in names if task in found}
+
+
+def read_demonstrations(folder, shard, size, names, found):
+    """The first episode of a shard of steps, or every first one of each task in a shard of whole
+    episodes, into `found`."""
+    i, is_episode = 0, False
+    while i < size and not (is_episode and set(names) <= set(found)):
+        members = folder.read(shard, i)
+        meta, low = json.loads(members['json']), actions.read(members).get('lowdim')
+        task, is_episode = meta.get('task'), 'lowdim.npy' in members
+        if low is None:
+            return
+        if is_episode:
+            found.setdefault(task, low['actions'])
+            i += len(low['actions'])
+            continue
+        if meta.get('frame', 0) < len(found.get(task, ())):
+            return                  # the next episode begins; a shard of steps has one task
+        found.setdefault(task, []).append(low['actions'][0])
+        i += 1
+
+
+def policies_of(run, options, robot, names):
+    """{label: policy}: the run's own, and its controls."""
+    def own(words=None, is_blank=False):
+        return policy_of(run, options, words, is_blank, robot.action_dim)
+
+    words = None
+    if options.held_out:
+        def words(task):
+            return simulators.instruction(task, 0, True)
+    policies = {'policy': own(words)}
+    if not options.controls or options.env != 'metaworld':
+        return policies
+
+    execute = options.execute
+    policies['expert'] = metaworld.expert
+    policies['random'] = rollouts.random_policy([-1] * 4, [1] * 4, execute)
+    policies['zero'] = rollouts.zero(4, execute)
+    shown = demonstrations(run, options, names)
+    if set(shown) == set(names):
+        policies['replay'] = rollouts.replay(shown, execute)
+    if len(names) > 1 and is_told(run):
+        next_task = dict(zip(names, names[1:] + names[:1]))
+        policies['wrong words'] = own(lambda task: simulators.instruction(next_task[task]))
+    if run.processor.eyes:
+        policies['blank picture'] = own(is_blank=True)
+    return policies
+
+
+def act_out(run, options):
+    """A table of successes: a row a policy, beside its controls; 95 % intervals by Wilson."""
+    robot, known = metaworld.MetaWorld, list(metaworld.TASKS)
+    if options.env == 'pusht':
+        robot, known = pusht.PushT, ['pusht']
+    names = [name for name in options.tasks.split(',') if name] or known
+    for name in set(names) - set(known):
+        raise ValueError(f'--tasks={options.tasks}: {name!r} is none of {", ".join(known)}')
+    check_sizes(run, options, robot)
+
+    chosen = [(name, simulators.TEST_SEED + i) for name in names for i in range(options.episodes)]
+    for label, policy in policies_of(run, options, robot, names).items():
+        won = play(run, options, robot, chosen, label, policy)
+        low, high = rollouts.wilson(sum(won.values()), len(chosen))
+        share = sum(won.values()) / len(chosen)
+        if options.json:
+            print(json.dumps(dict(policy=label, success=share, low=low, high=high,
+                                  episodes=options.episodes, tasks=won)), flush=True)
+        else:
+            each = ', '.join(f'{name} {n}' for name, n in won.items())
+            print(f'{label:14} {share:6.1%} [{low:.1%}, {high:.1%}] of {len(chosen)}: {each}',
+                  flush=True)
+
+
+def check_sizes(run, options, robot):
+    """Raises ValueError where a robot has more numbers than the run was trained on."""
+    proprio_dim = robot.proprio_dim
+    if options.env == 'metaworld' and run.processor.eyes:
+        proprio_dim = robot.hand_dim                # who sees is not told where things are
+    stats = run.kept['stats.json']
+    own = len(stats['actions']['mean']), len(stats['proprio']['mean'])
+    if own[0] < robot.action_dim or own[1] < proprio_dim:
+        raise ValueError(f'--env={options.env}: actions of {robot.action_dim} and states of '
+                         f'{proprio_dim} numbers, {options.out_dir} was trained on {own[0]} and '
+                         f'{own[1]}')
+
+
+def play(run, options, robot, chosen, label, policy):
+    """{task: successes} of a policy in the chosen episodes; the run's own is filmed and recorded,
+    where that is asked for."""
+    is_blind, is_own = not run.processor.eyes, label == 'policy'
+    size = 0
+    if not is_blind:
+        size = run.settings['vit.image_size']
+    elif options.film:
+        size = FILM_SIZE
+    sink, shown = None, ()
+    if options.film and is_own:
+        shown = chosen[::options.episodes]
+    filmed = shown
+    if options.record and is_own:
+        sink = record.Recorder(options.record, run.settings['action_steps'])
+        if not is_blind:
+            shown = chosen
+
+    def make(task):
+        return simulators.make(task, size, run.settings['cameras'] or ('near',), 0, is_blind)
+
+    won = {task: 0 for task, _ in chosen}
+    # with pictures, an environment takes 60 MB
+    for _, result in rollouts.rollouts(
+            chosen, policy, 1 if label == 'expert' else options.execute, make=make,
+            parallel=min(options.batch_size, 16), processes=options.processes,
+            keep=chosen if sink else (), show=shown, blind=is_blind):
+        task = result['task']
+        won[task] += result['success']
+        if (task, result['seed']) in filmed:
+            path = record.write_film(options.film, task, result['pictures'], robot.fps)
+            print(f'film of {task}: {path}', file=sys.stderr)
+        if sink:
+            if options.held_out:
+                result = result | dict(instruction=simulators.instruction(task, 0, True))
+            sink.write(result, robot.fps, not is_blind)
+    if sink:
+        print(f'{options.record}: {sink.close()} steps recorded', file=sys.stderr)
+    return won
+
+
+# -----------------------------------------------------------------------------------------------
+# for robots
+
+
+def answer_robots(run, options):
+    """A server, until SIGTERM or Ctrl-C; see serve/server.py."""
+    side, cameras = run.settings['vit.image_size'], []
+    if run.processor.eyes:
+        cameras = run.settings['cameras'] or ['image']
+    states = len(run.kept['stats.json']['proprio']['mean'])
+    fields = dict(proprio=('float32', (states,), False),
+                  instruction=('str', (), not is_told(run)))
+    for name in cameras:
+        fields[name] = 'uint8', (side, side, 3), False
+    fields |= dict(seed=('int64', (), True), step=('int64', (), True))
+    policy = policy_of(run, options)
+
+    def act(observations):
+        return policy([each | dict(pictures={name: each[name] for name in cameras})
+                       for each in observations])
+
+    server = Server(act, fields, options.serve_policy, options.serve_host, options.batch_size)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.end)
+    server.run()

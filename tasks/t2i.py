@@ -1,0 +1,320 @@
+"""Text to image: a diffusion transformer, or Stable Diffusion's U-Net, in pixels or in latents.
+
+    python train.py config/t2i_emoji.py
+    python sample.py --out_dir=out/t2i_emoji --prompt='noto: red apple' --n=16      (PNGs in samples/)
+    python sample.py --out_dir=out/t2i_emoji --prompt=... --image=a.png --strength=0.6 [--mask=b.png]
+    python sample.py --out_dir=<a folder of diffusers> --prompt='a red apple' --guidance=7.5 --n=4
+    python sample.py --out_dir=out/t2i_emoji --eval=mix,heldout --judge=out/vlm_judge
+                                (what a captioner reads in its pictures, and in the real ones)
+
+Axes: B rows, S tokens of a sentence, N pictures, H W rows and columns, C channels.
+"""
+import io
+import json
+import os
+
+import numpy as np
+import torch
+
+import hub
+import pictures
+from configurator import part
+from diffusion import random_keys
+from images import judge, sd
+from images.dit import DiTConfig, TextToImage
+from model import Decoder, DecoderConfig, sized
+from processor import READ, padded, question
+from shards import BadSample
+from tasks import vlm
+from tokenizer import clip_row
+
+
+class TrainSettings:
+    """What train.py takes with task=t2i, beside its own settings."""
+    dit = DiTConfig()
+    decoder = DecoderConfig()   # the text tower
+    denoiser = 'dit'            # dit | unet (Stable Diffusion: unet, clip and vae; of dit
+    #                             image_size, the rows of a latent, and drop)
+    unet = sd.UNetConfig()
+    clip = sd.CLIPTextConfig()  # the text tower of unet
+    vae = sd.VAEConfig()        # of unet, and of dit with dit.vae
+    prompt = ''                 # a caption, as '{style}: {text}' of what the sample and its .json
+    #                             hold (empty: '{text}')
+    image_mean = 0.5            # subtracted from pixels of 0 to 1 (1.0: white is 0)
+    image_std = 0.5             # and what they are then divided by
+    image_draft = True          # JPEGs may be decoded at 1/2, 1/4 or 1/8, where that is at least
+    #                             dit.image_size
+    augment = False             # drawings change a little every time they are seen
+
+
+class SampleSettings:
+    """What sample.py takes with a run of task=t2i."""
+    prompt = ''                 # what is to be drawn
+    n = 16                      # pictures to draw
+    guidance = 4.0              # above 1 exaggerates what the sentence changes, 1 as learned, 0
+    #                             without it
+    steps = 50                  # of denoising
+    sampler = ''                # euler | heun | ddim | ddpm (empty: the first that fits)
+    image = ''                  # a picture to begin from
+    strength = 0.6              # with --image: how much of it becomes noise first, above 0, 1 all
+    mask = ''                   # with --image: a picture that is white where that is drawn anew
+    grid = ''                   # a PNG of all that was drawn (empty: in out_dir)
+    eval = ''                   # data sets to draw the sentences of, separated by commas; mix: all
+    #                             that the run was trained on
+    judge = ''                  # with --eval: the run of a captioner that reads what was drawn
+
+
+KEPT = ('denoiser',)
+
+
+def check(settings, world):
+    """Raises ValueError for settings that can not be."""
+    if settings['denoiser'] not in ('dit', 'unet'):
+        raise ValueError(f'denoiser={settings["denoiser"]!r}: expected dit or unet')
+    length = settings['clip.max_length']
+    if settings['denoiser'] == 'unet' and settings['seq_len'] != length:
+        raise ValueError(f'seq_len={settings["seq_len"]}: denoiser=unet reads {length}, which is '
+                         'clip.max_length')
+
+
+def eyes(settings):
+    size = settings['dit.image_size']
+    if settings['denoiser'] == 'unet' or settings['dit.vae']:   # pictures are larger than latents
+        size *= 2 ** (len(settings['vae.block_out_channels']) - 1)
+    return pictures.eyes_of(settings, size)
+
+
+def form(sample, p):
+    """bos, the caption as `prompt` puts it ('{style}: {text}', of what the sample holds), eos, all
+    causal and not learned: what is learned is the picture."""
+    images = list(sample['pictures'])
+    if 'latents.npy' in sample.get('members', ()):      # as prepare/latents.py writes them
+        images.append(read_latents(sample['members']['latents.npy']))
+    if len(images) != 1:
+        raise BadSample(f'{len(images)} pictures (.png, .jpg, .webp): expected one')
+
+    if sample.get('asking'):
+        caption = sample['prefix']
+    else:
+        caption = filled_in(p.prompt or '{text}', sample | dict(text=question(sample, p)[1]))
+    tok = p.tokenizer
+    if p.settings['denoiser'] == 'unet':    # as CLIP reads it: padding, too, is looked at
+        return [(images[0], READ), (clip_row(tok, caption, p.seq_len), READ)]
+    return [(images[0], READ), (tok.bos_id, READ), (caption, READ), (tok.eos_id, READ)]
+
+
+def filled_in(prompt, sample):
+    """The prompt with what a sample holds in its places. Raises BadSample."""
+    try:
+        return prompt.format_map(sample)
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise BadSample(f'prompt={prompt!r} can not be filled in with {", ".join(sample)} '
+                        f'({error!r})') from None
+
+
+def read_latents(data):
+    """Bytes of a .latents.npy -> fp16 (2 C, H, W), means and standard deviations. Raises
+    BadSample."""
+    try:
+        moments = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise BadSample(f'.latents.npy can not be read ({error})') from None
+    is_latent = moments.dtype == np.float16 and moments.ndim == 3 and moments.shape[0] % 2 == 0
+    if not is_latent or not np.isfinite(moments).all():
+        raise BadSample(f'.latents.npy is {moments.dtype} {moments.shape}: expected numbers of '
+                        'float16 (2 C, H, W)')
+    return moments
+
+
+def build(settings, tokenizer, load_weights=True):
+    """The TextToImage of the settings. Raises ValueError."""
+    config = part(settings, 'dit', DiTConfig)
+    if settings['denoiser'] == 'unet':
+        return build_stable_diffusion(settings, config, tokenizer)
+
+    vae = None
+    if config.vae:
+        vae_config = part(settings, 'vae', sd.VAEConfig)
+        if vae_config.latent_channels != config.channels:
+            raise ValueError(f'dit.channels={config.channels}: latents of {config.vae!r} have '
+                             f'{vae_config.latent_channels}')
+        vae = sd.AutoencoderKL(vae_config)
+        if load_weights:
+            vae = hub.family('diffusers').autoencoder(config.vae, vae_config)
+        vae.requires_grad_(False)
+    decoder = part(settings, 'decoder', DecoderConfig)
+    text = hub.tower('text', decoder, tokenizer, load_weights)
+    if text is None:
+        text = Decoder(sized(decoder, tokenizer.vocab_size))
+    return TextToImage(config, text, vae=vae, empty=[tokenizer.bos_id, tokenizer.eos_id])
+
+
+def build_stable_diffusion(settings, config, tokenizer):
+    """U-Net, autoencoder and CLIP's text tower as a TextToImage. Raises ValueError."""
+    clip = part(settings, 'clip', sd.CLIPTextConfig)
+    empty = clip_row(tokenizer, '', clip.max_length)
+    if max(empty) >= clip.vocab_size:
+        raise ValueError(f'clip.vocab_size={clip.vocab_size}, but the tokenizer has token '
+                         f'{max(empty)}: it is not this model\'s')
+    unet = sd.UNet2DCondition(part(settings, 'unet', sd.UNetConfig))
+    vae = sd.AutoencoderKL(part(settings, 'vae', sd.VAEConfig))
+    return sd.build(config, unet, sd.CLIPText(clip), vae, empty)
+
+
+# -----------------------------------------------------------------------------------------------
+# training
+
+
+def count(batch):
+    return {'pictures': int(batch['pictures'].sum())}
+
+
+def inputs(run, batch, tensors):
+    """Pictures, the rows of their sentences, and keys that their noise and times follow from."""
+    rows = torch.as_tensor(np.flatnonzero(batch['pictures'])).to(run.device)
+    positions = torch.as_tensor(batch['positions']).to(run.device)
+    segments = tensors.get('segments', torch.ones_like(tensors['tokens']))
+    return dict(tokens=tensors['tokens'], segments=segments, pixels=tensors.get('pixels'),
+                rows=rows, keys=random_keys(run.settings['seed'], positions))
+
+
+# -----------------------------------------------------------------------------------------------
+# use
+
+
+def sample(run, options):
+    """Draw --prompt, or measure what is drawn of the sentences of --eval."""
+    for key in ('n', 'steps', 'batch_size'):
+        if getattr(options, key) < 1:
+            raise ValueError(f'{key}={getattr(options, key)} must be at least 1')
+    if options.guidance < 0:
+        raise ValueError(f'guidance={options.guidance} must be at least 0')
+    if not 0 < options.strength <= 1:
+        raise ValueError(f'strength={options.strength} must be above 0 and at most 1')
+    if options.mask and not options.image:
+        raise ValueError(f'mask={options.mask!r} goes with --image')
+    if options.eval:
+        judge_pictures(run, options)
+    else:
+        draw_prompt(run, options)
+
+
+def paint(run, sentences, options, image=None, mask=None):
+    """Pictures uint8 (N, H, W, 3) of lists of token ids; what the i-th gets is by (seed, i),
+    whatever the batch."""
+    out = []
+    for a in range(0, len(sentences), options.batch_size):
+        rows = sentences[a:a + options.batch_size]
+        tokens, segments = padded(rows, run.tokenizer.pad_id, least=len(run.model.empty))
+        keys = random_keys(options.seed, torch.arange(a, a + len(rows)))
+        start = None if image is None else image.expand(len(rows), -1, -1, -1)
+        x = run.model.sample(tokens.to(run.device), segments.to(run.device), keys.to(run.device),
+                             steps=options.steps, sampler=options.sampler,
+                             guidance=options.guidance, image=start, strength=options.strength,
+                             mask=mask)
+        out.append(run.processor.eyes.to_pictures(x))
+    return np.concatenate(out)
+
+
+def draw_prompt(run, options):
+    """n pictures of the prompt, each a PNG with its settings inside, and one of them all."""
+    start = new = None
+    if options.image:
+        start = read_image(run, options.image)
+    if options.mask:
+        new = read_mask(run, options.mask)
+    prompt = run.processor.prefix(options.prompt)
+    drawn = paint(run, [prompt] * options.n, options, start, new)
+
+    words = ''.join(c if c.isalnum() else ' ' for c in options.prompt.lower())[:60].split()
+    path = options.grid or os.path.join(options.out_dir, 'samples',
+                                        ('-'.join(words) or 'no-sentence') + '.png')
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    said = dict(prompt=options.prompt, seed=options.seed, guidance=options.guidance,
+                steps=options.steps, sampler=options.sampler or 'default', run=options.out_dir,
+                checkpoint=os.path.basename(os.path.realpath(run.folder)), ema=options.ema)
+    if options.image:
+        said |= dict(image=options.image, strength=options.strength, mask=options.mask)
+    for i, picture in enumerate(drawn):
+        judge.save(f'{os.path.splitext(path)[0]}_{i:03}.png', picture, said | dict(index=i))
+    judge.save(path, judge.side_by_side(drawn), said | dict(n=options.n))
+    print(json.dumps(said | dict(grid=path)) if options.json else path)
+
+
+def read_image(run, names):
+    """The one picture to begin from, as pixels (1, 3, H, W). Raises ValueError and OSError."""
+    name, *others = pictures.find(names)
+    if others:
+        raise ValueError(f'--image={names}: {len(others) + 1} pictures, expected one to begin with')
+    eyes = run.processor.eyes
+    try:
+        with open(name, 'rb') as f:
+            return eyes.to_tensor(eyes.pixels(f.read())[None], run.device)
+    except BadSample as error:
+        raise OSError(f'--image={name}: {error}') from None
+
+
+def read_mask(run, name):
+    """bool (1, 1, H, W): True, white, is drawn anew. Raises OSError."""
+    from PIL import Image
+    size = run.model.config.image_size
+    mask = Image.open(name).convert('L').resize((size, size), Image.Resampling.NEAREST)
+    return torch.tensor(np.array(mask) > 127, device=run.device)[None, None]
+
+
+@torch.no_grad()
+def judge_pictures(run, options):
+    """What a captioner reads in pictures drawn from the sentences of a data set, beside what it
+    reads in the real ones: the name to the letter, the words of it, another name of the set (which
+    must not be read), and the Fréchet distance to the real ones in what its decoder sees of a
+    picture (of the real ones: of one half to the other)."""
+    if not options.judge:
+        raise ValueError(f'--eval={options.eval}: {options.out_dir} draws pictures: give --judge='
+                         '<the run of a captioner>')
+    by = hub.open_run(options.judge, run.device)
+    if by.settings['task'] != 'vlm':
+        raise ValueError(f'--judge={options.judge} is task={by.settings["task"]}: expected a '
+                         'captioner, task=vlm')
+    if not options.json:
+        print(f'{"data set":14} {"pictures":>20}  {"exact match":>11}  {"words (F1)":>10}  '
+              f'{"another name":>12}  {"Fréchet":>8}')
+    for name in options.eval.split(','):
+        real, texts, sentences = vlm.read_sets(run, name, options)
+        drawn = paint(run, sentences, options)
+        far = features(by, real, options)
+        given, score = judged(by, name, 'drawn', drawn, texts, options,
+                              (features(by, drawn, options), far))
+        judged(by, name, 'real', real, texts, options, (far[::2], far[1::2]))
+    path = options.grid or os.path.join(options.out_dir, 'judged.png')
+    pictures.draw_answers(path, f'{name}, real and drawn', np.concatenate((real, drawn), 2), texts,
+                          given, score)
+
+
+def features(by, images, options):
+    """What the judge's decoder sees of pictures uint8 (N, H, W, 3), a mean over patches: (N, D)."""
+    eyes = by.processor.eyes
+    chunks = np.array_split(judge.resized(images, eyes.size), -(-len(images) // options.batch_size))
+    seen = [by.model.patches(eyes.to_tensor(chunk, by.device)).mean(1).cpu().numpy()
+            for chunk in chunks]
+    return np.concatenate(seen)
+
+
+def judged(by, name, kind, images, texts, options, far):
+    """A line of scores of pictures; far: two sets of features. The judge's answers, and the share
+    that is right."""
+    prompts = [by.processor.prefix()] * len(texts)
+    sampling = hub.with_defaults(options, vlm.SampleSettings)
+    given = vlm.answers(by, prompts, judge.resized(images, by.processor.eyes.size), sampling)
+    given = [answer.strip() for answer in given]
+    known = sorted(set(texts))
+    others = [known[known.index(text) - len(known) // 2] for text in texts]
+    f1 = np.mean([judge.token_f1(answer, text) for answer, text in zip(given, texts)])
+    row = dict(exact_match=vlm.share_right(given, texts), token_f1=f1,
+               another_name=vlm.share_right(given, others), frechet=judge.frechet(*far))
+    if options.json:
+        print(json.dumps(dict(data=name, pictures=kind, samples=len(texts)) | row))
+    else:
+        print(f'{name:14} {len(texts):14} {kind:>5}  {row["exact_match"]:11.1%}  '
+              f'{row["token_f1"]:10.1%}  {row["another_name"]:12.1%}  {row["frechet"]:8.2f}',
+              flush=True)
+    return given, row['exact_match']
