@@ -76,7 +76,7 @@ def fields(members, pictures=True, lowdim=False, cameras=()):
     sample['picture_names'] = [name for name, _ in found] if pictures else []
     sample['pictures'] = [members.get(ext, BLACK) for _, ext in found] if pictures else []
     if lowdim:
-        import actions
+        from robots import actions
         sample |= actions.read(members)
     if 'lowdim' in sample and not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages'}:
         sample.setdefault('instruction', '')            # a state alone is a sample
@@ -489,7 +489,7 @@ class Processor:
                 return self.cut(read_tokens(members[ext], ext))
         episode = any(self.lowdim) and members.keys() == {'json', 'lowdim.npy'} and not self.cameras
         if episode and members['json'] in self.words:       # an episode without pictures: all steps have its words
-            import actions
+            from robots import actions
             return [self.words[members['json']] | {'lowdim': self.pad_lowdim(**actions.read(members)['lowdim'])}]
         sample = fields(members, self.with_pictures, any(self.lowdim), self.cameras)
         asked = sample['pictures'] or sample.keys() & {'prefix', 'suffix', 'messages', 'instruction'}

@@ -52,8 +52,8 @@ try:
 except ModuleNotFoundError:     # deleted: no Stable Diffusion
     hub_sd = sd = None
 try:
-    import actions
     import policies
+    from robots import actions
 except ModuleNotFoundError:     # deleted: no robots
     actions = policies = None
 

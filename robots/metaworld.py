@@ -1,9 +1,9 @@
 """MetaWorld v3 (PyPI metaworld): its tasks, their wordings, cameras, scripted experts.
 
 39 numbers of state, the goal among them; 4 of action: xyz of the hand by 1 cm, gripper. MetaWorld
-draws where object and goal are uniformly from a box of each task (`rand_vec`, 3 or 6 numbers). Here
-numpy's generator of the seed draws them anew at each reset, so that other seeds are other goals.
-What an environment computes depends on task and seed alone, bit for bit.
+draws where object and goal are, uniformly from a box of each task (`rand_vec`, 3 or 6 numbers).
+Here numpy's generator of the seed draws them anew at each reset, so that other seeds are other
+goals. What an environment computes depends on task and seed alone, bit for bit.
 """
 import functools
 import os
@@ -125,6 +125,8 @@ class MetaWorld:
     def __init__(self, task, size=0, cameras=('near',), max_steps=500, blind=False):
         from metaworld import envs
         self.task, self.size, self.max_steps, self.renderer = task, size, max_steps, None
+
+        # With the whole state nobody would need to look at a picture.
         if size and not blind:
             self.proprio_dim = self.hand_dim
 
@@ -153,6 +155,8 @@ class MetaWorld:
                 expected = ', '.join([*CAMERAS, *known])
                 raise ValueError(f'camera {name!r}: expected one of {expected}')
             self.cameras[name] = theirs
+
+            # MetaWorld's own stay where they are.
             if place:
                 model.camera(theirs).pos = place
 
@@ -244,7 +248,7 @@ def expert_action(task, state):
 
 @functools.cache
 def expert_of(task):
-    """The script of a task, which nothing is random in. Raises ValueError."""
+    """The script of a task. Raises ValueError."""
     if task not in TASKS:
         raise ValueError(f'task {task!r} has no expert')
     from metaworld import policies

@@ -1,8 +1,8 @@
 """Simulators behind one small interface: which one a task belongs to, and what it is called.
 
-    env = simulators.make('reach', size=64)         # size 0: no pictures
-    seen = env.reset(seed=1_000_000)                # the seed decides the goal and all that is random
-    seen, success = env.step(action)                # seen: see MetaWorld.observe
+    env = simulators.make('reach', size=64)     # size 0: no pictures
+    seen = env.reset(seed=1_000_000)            # the seed decides the goal and all that is random
+    seen, success = env.step(action)            # seen: see MetaWorld.observe
 """
 from robots import metaworld, pusht
 
@@ -15,8 +15,8 @@ HELD_OUT = 3
 
 def make(task, size=0, cameras=('near',), max_steps=0, blind=False):
     """The environment of a task, a key of metaworld.TASKS or 'pusht'. size: of the pictures, 0 for
-    none. max_steps: of an episode, 0 for the environment's own. blind: the pictures are not for who
-    acts. Raises ValueError."""
+    none. max_steps: of an episode, 0 for the environment's own. blind: the pictures are not for
+    who acts. Raises ValueError."""
     if task == 'pusht':
         return pusht.PushT(size, max_steps or 300)
     if task not in metaworld.TASKS:
