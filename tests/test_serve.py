@@ -1,6 +1,6 @@
 """serve/server.py: the server with a policy that is known, asked by the client that README.md
-prints; and sample.py, which rolls out a policy in PushT, records it, and serves it: bit for bit the
-same actions."""
+prints; and sample.py, which rolls out a policy in PushT, records it, and serves it: bit for bit
+the same actions."""
 import http.client
 import io
 import json
@@ -24,6 +24,7 @@ from robots import record, simulators
 from serve import server
 from shards import Folder
 
+# A robot of three numbers and one camera.
 FIELDS = {
     'proprio': ('float32', (3,), False),
     'near': ('uint8', (4, 4, 3), False),
@@ -82,6 +83,7 @@ class Running:
         return self
 
     def __exit__(self, *_):
+        # As SIGTERM ends it.
         self.server.end()
         self.thread.join(10)
         assert not self.thread.is_alive()
@@ -113,6 +115,7 @@ def test_answers_and_health(running):
     given = robot.act(proprio=[1, 2, 3], near=SEEN['near'])
     assert given.tolist() == [[1, 2, 3], [0, 0, 0]]
 
+    # Enough to write a client from.
     told = running.health()
     assert told['ready'] and told['robots'] == 1
     assert told['actions'] == dict(dtype='float32', shape=[2, 3])
@@ -147,6 +150,7 @@ def test_answers_and_health(running):
     (dict(instruction=3), ('instruction', 'str')),
 ])
 def test_what_is_wrong_is_said_by_its_name(running, change, words):
+    # One line, with the name, what was expected and what came.
     robot = running.robot()
     with pytest.raises(RuntimeError, match='400') as error:
         robot.act(**without_nones(SEEN | change))
@@ -172,6 +176,7 @@ def raw(port, data, end=False):
 
 
 def test_bodies_that_are_none(running, capfd):
+    # Code that would run if it were unpickled.
     pickled, zipped = io.BytesIO(), io.BytesIO()
     np.savez(pickled, **SEEN | dict(proprio=np.array([Bomb()] * 3)))
 
@@ -197,6 +202,7 @@ def test_bodies_that_are_none(running, capfd):
         answer = connection.getresponse()
         assert answer.status == 404 and b'expected POST /act or GET /health' in answer.read()
 
+    # No harm was done.
     assert running.robot().act(**SEEN).shape == (2, 3)
     out, err = capfd.readouterr()
     assert 'unpickled' not in out + err and not err
@@ -241,6 +247,7 @@ def test_robots_that_come_together_are_one_batch():
 
 
 def test_an_error_is_told_to_the_one_who_caused_it():
+    # Seed 1 raises for the whole batch, step 13 gives what is not finite.
     def act(seen):
         if any(o['seed'] == 1 for o in seen):
             raise KeyError('seed 1')
@@ -355,6 +362,7 @@ def train(data_dir, out_dir, mix='pusht', task='policy'):
 @pytest.fixture(scope='module')
 def rolled(data_dir, tmp_path_factory):
     """(run, the folder of two recorded episodes)."""
+    # Actions of four steps, all of which are executed.
     pytest.importorskip('gym_pusht')
     folder = tmp_path_factory.mktemp('rolled')
     run, rolled = folder / 'run', data_dir / 'rolled'
@@ -390,6 +398,7 @@ def test_what_is_recorded_happened(rolled):
     env = simulators.make('pusht', 16)
     seen = None
     for number, row in enumerate(rows):
+        # The simulator goes along, from the seed and the recorded actions alone.
         if row['frame'] == 0:
             seen = env.reset(row['seed'])
         assert (seen['proprio'] == row['lowdim']['proprio']).all()
@@ -437,6 +446,8 @@ def test_rollouts_to_lerobot_and_back(rolled, tmp_path):
     flags = ['--action_steps=4', f'--cache_dir={tmp_path}/cache']
     there = f'--data={rolled[1]}', f'--out={tmp_path}/v3', '--export=true', '--crf=0'
     tiny.run('prepare/lerobot.py', *there, *flags).ok()
+
+    # As LeRobot tells of a data set.
     info = json.loads((tmp_path / 'v3/meta/info.json').read_text())
     assert info['fps'] == 10 and info['total_episodes'] == 2
     assert info['features']['next.success']['dtype'] == 'bool'
@@ -490,9 +501,10 @@ def test_sample_serves_what_it_acts(rolled):
 
 def test_wrong_settings(rolled):
     run = f'--out_dir={rolled[0]}'
+    # What is no port is a wrong setting.
     tiny.run('sample.py', run, '--serve_policy=99999').refused('99999', 'port')
 
-    # A port that another one has is no wrong setting, but a failure.
+    # One that another program has is a failure.
     with socket.create_server(('127.0.0.1', 0)) as taken:
         flag = f'--serve_policy={taken.getsockname()[1]}'
         tiny.run('sample.py', run, flag).refused(flag, 'in use', code=1)
