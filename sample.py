@@ -10,7 +10,7 @@
     python sample.py --out_dir=out/t2i_emoji --eval=mix,heldout --judge=out/vlm_judge
                                                         (what a captioner reads in its pictures, and in the real ones)
     python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20  (success, and controls)
-    python sample.py --out_dir=out/policy_metaworld_state --serve_policy=8000           (for robots, see serve.py)
+    python sample.py --out_dir=out/policy_metaworld_state --serve_policy=8000      (for robots, see serve/server.py)
 """
 import glob
 import os
@@ -59,7 +59,7 @@ controls = True                 # also measure the expert, a replayed demonstrat
 film = ''                       # films of the first episode of each task: a.gif or a.mp4 becomes a_<task>.gif or .mp4
 record = ''                     # a folder: the policy's episodes as a data set of shards
 processes = 2                   # that step environments
-serve_policy = 0                # a port: answer robots there, see serve.py
+serve_policy = 0                # a port: answer robots there, see serve/server.py
 serve_host = '127.0.0.1'        # who may ask: this machine (0.0.0.0: all that reach it)
 data_dir = ''                   # where --eval looks for its data set (empty: the run's own)
 device = 'auto'                 # auto: cuda if there is one, else cpu
@@ -342,10 +342,10 @@ def is_told():
 
 
 def policy_of(words=None, blank=False, action_dim=0):
-    """A function of observations, as envs.rollouts takes it. words: task -> the sentence it is told; blank: it sees
+    """A function of observations, as rollouts.rollouts takes it. words: task -> the sentence it is told; blank: it sees
     white pictures; action_dim: of a robot with fewer numbers than the run's largest."""
-    import actions
     import diffusion
+    from robots import actions
     stats = statistics()
     units = actions.Units(stats, run['normalize'], run['action_steps'], run['action_dim'], run['proprio_dim'])
     action_dim = action_dim or len(stats['actions']['mean'])
@@ -399,8 +399,9 @@ def demonstrations(names):
 
 def act_out():
     """A table of successes: a row a task, the policy beside its controls; 95 % intervals by Wilson."""
-    import envs
-    robot, known = (envs.MetaWorld, list(envs.TASKS)) if env == 'metaworld' else (envs.PushT, ['pusht'])
+    from robots import metaworld, pusht, rollouts, simulators
+    from robots.record import Recorder, write_film
+    robot, known = (metaworld.MetaWorld, list(metaworld.TASKS)) if env == 'metaworld' else (pusht.PushT, ['pusht'])
     names = [t for t in tasks.split(',') if t] or known
     for task in set(names) - set(known):
         fail(f'--tasks={tasks}: {task!r} is none of {", ".join(known)}')
@@ -411,53 +412,54 @@ def act_out():
         fail(f'--env={env}: actions of {robot.action_dim} and states of {proprio_dim} numbers, {out_dir} was trained '
              f'on {own[0]} and {own[1]}')
     size = run['vit.image_size'] if processor.image_tokens else FILM_SIZE if film else 0
-    chosen = [(task, envs.TEST_SEED + i) for task in names for i in range(episodes)]
+    chosen = [(task, simulators.TEST_SEED + i) for task in names for i in range(episodes)]
     wrong = dict(zip(names, names[1:] + names[:1]))
-    words = (lambda task: envs.instruction(task, 0, True)) if held_out else None
+    words = (lambda task: simulators.instruction(task, 0, True)) if held_out else None
     rows = {'policy': policy_of(words, action_dim=robot.action_dim)}
     if controls and env == 'metaworld':
         shown = demonstrations(names)
-        rows |= {'expert': envs.expert, 'random': envs.random_policy([-1] * 4, [1] * 4, execute),
-                 'zero': envs.zero(4, execute)}
-        rows |= {'replay': envs.replay(shown, execute)} if set(shown) == set(names) else {}
+        rows |= {'expert': metaworld.expert, 'random': rollouts.random_policy([-1] * 4, [1] * 4, execute),
+                 'zero': rollouts.zero(4, execute)}
+        rows |= {'replay': rollouts.replay(shown, execute)} if set(shown) == set(names) else {}
         if len(names) > 1 and is_told():
-            rows |= {'wrong words': policy_of(lambda task: envs.instruction(wrong[task]), action_dim=4)}
+            rows |= {'wrong words': policy_of(lambda task: simulators.instruction(wrong[task]), action_dim=4)}
         rows |= {'blank picture': policy_of(blank=True, action_dim=4)} if processor.image_tokens else {}
     firsts = chosen[::episodes]
     for label, policy in rows.items():
         ours, won = label == 'policy', dict.fromkeys(names, 0)
-        sink = envs.Recorder(record, run['action_steps']) if record and ours else None
+        sink = Recorder(record, run['action_steps']) if record and ours else None
         show = chosen if sink and not blind else firsts if film and ours else ()
-        for _, result in envs.rollouts(chosen, policy, 1 if label == 'expert' else execute,
-                                       parallel=min(batch_size, 16),        # with pictures, 60 MB each
-                                       make=lambda task: envs.make(task, size, run['cameras'] or ('near',), 0, blind),
-                                       processes=processes, keep=chosen if sink else (), show=show, blind=blind):
+        for _, result in rollouts.rollouts(
+                chosen, policy, 1 if label == 'expert' else execute,
+                parallel=min(batch_size, 16),        # with pictures, 60 MB each
+                make=lambda task: simulators.make(task, size, run['cameras'] or ('near',), 0, blind),
+                processes=processes, keep=chosen if sink else (), show=show, blind=blind):
             task = result['task']
             won[task] += result['success']
             if film and ours and (task, result['seed']) in firsts:
-                print(f'film of {task}: {envs.write_film(film, task, result["pictures"], robot.fps)}', file=sys.stderr)
+                print(f'film of {task}: {write_film(film, task, result["pictures"], robot.fps)}', file=sys.stderr)
             if sink:
                 sink.write(result | (dict(instruction=words(task)) if words else {}), robot.fps, not blind)
         if sink:
             print(f'{record}: {sink.close()} steps recorded', file=sys.stderr)
-        share, (low, high) = sum(won.values()) / len(chosen), envs.wilson(sum(won.values()), len(chosen))
+        share, (low, high) = sum(won.values()) / len(chosen), rollouts.wilson(sum(won.values()), len(chosen))
         print(dumps(dict(policy=label, success=share, low=low, high=high, episodes=episodes, tasks=won)) if json else
               f'{label:14} {share:6.1%} [{low:.1%}, {high:.1%}] of {len(chosen)}: ' +
               ', '.join(f'{task} {n}' for task, n in won.items()), flush=True)
 
 
 def answer_robots():
-    """A server, until SIGTERM or Ctrl-C; see serve.py."""
+    """A server, until SIGTERM or Ctrl-C; see serve/server.py."""
     import signal
 
-    import serve
+    from serve.server import Server
     stats, side = statistics(), run['vit.image_size']
     cameras = (run['cameras'] or ['image']) if processor.image_tokens else []
     fields = dict(proprio=('float32', (len(stats['proprio']['mean']),), False), instruction=('str', (), not is_told()),
                   **{name: ('uint8', (side, side, 3), False) for name in cameras}, seed=('int64', (), True),
                   step=('int64', (), True))
     act = policy_of()
-    server = serve.Server(lambda seen: act([o | dict(pictures={name: o[name] for name in cameras}) for o in seen]),
+    server = Server(lambda seen: act([o | dict(pictures={name: o[name] for name in cameras}) for o in seen]),
                           fields, serve_policy, serve_host, batch_size)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)

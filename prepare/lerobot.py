@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import envs  # noqa: E402
 from configurator import configure  # noqa: E402
 from processor import fields, open_picture  # noqa: E402
+from robots.record import samples  # noqa: E402
 from shards import CACHE, BadSample, Folder  # noqa: E402
 
 
@@ -46,9 +46,14 @@ def turned(x, rotations, name, back=False):
         return x
     import torch
 
-    import actions
-    kinds = {'quaternion': (4, actions.quaternion_to_rotation_6d, actions.rotation_6d_to_quaternion),
-             'axis_angle': (3, actions.axis_angle_to_rotation_6d, actions.rotation_6d_to_axis_angle)}
+    from robots.rotations import (
+        axis_angle_to_rotation_6d,
+        quaternion_to_rotation_6d,
+        rotation_6d_to_axis_angle,
+        rotation_6d_to_quaternion,
+    )
+    kinds = {'quaternion': (4, quaternion_to_rotation_6d, rotation_6d_to_quaternion),
+             'axis_angle': (3, axis_angle_to_rotation_6d, rotation_6d_to_axis_angle)}
     for begin, kind in here if back else reversed(here):
         size, to_6d, from_6d = kinds[kind.removesuffix('_xyzw')]
         roll = int(kind.endswith('_xyzw'))          # ours are (w, x, y, z)
@@ -180,7 +185,7 @@ def read_episode(root, info, tasks, episode, s, opened):
     meta = dict(episode=episode['episode_index'], fps=fps)
     if 'next.success' in table.column_names:
         meta['success'] = bool(column(table, 'next.success').any())
-    return envs.samples(name, proprio, actions, views, meta, [dict(instruction=word, timestamp=at) for word, at in zip(
+    return samples(name, proprio, actions, views, meta, [dict(instruction=word, timestamp=at) for word, at in zip(
         words, times)], s['action_steps'], s['picture_format'])
 
 
@@ -308,7 +313,7 @@ def write_tables(root, rows, meta, tasks, videos, fps, robot):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from actions import Statistics
+    from robots.actions import Statistics
     types = {'timestamp': pa.float32(), 'next.done': pa.bool_(), 'next.success': pa.bool_()}
     features, columns, stats = {}, [], {}
     for key, value in rows[0].items():

@@ -4,9 +4,9 @@
     python prepare/stats.py --data=a,b --out=stats.json                     # of both together
     python prepare/stats.py --data=a --action_steps=16 --pairs='[(0, 0), (1, 1), (2, 2)]'
 
-stats.json holds `actions` and `proprio`, each as `actions.Statistics.to_dict` gives it, where it says how exact it is.
+stats.json holds `actions` and `proprio`, each as `Statistics.to_dict` gives it, where it says how exact it is.
 Every time step counts once: of a chunk only its first action does. Relative actions (--pairs, --rotations, as
-`actions.relative` takes them) depend on the anchor, so there every action of a chunk counts that is not padding.
+`robots.actions.relative` takes them) depend on the anchor, so there every action of a chunk counts that is not padding.
 Data sets of several robots: a dimension's statistics are of those samples that have it.
 """
 
@@ -20,9 +20,9 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
-from actions import Statistics, relative  # noqa: E402
 from configurator import configure  # noqa: E402
 from processor import fields  # noqa: E402
+from robots.actions import Statistics, relative  # noqa: E402
 from shards import CACHE, BadSample, Folder  # noqa: E402
 
 
@@ -109,7 +109,7 @@ if __name__ == '__main__':
     data = ''                   # data sets, separated by commas
     out = ''                    # empty: stats.json in the data set's folder
     action_steps = 1            # of a chunk; only relative actions need more than one
-    pairs = []                  # (action index, proprio index) of what is relative, see actions.relative
+    pairs = []                  # (action index, proprio index) of what is relative, see robots.actions.relative
     rotations = []              # where 6D rotations begin that are relative
     data_dir = 'datasets'       # where data sets are, else as paths
     cache_dir = CACHE

@@ -1,4 +1,4 @@
-"""envs.py and prepare/metaworld.py: the real simulator, few steps."""
+"""robots/ and prepare/metaworld.py: the real simulators, few steps."""
 import json
 import subprocess
 import sys
@@ -8,22 +8,27 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import envs
 from data import Batches, InOrder
 from processor import Processor, open_picture
+from robots import metaworld, rollouts, simulators
+from robots.simulators import TEST_SEED
 from shards import Folder
 from tokenizer import Bytes
 
-TASKS = ['drawer-close', 'reach']       # the one is done in any way, the other has a goal in the air
+# The one is done in any way, the other has a goal in the air.
+TASKS = ['drawer-close', 'reach']
 
 
 def prepare(out, *args):
-    command = [sys.executable, str(ROOT / 'prepare' / 'metaworld.py'), f'--out={out}', '--workers=1', *args]
+    """Run prepare/metaworld.py."""
+    script = str(ROOT / 'prepare' / 'metaworld.py')
+    command = [sys.executable, script, f'--out={out}', '--workers=1', *args]
     return subprocess.run(command, check=False, text=True, capture_output=True, timeout=300)
 
 
 @pytest.fixture(scope='module')
 def states(tmp_path_factory):
+    """A data set without pictures."""
     out = tmp_path_factory.mktemp('metaworld')
     done = prepare(out, f'--tasks={TASKS}', '--episodes=2', '--linger=3')
     assert done.returncode == 0, done.stderr
@@ -40,199 +45,311 @@ def read(path):
     return out
 
 
+def read_batch(folder, processor):
+    """All samples of a folder as one batch."""
+    return Batches([folder], InOrder(folder.sizes), processor)[np.arange(len(folder))]
+
+
 def test_demonstrations(states):
+    # A shard is a task.
     rows = [json.loads(line) for line in (states / 'manifest.jsonl').read_text().splitlines()]
-    assert [row['shard'] for row in rows] == TASKS and [row['episodes'] for row in rows] == [2, 2]
+    assert [row['shard'] for row in rows] == TASKS
+    assert [row['episodes'] for row in rows] == [2, 2]
+
+    # What training reads of them.
     folder = Folder(str(states))
-    batch = Batches([folder], InOrder(folder.sizes), Processor(Bytes(), seq_len=64, lowdim=(16, 4, 39)))[
-        np.arange(len(folder))]
-    assert not batch['bad'] and len(batch['lowdim']['actions']) == sum(row['num_sequences'] for row in rows)
+    batch = read_batch(folder, Processor(Bytes(), seq_len=64, lowdim=(16, 4, 39)))
+    assert not batch['bad']
+    assert len(batch['lowdim']['actions']) == sum(row['num_sequences'] for row in rows)
     assert abs(batch['lowdim']['actions']).max() <= 1
+
+    # What each episode says of itself.
     for task in TASKS:
         for i, (key, members) in enumerate(read(states / f'{task}.tar').items()):
-            meta, episode = json.loads(members['json']), Folder(str(states)).read(TASKS.index(task), 0)['lowdim.npy']
-            assert meta['task'] == task and key == f'{task}-{meta["seed"]:06d}' and meta['seed'] < envs.TEST_SEED
-            assert meta['instruction'] == envs.instruction(task, i)
-            if i == 0:      # what is stored is what the expert does, not what was executed
-                for row in episode[::9]:
-                    np.testing.assert_allclose(row['actions'], envs.expert_action(task, row['proprio'].astype(float)),
-                                               atol=1e-4)
-                moved = np.diff(episode['proprio'][:, :3], axis=0) * 100
-                assert np.std(moved - episode['actions'][:-1, :3]) > 0.05, 'noise was executed'
+            meta = json.loads(members['json'])
+            assert meta['task'] == task and key == f'{task}-{meta["seed"]:06d}'
+            assert meta['seed'] < TEST_SEED
+            assert meta['instruction'] == simulators.instruction(task, i)
+
+
+def test_the_experts_action_is_stored_and_a_noisy_one_executed(states):
+    for number, task in enumerate(TASKS):
+        # To fp32: the expert saw more digits than are stored.
+        episode = Folder(str(states)).read(number, 0)['lowdim.npy']
+        for row in episode[::9]:
+            action = metaworld.expert_action(task, row['proprio'].astype(float))
+            np.testing.assert_allclose(row['actions'], action, atol=1e-4)
+
+        # The hand moves by 1 cm where the action is 1.
+        moved = np.diff(episode['proprio'][:, :3], axis=0) * 100
+        assert np.std(moved - episode['actions'][:-1, :3]) > 0.05, 'noise was executed'
 
 
 def test_goals_of_tests_are_in_no_demonstration(states):
     """By the vectors that MetaWorld drew, and by what the state shows."""
     for task in TASKS:
-        known = np.array([json.loads(m['json'])['goal'] for m in read(states / f'{task}.tar').values()])
-        seeds = [json.loads(m['json'])['seed'] for m in read(states / f'{task}.tar').values()]
-        env = envs.make(task)
-        for seed, goal in zip(seeds, known):
-            env.reset(seed)
-            assert (env.goal == goal).all(), 'a seed has one goal'
+        metas = [json.loads(m['json']) for m in read(states / f'{task}.tar').values()]
+        known = np.array([meta['goal'] for meta in metas])
+
+        # What is stored is what the seed draws.
+        env = simulators.make(task)
+        for meta in metas:
+            env.reset(meta['seed'])
+            assert (env.goal == meta['goal']).all(), 'a seed has one goal'
+
+        # The object's place and the goal's, in the state.
         drawn, shown = [], []
-        for seed in range(envs.TEST_SEED, envs.TEST_SEED + 10):
-            seen = env.reset(seed)
+        for seed in range(TEST_SEED, TEST_SEED + 10):
+            proprio = env.reset(seed)['proprio']
             drawn.append(env.goal)
-            shown.append(np.concatenate([seen['proprio'][4:7], seen['proprio'][-3:]]))
-        assert (abs(np.array(drawn)[:, None] - known).max(-1) > 1e-6).all()
-        assert len(np.unique(drawn, axis=0)) == len(np.unique(shown, axis=0)) == 10, 'other seeds, other goals'
+            shown.append(np.concatenate([proprio[4:7], proprio[-3:]]))
         env.close()
-    assert (np.array(shown)[:, 3:] == np.array(drawn)[:, 3:].astype(np.float32)).all(), 'the goal is in the state'
+        assert (abs(np.array(drawn)[:, None] - known).max(-1) > 1e-6).all()
+        assert len(np.unique(drawn, axis=0)) == 10, 'other seeds, other goals'
+        assert len(np.unique(shown, axis=0)) == 10, 'and they show'
+
+    # Of reach, the last one.
+    goals = np.array(drawn)[:, 3:].astype(np.float32)
+    assert (np.array(shown)[:, 3:] == goals).all(), 'the goal is in the state'
 
 
 def test_the_same_settings_give_the_same_bytes(states, tmp_path):
-    assert prepare(tmp_path, "--tasks=['drawer-close']", '--episodes=2', '--linger=3').returncode == 0
-    assert (tmp_path / 'drawer-close.tar').read_bytes() == (states / 'drawer-close.tar').read_bytes()
+    done = prepare(tmp_path, "--tasks=['drawer-close']", '--episodes=2', '--linger=3')
+    assert done.returncode == 0
+    again, first = tmp_path / 'drawer-close.tar', states / 'drawer-close.tar'
+    assert again.read_bytes() == first.read_bytes()
 
 
 def test_pictures(tmp_path):
-    done = prepare(tmp_path, "--tasks=['drawer-close']", '--episodes=1', '--linger=1', '--size=32', '--noise=0',
-                   "--cameras=['near', 'corner3']", '--action_steps=5')
+    done = prepare(tmp_path, "--tasks=['drawer-close']", '--episodes=1', '--linger=1', '--size=32',
+                   '--noise=0', "--cameras=['near', 'corner3']", '--action_steps=5')
     assert done.returncode == 0, done.stderr
-    samples = read(tmp_path / 'drawer-close.tar')
-    assert len(samples) == Folder(str(tmp_path)).sizes.sum() and all(set(m) == {
-        'json', 'lowdim.npz', 'near.png', 'corner3.png'} for m in samples.values())
-    env = envs.make('drawer-close', 32, ('near', 'corner3'))
-    seen = env.reset(0)
-    for t, members in enumerate(samples.values()):
-        if t < 3:
-            for name in env.cameras:
-                np.testing.assert_array_equal(np.array(open_picture(members[f'{name}.png'])), seen['pictures'][name])
-            seen, _ = env.step(envs.expert_action(env.task, env.state))
-    assert seen['pictures']['near'].std() > 20 and not (seen['pictures']['near'] == seen['pictures']['corner3']).all()
-    # the right way up: the floor's grey is above the table in no picture of a camera that hangs upside-down
-    p = Processor(Bytes(), 32, 4, '', 64, lowdim=(5, 4, 4), cameras=('near', 'corner3'))
+
+    # A sample is a step, with a picture of each camera.
+    samples = list(read(tmp_path / 'drawer-close.tar').values())
     folder = Folder(str(tmp_path))
-    batch = Batches([folder], InOrder(folder.sizes), p)[np.arange(len(folder))]
-    assert not batch['bad'] and batch['lowdim']['camera_mask'].all() and len(batch['pixels']) == 2 * len(samples)
-    assert batch['lowdim']['is_pad'][-1].tolist() == [False] + [True] * 4
-    assert np.array_equal(batch['lowdim']['proprio'][3], seen['proprio']), 'what is to be seen is not told'
+    assert len(samples) == folder.sizes.sum()
+    for members in samples:
+        assert set(members) == {'json', 'lowdim.npz', 'near.png', 'corner3.png'}
+
+    # Without noise the expert does the same again, and the same is seen.
+    env = simulators.make('drawer-close', 32, ('near', 'corner3'))
+    seen = env.reset(0)
+    for members in samples[:3]:
+        for name in env.cameras:
+            stored = np.array(open_picture(members[f'{name}.png']))
+            np.testing.assert_array_equal(stored, seen['pictures'][name])
+        seen, _ = env.step(metaworld.expert_action(env.task, env.state))
+    near, corner = seen['pictures']['near'], seen['pictures']['corner3']
+    assert near.std() > 20 and not (near == corner).all()
+
+    # What a policy is given: who sees is told the hand's place and the gripper's alone.
+    p = Processor(Bytes(), 32, 4, '', 64, lowdim=(5, 4, 4), cameras=('near', 'corner3'))
+    batch = read_batch(folder, p)
+    low = batch['lowdim']
+    assert not batch['bad'] and low['camera_mask'].all()
+    assert len(batch['pixels']) == 2 * len(samples)
+    assert low['is_pad'][-1].tolist() == [False] + [True] * 4
+    assert np.array_equal(low['proprio'][3], seen['proprio']), 'what is to be seen is not told'
     assert np.array_equal(seen['proprio'], np.float32(seen['state'][:4]))
     env.close()
 
 
-@pytest.mark.parametrize('args, word', [(["--tasks=['fly']"], 'fly'), (['--seed=1000000'], 'seed'),
-                                        (['--episodes=0'], 'episodes'), (['--picture_format=gif'], 'png')])
+@pytest.mark.parametrize('args, word', [
+    (["--tasks=['fly']"], 'fly'),
+    (['--seed=1000000'], 'seed'),
+    (['--episodes=0'], 'episodes'),
+    (['--picture_format=gif'], 'png'),
+])
 def test_wrong_settings(tmp_path, args, word):
     done = prepare(tmp_path, *args)
     assert done.returncode == 2 and word in done.stderr and done.stderr.count('\n') == 1
 
 
 def test_rollouts_are_the_same_each_time_and_in_processes():
-    episodes = [(task, envs.TEST_SEED + i) for task in TASKS for i in range(2)]
-    seen_by_policy = []
+    episodes = []
+    for task in TASKS:
+        episodes += [(task, TEST_SEED), (task, TEST_SEED + 1)]
+    batch_sizes = []
 
+    # It looks every fourth step, but sees at once what the expert needs.
     def policy(observations):
-        seen_by_policy.append(len(observations))
-        return np.repeat(envs.expert(observations), 4, 1)
+        batch_sizes.append(len(observations))
+        return np.repeat(metaworld.expert(observations), 4, 1)
 
-    make = lambda task: envs.make(task, max_steps=90 if task == 'drawer-close' else 12)     # noqa: E731
-    one = envs.rollout(episodes, policy, execute=4, make=make, parallel=3)
-    assert max(seen_by_policy) == 3
-    two = envs.rollout(episodes, policy, execute=4, make=make, parallel=3, processes=2)
-    assert [(r['task'], r['seed'], r['success'], r['steps'], r['goal'].tolist()) for r in one] == [
-        (r['task'], r['seed'], r['success'], r['steps'], r['goal'].tolist()) for r in two]
-    assert [(r['task'], r['seed']) for r in one] == episodes and [r['success'] for r in one[:2]] == [True, True]
-    assert not any(r['success'] for r in one[2:]) and [r['steps'] for r in one[2:]] == [12, 12]
+    # Enough steps to close a drawer, too few to reach.
+    def make(task):
+        return simulators.make(task, max_steps={'drawer-close': 90, 'reach': 12}[task])
+
+    def outcome(result):
+        names = ('task', 'seed', 'success', 'steps')
+        return [result[name] for name in names], result['goal'].tolist()
+
+    # Four episodes, three places: the last one waits for the first that ends.
+    one = rollouts.rollout(episodes, policy, execute=4, make=make, parallel=3)
+    assert max(batch_sizes) == 3
+    two = rollouts.rollout(episodes, policy, execute=4, make=make, parallel=3, processes=2)
+    assert list(map(outcome, one)) == list(map(outcome, two))
+
+    # Each in its place, and each as it had to end.
+    assert [(result['task'], result['seed']) for result in one] == episodes
+    assert [result['success'] for result in one] == [True, True, False, False]
+    assert one[2]['steps'] == one[3]['steps'] == 12
 
 
 def test_an_environment_forgets_what_was_before():
     """Used again it computes what a new one does, bit for bit; the pictures, too."""
     def play(env, seed):
-        out = [env.reset(seed)]
+        seen = [env.reset(seed)]
         for _ in range(10):
-            out.append(env.step(envs.expert_action(env.task, env.state))[0])
-        return np.stack([o['proprio'] for o in out]), np.stack([o['pictures']['hand'] for o in out])
+            seen.append(env.step(metaworld.expert_action(env.task, env.state))[0])
+        states = np.stack([o['proprio'] for o in seen])
+        return states, np.stack([o['pictures']['hand'] for o in seen])
 
-    used = envs.make('reach', 24, ('hand',))
+    # The first episode of the used one must leave nothing.
+    used = simulators.make('reach', 24, ('hand',))
     play(used, 5)
-    again, new = play(used, 7), play(envs.make('reach', 24, ('hand',)), 7)
-    assert all((a == b).all() for a, b in zip(again, new)) and not (again[0] == play(used, 8)[0]).all()
+    states, pictures = play(used, 7)
+    new_states, new_pictures = play(simulators.make('reach', 24, ('hand',)), 7)
+    assert (states == new_states).all() and (pictures == new_pictures).all()
+    assert not (states == play(used, 8)[0]).all(), 'another seed is another episode'
 
 
 @pytest.mark.parametrize('task', ['drawer-open', 'window-open', 'reach'])
 def test_the_first_observation_is_of_where_things_are(task):
     """As the one after a step on the spot has it, in the state and in the picture."""
-    env = envs.make(task)
+    # MuJoCo's own places of bodies and sites are what its renderer draws.
+    env = simulators.make(task)
+    data = env.env.data
     for seed in (3, 4):
         first = env.reset(seed)
-        places = [x.copy() for x in (env.env.data.xpos, env.env.data.site_xpos)]    # what a picture shows
+        bodies, sites = data.xpos.copy(), data.site_xpos.copy()
         after, _ = env.step([0, 0, 0, 0])
         assert abs(first['proprio'] - after['proprio']).max() < 0.01
+        assert abs(bodies - data.xpos).max() < 0.01
+        assert abs(sites - data.site_xpos).max() < 0.01
+
+        # The state holds the observation before, too: at first they are the same.
         assert (first['proprio'][:18] == first['proprio'][18:36]).all()
-        assert all(abs(x - y).max() < 0.01 for x, y in zip(places, (env.env.data.xpos, env.env.data.site_xpos)))
     env.close()
 
 
 def test_controls():
-    seen = envs.make('reach', max_steps=20).reset(envs.TEST_SEED)
-    assert envs.expert([seen]).shape == (1, 1, 4)
-    chosen = envs.random_policy([-1, 0], [1, 0.5], 6, seed=3)
-    assert chosen([seen, seen]).shape == (2, 6, 2) and (chosen([seen])[0] == chosen([seen, seen])[1]).all()
-    assert not (chosen([seen]) == chosen([seen | {'step': 8}])).any() and (chosen([seen])[..., 1] >= 0).all()
+    seen = simulators.make('reach', max_steps=20).reset(TEST_SEED)
+    later = seen | {'step': 8}
+    assert metaworld.expert([seen]).shape == (1, 1, 4)
+
+    # Random actions depend on the observation alone, not on its batch.
+    chosen = rollouts.random_policy([-1, 0], [1, 0.5], 6, seed=3)
+    assert chosen([seen, seen]).shape == (2, 6, 2)
+    assert (chosen([seen])[0] == chosen([seen, seen])[1]).all()
+    assert not (chosen([seen]) == chosen([later])).any()
+    assert (chosen([seen])[..., 1] >= 0).all()
+
+    # Past the demonstration's end the hand rests, and the gripper stays as it was.
     actions = np.arange(40).reshape(10, 4)
-    again = envs.replay({'reach': actions}, 8)
+    again = rollouts.replay({'reach': actions}, 8)
     assert (again([seen])[0] == actions[:8]).all()
-    assert again([seen | {'step': 8}])[0].tolist() == actions[8:].tolist() + [[0, 0, 0, 39]] * 6
-    assert not envs.zero(4)([seen]).any() and envs.zero(4, 5)([seen] * 2).shape == (2, 5, 4)
+    assert again([later])[0].tolist() == actions[8:].tolist() + [[0, 0, 0, 39]] * 6
+
+    assert not rollouts.zero(4)([seen]).any()
+    assert rollouts.zero(4, 5)([seen] * 2).shape == (2, 5, 4)
 
 
-def test_what_is_kept_and_errors():
-    make = lambda task: envs.make(task, 16, max_steps=5)        # noqa: E731
-    policy = lambda seen: np.full((len(seen), 2, 4), 0.1 * seen[0]['step'] + 0.9)       # noqa: E731
-    episodes = [('reach', envs.TEST_SEED), ('reach', envs.TEST_SEED + 1)]
-    done, other = envs.rollout(episodes, policy, execute=2, make=make, show=episodes[:1])
-    blind, *_ = envs.rollout(episodes, policy, execute=2, make=make, keep=episodes, blind=True)
-    assert not blind['pictures'] and (blind['proprio'] == done['proprio']).all()
-    assert done['pictures']['near'].shape == (6, 16, 16, 3) and done['pictures']['near'].dtype == np.uint8
-    assert 'actions' not in other and done['actions'].max() == 1, 'as they are executed: clipped'
-    env = make('reach')
-    seen = env.reset(envs.TEST_SEED)
-    for state, action, picture in zip(done['proprio'], done['actions'], done['pictures']['near']):
-        assert (seen['proprio'] == state).all() and (seen['pictures']['near'] == picture).all()
+def make_small(task):
+    """With a picture, and soon over."""
+    return simulators.make(task, 16, max_steps=5)
+
+
+def test_what_is_kept():
+    def policy(observations):
+        # From 0.9 up, and soon past 1.
+        return np.full((len(observations), 2, 4), 0.1 * observations[0]['step'] + 0.9)
+
+    episodes = [('reach', TEST_SEED), ('reach', TEST_SEED + 1)]
+    how = dict(execute=2, make=make_small)
+    shown, other = rollouts.rollout(episodes, policy, **how, show=episodes[:1])
+    blind, *_ = rollouts.rollout(episodes, policy, **how, keep=episodes, blind=True)
+    assert not blind['pictures'] and (blind['proprio'] == shown['proprio']).all()
+
+    # Five steps, and a picture of how it ended.
+    pictures, actions = shown['pictures']['near'], shown['actions']
+    assert pictures.shape == (6, 16, 16, 3) and pictures.dtype == np.uint8
+    assert 'actions' not in other and actions.max() == 1, 'as they are executed: clipped'
+
+    # To do the same again is to see the same again.
+    env = make_small('reach')
+    seen = env.reset(TEST_SEED)
+    for state, action, picture in zip(shown['proprio'], actions, pictures):
+        assert (seen['proprio'] == state).all()
+        assert (seen['pictures']['near'] == picture).all()
         seen, _ = env.step(action)
-    assert (seen['pictures']['near'] == done['pictures']['near'][5]).all() and env.steps == len(done['actions']) == 5
+    assert (seen['pictures']['near'] == pictures[5]).all()
+    assert env.steps == len(actions) == 5
+
+
+def test_errors_are_told():
+    # A policy's fault, one in a process, one before the first step.
     with pytest.raises(ValueError, match='the policy gave'):
-        envs.rollout([('reach', 0)], envs.zero(4, 3), execute=8)
+        rollouts.rollout([('reach', 0)], rollouts.zero(4, 3), execute=8)
     with pytest.raises(RuntimeError, match='task .fly.'):
-        envs.rollout([('fly', 0)], envs.zero(4), processes=2)
+        rollouts.rollout([('fly', 0)], rollouts.zero(4), processes=2)
     with pytest.raises(ValueError, match='camera'):
-        envs.make('reach', 16, ('moon',))
+        simulators.make('reach', 16, ('moon',))
+
+
+def test_a_process_that_dies_is_told():
+    """Not waited for."""
+    def make(task):
+        sys.exit(3)
+
+    # It is no Exception, of which the process would tell.
+    with pytest.raises(RuntimeError, match='a process of environments ended, exit code 3'):
+        rollouts.rollout([('reach', 0)], rollouts.zero(4), make=make, processes=2)
 
 
 def test_wordings():
-    from metaworld import envs as theirs
-    from metaworld import policies
-    words = [word for _, _, all_words in envs.TASKS.values() for word in all_words]
-    assert len(set(words)) == len(words) == 72, 'a sentence says which task it is'
-    for task, (environment, expert, all_words) in envs.TASKS.items():
-        assert hasattr(theirs, environment) and hasattr(policies, expert)
-        given = {envs.instruction(task, i) for i in range(20)}
-        held = {envs.instruction(task, i, held_out=True) for i in range(20)}
-        assert not given & held and given | held == set(all_words) and len(held) == 3
+    from metaworld import envs, policies
+    every = []
+    for task, (environment, expert, words) in metaworld.TASKS.items():
+        assert hasattr(envs, environment) and hasattr(policies, expert)
+        every += words
+
+        # Those of the demonstrations, those held out, and no third kind.
+        given = {simulators.instruction(task, i) for i in range(20)}
+        held = {simulators.instruction(task, i, held_out=True) for i in range(20)}
+        assert len(held) == 3 and not given & held and given | held == set(words)
+    assert len(set(every)) == len(every) == 72, 'a sentence says which task it is'
 
 
 def test_wilson():
-    """Beside the values of Brown, Cai and DasGupta's formula, solved for where |p - share| = z sqrt(p (1 - p) / n)."""
+    """Beside Brown, Cai and DasGupta's formula, solved for where |p - share| = z sqrt(p (1 - p) /
+    n)."""
     for successes, trials in ((0, 10), (9, 10), (10, 10), (155, 160)):
-        low, high = envs.wilson(successes, trials)
+        low, high = rollouts.wilson(successes, trials)
         share = successes / trials
         for edge in (low, high):
+            # At 0 and 1 the edge is cut off.
             if 0 < edge < 1:
-                assert abs(abs(edge - share) - 1.96 * np.sqrt(edge * (1 - edge) / trials)) < 1e-9
+                distance = 1.96 * np.sqrt(edge * (1 - edge) / trials)
+                assert abs(abs(edge - share) - distance) < 1e-9
         assert 0 <= low <= share <= high <= 1
-    assert envs.wilson(0, 0) == (0.0, 1.0)
+    assert rollouts.wilson(0, 0) == (0.0, 1.0)
 
 
 def test_pusht():
-    env = envs.make('pusht', 32)
+    # It sees its picture and the numbers, too.
+    env = simulators.make('pusht', 32)
     seen = env.reset(3)
     assert seen['proprio'].shape == (5,) and seen['pictures']['top'].shape == (32, 32, 3)
+    assert seen['instruction'] == simulators.instruction('pusht')
     after, success = env.step([200, 300])
     assert not success and not (after['proprio'][:2] == seen['proprio'][:2]).all()
-    again = envs.make('pusht', 32)
-    assert (again.reset(3)['proprio'] == seen['proprio']).all() and (
-        again.step([200, 300])[0]['pictures']['top'] == after['pictures']['top']).all()
+
+    # The same seed, the same action: the same picture.
+    again = simulators.make('pusht', 32)
+    assert (again.reset(3)['proprio'] == seen['proprio']).all()
+    after_again, _ = again.step([200, 300])
+    assert (after_again['pictures']['top'] == after['pictures']['top']).all()
     env.close()
     again.close()
