@@ -22,10 +22,10 @@ import torch
 
 import checkpoint as checkpoints
 import data
-import judge as judging
 import processor as processors
 import shards
 from configurator import configure
+from images import judge as judging
 from model import generate
 
 out_dir = 'out/vlm_emoji'       # a run

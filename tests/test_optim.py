@@ -86,7 +86,7 @@ def test_the_first_rule_found_in_a_name_counts():
 
 
 @pytest.mark.parametrize('groups, words', [
-    ([('^blocks', {})], ['no rule matches', 'norm.weight', '.*']),
+    ([('^blocks', {})], ['no rule matches', 'table', '.*']),
     ([('.*', {}), ('^blocks', {'lr_scale': 2.0})], ["'^blocks'", 'no parameter', 'earlier']),
     ([('vit', {}), ('.*', {})], ["'vit'", 'no parameter']),
     ([('.*', {'freeze': True})], ['freeze', 'nothing is left']),
