@@ -1,8 +1,9 @@
-"""Conversations: chat templates, what of their text becomes special tokens, and what of it is learned.
+"""Conversations: chat templates, what of their text becomes special tokens, what of it is learned.
 
-A chat template is jinja2 source that comes with a model (`read_template`) or with a form (CHATS). It runs in jinja2's
-ImmutableSandboxedEnvironment, as in transformers, so that it can neither reach Python nor change what it is given. Its
-length, the turns of its loops and what it writes are bounded; the memory that it takes is not.
+A chat template is jinja2 source that comes with a model (`read_template`) or with a form (CHATS).
+It runs in jinja2's ImmutableSandboxedEnvironment, as in transformers, so that it can neither reach
+Python nor change what it is given. Its length, the turns of its loops and what it writes are
+bounded; the memory that it takes is not.
 """
 import json
 import os
@@ -13,16 +14,19 @@ import numpy as np
 from tokenizer import BREAK, any_of, mark_up, read_json
 
 # Chat templates of forms. Those whose content is text get a picture as its token and a newline.
+# 'chat' is ChatML, as SmolLM2 and Qwen have it.
 CHATS = {
     'chat': '''
-{%- for message in messages %}{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}''',          # ChatML: SmolLM2, Qwen
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}''',
     'gemma': '''{{ bos_token }}
 {%- set system = namespace(text='') %}
 {%- for message in messages %}
 {%- if message.role == 'system' %}{% set system.text = message.content + '\\n\\n' %}
-{%- else %}{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\\n' + system.text }}
+{%- else %}{{ '<start_of_turn>' + ('model' if message.role == 'assistant' else 'user') + '\\n' }}
+{{- system.text }}
 {{- message.content | trim + '<end_of_turn>\\n' }}{% set system.text = '' %}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}''',
@@ -35,14 +39,23 @@ CHATS = {
     'smolvlm': '''<|im_start|>
 {%- for message in messages %}{{ message.role | capitalize }}
 {{- ':' if message.content and message.content[0].type == 'image' else ': ' }}
-{%- for item in message.content %}{{ '<image>' if item.type == 'image' else item.text }}{% endfor %}
+{%- for item in message.content %}{{ '<image>' if item.type == 'image' else item.text }}
+{%- endfor %}
 {{- '<end_of_utterance>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}Assistant:{% endif %}''',
 }
 CHATS['idefics3'] = CHATS['smolvlm']
-AROUND = dict.fromkeys(('smolvlm', 'idefics3'), ('<fake_token_around_image><global-img>', '<fake_token_around_image>'))
-MARKER = re.compile(r'<[^<>\s]+>|\[/?[A-Z_]+\]')        # what a template writes that may be a token
-MARK = '\ufdd1'                 # around what {% generation %} holds; Unicode keeps it out of texts, as BREAK
+
+# What these forms write before and after a picture.
+AROUND = dict.fromkeys(
+    ('smolvlm', 'idefics3'),
+    ('<fake_token_around_image><global-img>', '<fake_token_around_image>'))
+
+# What a template writes that may be a token.
+MARKER = re.compile(r'<[^<>\s]+>|\[/?[A-Z_]+\]')
+# Around what {% generation %} holds; Unicode keeps it out of texts, as BREAK.
+MARK = '\ufdd1'
+
 MAX_SOURCE = 64 << 10           # characters of a template
 MAX_TEXT = 4 << 20              # characters that it may write
 MAX_TURNS = 1 << 20             # of its loops, all together
@@ -54,32 +67,44 @@ def read_template(folder):
     if os.path.isfile(path):
         with open(path, encoding='utf-8') as f:
             try:
+                # One more than is allowed, so that it is refused and not cut.
                 return f.read(MAX_SOURCE + 1)
             except UnicodeDecodeError:
                 raise ValueError(f'{path!r} is not UTF-8') from None
+
     for name in ('chat_template.json', 'tokenizer_config.json'):
         path = os.path.join(folder, name)
-        source = read_json(path).get('chat_template') if os.path.isfile(path) else None
-        if isinstance(source, list):            # several, by name
-            source = next((x.get('template') for x in source if isinstance(x, dict) and x.get('name') == 'default'), 0)
+        if not os.path.isfile(path):
+            continue
+        source = read_json(path).get('chat_template')
+
+        # There may be several, by name. A list without a default one is refused, as 0.
+        if isinstance(source, list):
+            named = [x for x in source if isinstance(x, dict) and x.get('name') == 'default']
+            source = named[0].get('template') if named else 0
         if not isinstance(source, str | None):
-            raise ValueError(f'{path!r}: chat_template is neither text nor a list with a "default" of text')
+            raise ValueError(f'{path!r}: chat_template is neither text nor a list with a '
+                             '"default" of text')
         if source:
             return source
     return ''
 
 
 def compile_template(source):
-    """Jinja2 source -> a template in the environment that transformers gives it, less strftime_now and what is random:
-    a run must not depend on the day or on chance (templates that ask for the day have a date of their own)."""
+    """Jinja2 source -> a template in the environment that transformers gives it, less strftime_now
+    and what is random: a run must not depend on the day or on chance (templates that ask for the
+    day have a date of their own)."""
     import jinja2.ext
     from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        def unsafe_undefined(self, obj, attribute):         # jinja2 writes nothing in its place
-            raise SecurityError(f'access to attribute {attribute!r} of {type(obj).__name__!r} is unsafe')
+        # jinja2 would write nothing in its place.
+        def unsafe_undefined(self, obj, attribute):
+            owner = type(obj).__name__
+            raise SecurityError(f'access to attribute {attribute!r} of {owner!r} is unsafe')
 
+    # {% generation %} ... {% endgeneration %}: what it holds is an answer, says transformers.
     class Generation(jinja2.ext.Extension):
         tags = {'generation'}
 
@@ -102,15 +127,20 @@ def compile_template(source):
     def stop(message):
         raise jinja2.TemplateError(str(message))
 
+    # jinja2's own would escape what HTML can not hold.
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
     if len(source) > MAX_SOURCE:
         raise ValueError(f'longer than {MAX_SOURCE} characters')
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+    extensions = [Generation, jinja2.ext.loopcontrols]
+    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     env.filters |= dict(tojson=tojson, counted=counted)
     env.globals['raise_exception'] = stop
     del env.globals['lipsum'], env.filters['random']
+
+    # Every loop goes through `counted`, wherever it stands.
     tree = env.parse(source)
     for loop in list(tree.find_all(nodes.For)):
         loop.iter = nodes.Filter(loop.iter, 'counted', [], [], None, None)
@@ -118,125 +148,205 @@ def compile_template(source):
 
 
 def read_messages(messages, pictures):
-    """[{role, content}, ...] -> [(role, [text or None for a picture, ...]), ...]. Content is text or a list of {type:
-    text, text: ...} and {type: image}; `pictures` that no message places stand at the start of the first user's turn.
-    Raises ValueError."""
-    out = []
+    """[{role, content}, ...] -> [(role, [text or None for a picture, ...]), ...]. Content is text
+    or a list of {type: text, text: ...} and {type: image}; `pictures` that no message places stand
+    at the start of the first user's turn. Raises ValueError."""
+    turns = []
     try:
         for message in messages:
-            role, content = message['role'], message['content']
-            items = [content] if isinstance(content, str) else [
-                None if item['type'] == 'image' else item['text'] for item in content]
-            if role not in ('system', 'user', 'assistant') or not all(isinstance(x, str | None) for x in items):
+            turns.append((message['role'], read_content(message['content'])))
+            if message['role'] not in ('system', 'user', 'assistant'):
                 raise TypeError
-            out.append((role, items))
     except (KeyError, TypeError):
-        raise ValueError('messages: expected [{"role": "system|user|assistant", "content": "..."}, ...]') from None
-    if not any(role == 'assistant' for role, _ in out):
+        raise ValueError('messages: expected [{"role": "system|user|assistant", "content": '
+                         '"..."}, ...]') from None
+    if not any(role == 'assistant' for role, _ in turns):
         raise ValueError('messages hold no answer')
-    if not any(item is None for _, items in out for item in items):
-        first = next((items for role, items in out if role == 'user'), [])
-        first[:0] = [None] * pictures
-    return out
+
+    # Some data sets name a sample's pictures beside its messages, and place them nowhere.
+    places_pictures = any(None in items for _, items in turns)
+    if not places_pictures:
+        users = [items for role, items in turns if role == 'user']
+        if users:
+            users[0][:0] = [None] * pictures
+    return turns
+
+
+def read_content(content):
+    """A message's content -> [text or None for a picture, ...]. Raises KeyError or TypeError."""
+    if isinstance(content, str):
+        return [content]
+    items = [None if item['type'] == 'image' else item['text'] for item in content]
+    if not all(isinstance(item, str | None) for item in items):
+        raise TypeError
+    return items
 
 
 class Chat:
     """A chat template, the form's or `source` (found at `where`), together with a tokenizer.
 
-    What a template writes becomes special tokens, what messages hold never does, even if it reads `<|im_end|>`; here we
-    differ from transformers on purpose (it has sanitize_control_tokens). Answers may hold tokens that a tokenizer.json
-    does not flag as special, as <think>. `end`: what ends an answer ('': nothing that may be a token); `markers`: what
-    becomes tokens, {text: id}. Raises ValueError where the template can not be used."""
+    What a template writes becomes special tokens, what messages hold never does, even if it reads
+    `<|im_end|>`; here we differ from transformers on purpose (it has sanitize_control_tokens).
+    Answers may hold tokens that a tokenizer.json does not flag as special, as <think>. `end`: what
+    ends an answer ('': nothing that may be a token); `markers`: what becomes tokens, {text: id}.
+    Raises ValueError where the template can not be used."""
 
     def __init__(self, form, tokenizer, source='', where=''):
         self.made_of = form, tokenizer, source, where
-        self.tokenizer, self.where = tokenizer, where or f'processor={form!r}'
+        self.tokenizer = tokenizer
+        self.where = where or f'processor={form!r}'
         self.names, markers = dict(tokenizer.names), dict(tokenizer.specials)
-        if not source:                          # a form of ours serves tokenizers that lack its tokens
-            for role, text, i in (('bos_token', '<bos>', tokenizer.bos_id), ('eos_token', '<eos>', tokenizer.eos_id)):
-                markers[self.names.setdefault(role, text)] = i
-        self.image, self.around = self.names.get('image_token', '<image>'), AROUND.get(form, ('', ''))
-        ours, source = not source, source or CHATS[form]
+
+        # A form of ours serves tokenizers that lack its tokens.
+        is_ours = not source
+        if is_ours:
+            source = CHATS[form]
+            bos = self.names.setdefault('bos_token', '<bos>')
+            eos = self.names.setdefault('eos_token', '<eos>')
+            markers[bos] = tokenizer.bos_id
+            markers[eos] = tokenizer.eos_id
+        self.image = self.names.get('image_token', '<image>')
+        self.around = AROUND.get(form, ('', ''))
+
         try:
             self.template = compile_template(source)
         except ImportError:
-            raise ValueError(f'{self.where} needs a package that is not here: pip install jinja2') from None
-        except Exception as error:              # jinja2's and Python's compiler have many
+            raise ValueError(f'{self.where} needs a package that is not here: '
+                             'pip install jinja2') from None
+        # jinja2's and Python's compiler have many.
+        except Exception as error:
             raise ValueError(f'{self.where}: {error or type(error).__name__}') from None
-        self.lists = re.search(r'''['"]image['"]''', source) is not None        # content is a list of texts and images
-        special = {text: tokenizer.special(text) for text in MARKER.findall(source + ''.join(self.around))}
-        self.markers = markers | {t: i for t, i in special.items() if i is not None} | {self.image: tokenizer.image_id}
+
+        # A template that asks for images gets content as lists of texts and images.
+        self.lists = re.search(r'''['"]image['"]''', source) is not None
+        for text in MARKER.findall(source + ''.join(self.around)):
+            i = tokenizer.special(text)
+            if i is not None:
+                markers[text] = i
+        self.markers = markers | {self.image: tokenizer.image_id}
+
+        # Users' markers are broken. What ends an answer is known once the template has written
+        # one, and until then all of them are.
         self.broken = self.broken_answers = any_of(tuple(self.markers))
         opening, self.end = self.ends_of_an_answer()
-        if ours and self.end:
-            self.markers.setdefault(self.end, tokenizer.eos_id)     # a tokenizer without that token ends with its own
         broken = {*self.markers, self.end} - {''}
-        kept = {*tokenizer.specials, self.image, self.end}
         self.broken = any_of(tuple(broken))
-        self.broken_answers = any_of(tuple(text for text in broken if text in kept or text in opening))
 
-    def __reduce__(self):               # compiled templates do not travel
+        # An answer may hold markers, but none that would end it or begin another.
+        kept = {*tokenizer.specials, self.image, self.end}
+        in_answers = [text for text in broken if text in kept or text in opening]
+        self.broken_answers = any_of(tuple(in_answers))
+
+        # A tokenizer without the token that ends a form's answers ends them with its own.
+        if is_ours and self.end:
+            self.markers.setdefault(self.end, tokenizer.eos_id)
+
+    def __reduce__(self):
+        # Compiled templates do not travel to another process.
         return Chat, self.made_of
 
     def ends_of_an_answer(self):
         """What the template writes before an answer, and the token after it."""
-        asked, answered = (dict(role=role, content=self.content([role])) for role in ('user', 'assistant'))
-        head, (text, spans) = self.write([asked], True)[0], self.write([asked, answered])
-        opening = head[len(os.path.commonprefix([head, self.write([asked])[0]])):]
-        follows = text.startswith(head) and (opening or text[len(head):].lstrip().startswith('assistant'))
+        asked = dict(role='user', content=self.content(['user']))
+        answered = dict(role='assistant', content=self.content(['assistant']))
+        head, _ = self.write([asked], asking=True)
+        text, spans = self.write([asked, answered])
+        unasked, _ = self.write([asked])
+
+        # A template that writes nothing more when it is asked must begin the answer right there.
+        opening = head[len(os.path.commonprefix([head, unasked])):]
+        answer = text[len(head):].lstrip()
+        follows = text.startswith(head) and (opening or answer.startswith('assistant'))
         if not spans and not follows:
-            raise ValueError(f'{self.where}: with add_generation_prompt it does not write what comes before an answer, '
-                             'so that what is to be learned is not known')
+            raise ValueError(f'{self.where}: with add_generation_prompt it does not write what '
+                             'comes before an answer, so that what is to be learned is not known')
+
+        # Where the template itself says what is learned, no end is looked for.
+        if spans:
+            return opening, ''
         known = re.compile(f'{any_of(tuple(self.markers)).pattern}|{MARKER.pattern}')
         end = known.search(text, max(text.rfind('assistant'), len(head)))
-        return opening, end[0] if end and not spans else ''
+        return opening, end[0] if end else ''
 
     def content(self, items, role='user'):
         """[text or None for a picture, ...] -> content of a message as the template wants it."""
         broken = self.broken_answers if role == 'assistant' else self.broken
-        items = [item if item is None else broken.sub(lambda m: m[0][0] + BREAK + m[0][1:],
-                                                      re.sub(f'[{BREAK}{MARK}]', '', item)) for item in items]
-        for i, (a, b) in enumerate(zip(items, items[1:]), 1):       # two texts that only together read so
-            if a and b and (broken.search(a + b) or broken.search(a.rstrip() + b.lstrip())):
-                items[i] = BREAK + b
-        if self.lists:
-            return [{'type': 'image'} if item is None else {'type': 'text', 'text': item} for item in items]
-        return ''.join(self.image + '\n' if item is None else item for item in items)
+        written = []
+        for item in items:
+            if item is not None:
+                item = re.sub(f'[{BREAK}{MARK}]', '', item)
+                item = broken.sub(lambda marker: marker[0][0] + BREAK + marker[0][1:], item)
+            written.append(item)
+
+        # Two texts that only together read as a marker, also where the template trims them.
+        for i in range(1, len(written)):
+            before, after = written[i - 1], written[i]
+            if before and after:
+                joined, trimmed = before + after, before.rstrip() + after.lstrip()
+                if broken.search(joined) or broken.search(trimmed):
+                    written[i] = BREAK + after
+
+        if not self.lists:
+            return ''.join(self.image + '\n' if text is None else text for text in written)
+        parts = []
+        for text in written:
+            parts.append({'type': 'image'} if text is None else {'type': 'text', 'text': text})
+        return parts
 
     def write(self, messages, asking=False):
-        """(text, [(begin, end) of what {% generation %} holds, ...]) of [{role, content}, ...]; asking: up to where the
-        next answer begins. Raises ValueError."""
+        """(text, [(begin, end) of what {% generation %} holds, ...]) of [{role, content}, ...];
+        asking: up to where the next answer begins. Raises ValueError."""
         text, self.template.environment.turns = '', 0
         try:
-            for part in self.template.generate(messages=messages, add_generation_prompt=asking, tools=None,
-                                               documents=None, **self.names):
+            # Piece by piece, so that what has no end is stopped.
+            for part in self.template.generate(
+                    messages=messages, add_generation_prompt=asking, tools=None, documents=None,
+                    **self.names):
                 text += part
                 if len(text) > MAX_TEXT:
                     raise ValueError(f'it writes more than {MAX_TEXT} characters')
+
+            # Where marks stand once they and those before them are gone.
             text = text.replace(self.image, self.image.join(self.around))
             marks = [found.start() - i for i, found in enumerate(re.finditer(MARK, text))]
-            return text.replace(MARK, ''), list(zip(marks[::2], marks[1::2], strict=True))
-        except Exception as error:              # whatever a template may raise
+            spans = list(zip(marks[::2], marks[1::2], strict=True))
+            return text.replace(MARK, ''), spans
+        # A template may raise anything.
+        except Exception as error:
             raise ValueError(f'{self.where}: {error or type(error).__name__}') from None
 
     def render(self, messages, asking=False):
-        """(text, [(begin, end) of what is learned, ...]) of [{role, content}, ...]. Raises ValueError."""
+        """(text, [(begin, end) of what is learned, ...]) of [{role, content}, ...]. Raises
+        ValueError."""
         text, spans = self.write(messages, asking)
-        if spans or asking:
-            return text, [] if asking else spans
+        if asking:
+            return text, []
+        if spans:
+            return text, spans
+
+        # An answer goes from where the template would ask for it to the token that ends it.
         for i, message in enumerate(messages):
-            if message['role'] == 'assistant':
-                head = self.write(messages[:i], True)[0]
-                end = text.find(self.end, len(head)) if self.end else len(self.write(messages[:i + 1])[0])
-                if not text.startswith(head) or end < 0:
-                    raise ValueError(f'{self.where} does not write an answer as it asks for one')
-                spans.append((len(head), end + len(self.end)))
+            if message['role'] != 'assistant':
+                continue
+            head, _ = self.write(messages[:i], asking=True)
+            if self.end:
+                end = text.find(self.end, len(head))
+            else:
+                end = len(self.write(messages[:i + 1])[0])
+            if not text.startswith(head) or end < 0:
+                raise ValueError(f'{self.where} does not write an answer as it asks for one')
+            spans.append((len(head), end + len(self.end)))
         return text, spans
 
     def encode(self, turns, asking=False):
-        """[(role, [text or None for a picture, ...]), ...] -> token ids int (T,), and which are learned, bool (T,).
-        Raises ValueError."""
-        text, spans = self.render([dict(role=role, content=self.content(items, role)) for role, items in turns], asking)
+        """[(role, [text or None for a picture, ...]), ...] -> token ids int (T,), and which are
+        learned, bool (T,). Raises ValueError."""
+        messages = []
+        for role, items in turns:
+            messages.append(dict(role=role, content=self.content(items, role)))
+        text, spans = self.render(messages, asking)
+
+        # A token that reaches into an answer is of it.
         ids, begins, ends = np.array(mark_up(self.tokenizer, text, self.markers), int)
         learned = np.zeros(len(ids), bool)
         for begin, end in spans:

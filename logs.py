@@ -1,8 +1,9 @@
-"""What a run says of itself: log.jsonl, loss.png, the machine it ran on and what that machine could do."""
+"""What a run says of itself: log.jsonl, loss.png, the machine and what that machine could do."""
 import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -11,15 +12,27 @@ import time
 import numpy as np
 import torch
 
+# Operations a second of dense matrices in 16 bits, and in float32 without TensorFloat-32, by a
+# part of the GPU's name (NVIDIA's data sheets).
+PEAKS = {
+    'H200': (989e12, 67e12),
+    'H100': (989e12, 67e12),
+    'A100': (312e12, 19.5e12),
+    'L4': (121e12, 30e12),
+    '4090': (165e12, 83e12),
+}
+
 
 def cut_log(path, step):
-    """Drop the rows of steps that the resumed run takes again, and a last row that was cut short."""
+    """Drop the rows of steps that the resumed run takes again, and a last row that was cut."""
     rows = []
     if os.path.exists(path):
         with open(path, encoding='utf-8') as f:
             for line in f:
                 if line.endswith('\n') and json.loads(line)['step'] <= step:
                     rows.append(line)
+
+    # Renamed when it is whole: a kill in between loses no row.
     with open(path + '.tmp', 'w', encoding='utf-8') as f:
         f.writelines(rows)
     os.replace(path + '.tmp', path)
@@ -28,52 +41,94 @@ def cut_log(path, step):
 def plot(out_dir, val):
     """out_dir/loss.png from log.jsonl, while it grows."""
     import matplotlib
+    # The one way to draw that needs no screen.
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+
+    # A line without an end is still being written.
     with open(os.path.join(out_dir, 'log.jsonl'), encoding='utf-8') as f:
         rows = [json.loads(line) for line in f if line.endswith('\n')]
+
+    # Rows of validation name their data set. They are few, so that each point gets a mark.
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-    for label in ['train', *val]:
-        points = [(r['step'], r['val_loss' if 'val' in r else 'loss']) for r in rows if r.get('val', 'train') == label]
-        if points:
-            axes.plot(*zip(*points), label=label, linewidth=1, marker='o' if label != 'train' else None, markersize=3)
-    axes.set(xlabel='step', ylabel='loss (nats a target)', ylim=(0, None), title=os.path.basename(out_dir))
+    draw_curve(axes, 'train', [row for row in rows if 'val' not in row], 'loss', marker=None)
+    for name in val:
+        its_rows = [row for row in rows if row.get('val') == name]
+        draw_curve(axes, name, its_rows, 'val_loss', marker='o')
+
+    title = os.path.basename(out_dir)
+    axes.set(xlabel='step', ylabel='loss (nats a target)', ylim=(0, None), title=title)
     if axes.lines:
         axes.legend()
     figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
+    # pyplot would keep every figure of the run.
     plt.close(figure)
 
 
+def draw_curve(axes, label, rows, key, marker):
+    """Draw `key` of the rows over their steps; nothing, and no label, where there are none."""
+    if rows:
+        steps = [row['step'] for row in rows]
+        losses = [row[key] for row in rows]
+        axes.plot(steps, losses, label=label, linewidth=1, marker=marker, markersize=3)
+
+
 def environment(device, world):
-    """What a result may depend on besides the settings: versions, machine, and the state of the code."""
-    def git(*args):
-        here = os.path.dirname(os.path.abspath(__file__))
-        done = subprocess.run(['git', *args], cwd=here, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ''
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, device=device,
-                world=world, machine=platform.platform(), argv=sys.argv, git=git('rev-parse', 'HEAD'),
-                diff=git('diff', 'HEAD', '--', '*.py'))
+    """What a result may depend on besides the settings: versions, machine, state of the code."""
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        device=device,
+        world=world,
+        machine=platform.platform(),
+        argv=sys.argv,
+        git=git('rev-parse', 'HEAD'),
+        diff=git('diff', 'HEAD', '--', '*.py'),
+    )
+
+
+def git(*args):
+    """What git says of the folder of this file; '' where that is no repository."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    done = subprocess.run(['git', *args], cwd=folder, capture_output=True, text=True)
+    # rev-parse prints its argument where it can not resolve it.
+    if done.returncode != 0:
+        return ''
+    return done.stdout.strip()
 
 
 def peak_flops(device, dtype, world):
-    """Of all devices of the run: from a table for GPUs (dense, bf16 or TF32-free fp32), measured on a CPU."""
+    """Operations a second of all devices of the run: from PEAKS for GPUs, measured on a CPU."""
     if device != 'cpu':
-        name = torch.cuda.get_device_name(device)
-        known = {'H200': (989e12, 67e12), 'H100': (989e12, 67e12), 'A100': (312e12, 19.5e12), 'L4': (121e12, 30e12),
-                 '4090': (165e12, 83e12)}
-        return world * next((v[dtype == 'float32'] for k, v in known.items() if k in name), math.inf)
+        return world * peak_of_gpu(torch.cuda.get_device_name(device), dtype)
+
+    # The best of five, as anything else on the machine can only slow it down.
     a = torch.randn(1024, 1024, dtype=getattr(torch, dtype))
     times = []
     for _ in range(5):
-        t = time.perf_counter()
+        began = time.perf_counter()
         a @ a
-        times.append(time.perf_counter() - t)
+        times.append(time.perf_counter() - began)
+
+    # A product of n x n matrices has n^3 multiplications and as many additions.
     return world * 2 * 1024 ** 3 / min(times)
+
+
+def peak_of_gpu(name, dtype):
+    """Operations a second of the GPU called `name`; inf, an mfu of 0, for one that is unknown."""
+    for part, (bits_16, float32) in PEAKS.items():
+        # Not an L40 for an L4, nor an A1000 for an A100.
+        if re.search(rf'{part}(?!\d)', name):
+            return float32 if dtype == 'float32' else bits_16
+    return math.inf
 
 
 def memory_gb(device):
     """The most memory held so far, by the GPU's allocator or by this process."""
     if device != 'cpu':
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
-    unit = 1 if sys.platform == 'darwin' else 1024      # macOS counts bytes
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == 'darwin' else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)

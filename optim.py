@@ -1,51 +1,179 @@
-"""What is trained, and by which optimizer: rules over parameters' names, groups of options, the state as tensors."""
+"""What is trained, and by which optimizer: rules over parameters' names, groups, state as tensors.
+
+A rule is (regex, options), a parameter takes the first one that is found in its name:
+
+    groups = [('^vit', {'freeze': True}), ('norm|bias', {'weight_decay': 0.0}), ('.*', {})]
+"""
 import re
 
 import torch
 
+OPTIONS = ('lr_scale', 'weight_decay', 'freeze')
+AMOUNT = 'expected a number of at least 0'
+
+
+def check(settings):
+    """Raises ValueError, one line on one fault, for what a run can not be trained with."""
+    # lr=0 is no fault: a dry run, which train.py tells of.
+    for key in ('lr', 'min_lr', 'weight_decay', 'grad_clip'):
+        if not is_amount(settings[key]):
+            raise ValueError(f'{key}={settings[key]}: {AMOUNT}')
+    if not (is_amount(settings['ema']) and settings['ema'] < 1):
+        raise ValueError(f'ema={settings["ema"]}: {AMOUNT} and below 1')
+
+    # At a beta of 1 a mean never changes, and its correction divides by 0.
+    betas = settings['betas']
+    if len(betas) != 2:
+        raise ValueError(f'betas={betas}: expected two numbers')
+    for beta in betas:
+        if not (is_amount(beta) and beta < 1):
+            raise ValueError(f'betas={betas}: {beta!r}: {AMOUNT} and below 1')
+
+    # Whether they match parameters is told once there is a model, by `match`.
+    check_groups(settings['groups'])
+    for regex in settings['init_skip']:
+        check_regex('init_skip', regex)
+
+    # A weight of 0 keeps a data set in the order of the run, and learns nothing from it.
+    known = list(settings['mix'])
+    for name, weight in settings['loss_weights'].items():
+        if name not in known:
+            raise ValueError(f'loss_weights: {name!r} is no data set of mix={known}')
+        if not is_amount(weight):
+            raise ValueError(f'loss_weights: {name!r}: {weight!r}: {AMOUNT}')
+
+
+def is_amount(value):
+    """Whether a setting is a number of at least 0."""
+    # A comparison with nan is false, so that nan is none.
+    return isinstance(value, (int, float)) and value >= 0
+
+
+def check_regex(key, regex):
+    """Raises ValueError where `regex`, of the setting `key`, does not compile."""
+    try:
+        re.compile(regex)
+    except (re.error, TypeError) as error:
+        raise ValueError(f'{key}: {regex!r} is not a regular expression ({error})') from error
+
+
+def check_groups(groups):
+    """Raises ValueError for the first rule that is wrong, whatever the parameters are."""
+    for rule in groups:
+        is_pair = isinstance(rule, (list, tuple)) and len(rule) == 2
+        if not is_pair or not isinstance(rule[1], dict):
+            raise ValueError(f'groups: {rule!r}: expected (regex, {{option: value}}), '
+                             f'where options are {", ".join(OPTIONS)}')
+        regex, options = rule
+        check_regex('groups', regex)
+
+        for option, value in options.items():
+            said = f'groups: rule {regex!r}: {option!r}: {value!r}'
+            if option not in OPTIONS:
+                raise ValueError(f'{said}: a rule may hold {", ".join(OPTIONS)}')
+            # Text such as 'false' would count as true.
+            if option == 'freeze' and not isinstance(value, bool):
+                raise ValueError(f'{said}: expected True or False')
+            if option != 'freeze' and not is_amount(value):
+                raise ValueError(f'{said}: {AMOUNT}')
+
+
+def rules_of(groups, names):
+    """{name: the rule (regex, options) that it takes}. Raises ValueError as `match` says."""
+    check_groups(groups)
+    rules = {}
+    for name in names:
+        rules[name] = next((rule for rule in groups if re.search(rule[0], name)), None)
+        if rules[name] is None:
+            raise ValueError(f'groups: no rule matches parameter {name}: '
+                             'end the list with (".*", {})')
+
+    # A rule that nothing takes is misspelled, or stands behind one that takes everything.
+    taken = list(rules.values())
+    for rule in groups:
+        if rule not in taken:
+            raise ValueError(f'groups: rule {rule[0]!r}: {rule[1]} matches no parameter '
+                             'that an earlier one left')
+
+    if all(options.get('freeze') for _, options in taken):
+        raise ValueError(f'groups={groups} freeze every parameter: nothing is left to train')
+    return rules
+
 
 def match(groups, names):
-    """{name: options}: every parameter takes the first rule (regex, options) of `groups` that is found in its name.
+    """{name: options}: every parameter takes the first rule of `groups` found in its name.
 
-    Raises ValueError for a parameter without a rule, a rule without a parameter, and where nothing is left to train."""
-    rules = {name: next((rule for rule in groups if re.search(rule[0], name)), None) for name in names}
-    for name, rule in rules.items():
-        if rule is None:
-            raise ValueError(f'groups: no rule matches parameter {name}: end the list with (".*", {{}})')
-    for rule in groups:
-        if rule not in rules.values() or set(rule[1]) - {'lr_scale', 'weight_decay', 'freeze'}:
-            raise ValueError(f'groups: rule {rule[0]!r}: {rule[1]} ' + (
-                'may hold lr_scale, weight_decay and freeze' if rule in rules.values() else
-                'matches no parameter that an earlier one left'))
-    if all(rule[1].get('freeze') for rule in rules.values()):
-        raise ValueError(f'groups={groups} freeze every parameter: nothing is left to train')
-    return {name: rule[1] for name, rule in rules.items()}
+    Raises ValueError for a parameter without a rule, a rule without a parameter, and where nothing
+    is left to train."""
+    return {name: options for name, (_, options) in rules_of(groups, names).items()}
+
+
+def describe(groups, parameters):
+    """Lines of {name: parameter}: name, shape, its rule, the rule's options, trained or frozen."""
+    rows = []
+    for name, (regex, options) in rules_of(groups, parameters).items():
+        parameter = parameters[name]
+        shape = ' x '.join(map(str, parameter.shape)) or 'scalar'
+        said = ', '.join(f'{option}={value}' for option, value in options.items()) or '-'
+
+        # A model freezes some of its own, as the autoencoder of latents.
+        is_frozen = options.get('freeze') or not parameter.requires_grad
+        state = 'frozen' if is_frozen else 'trained'
+        rows.append((name, shape, repr(regex), said, state))
+
+    # Each column as wide as the widest of it.
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        lines.append('  '.join(map(str.ljust, row, widths)).rstrip())
+    return lines
 
 
 def build(kind, trained, options, lr, betas, weight_decay):
-    """The optimizers of parameters {name: parameter}: AdamW, and with kind='muon' Muon for the matrices of blocks."""
-    by_options = {}
-    for name, p in trained.items():
-        matrix = kind == 'muon' and p.ndim == 2 and re.search(r'(^|\.)blocks\.', name) is not None
-        key = matrix, options[name].get('lr_scale', 1.0), options[name].get('weight_decay', weight_decay)
-        by_options.setdefault(key, []).append(p)
-    groups = {matrix: [dict(params=ps, lr_scale=scale, weight_decay=decayed)
-                       for (m, scale, decayed), ps in by_options.items() if m == matrix] for matrix in (False, True)}
-    optimizers = [torch.optim.AdamW(groups[False], lr=lr, betas=betas, fused=True)] if groups[False] else []
-    if groups[True]:
-        optimizers.append(torch.optim.Muon(groups[True], lr=lr, adjust_lr_fn='match_rms_adamw'))
+    """The optimizers of {name: parameter}: AdamW; kind='muon': Muon for the matrices of blocks."""
+    # Parameters of equal options share a group, in the order in which the model has them.
+    adamw, muon = {}, {}
+    for name, parameter in trained.items():
+        is_block_matrix = parameter.ndim == 2 and re.search(r'(^|\.)blocks\.', name)
+        groups = muon if kind == 'muon' and is_block_matrix else adamw
+
+        # The loop multiplies lr by lr_scale in each step; weight_decay is torch's own.
+        lr_scale = options[name].get('lr_scale', 1.0)
+        decay = options[name].get('weight_decay', weight_decay)
+        empty = dict(params=[], lr_scale=lr_scale, weight_decay=decay)
+        groups.setdefault((lr_scale, decay), empty)['params'].append(parameter)
+
+    # torch refuses an optimizer that has no parameters.
+    optimizers = []
+    if adamw:
+        groups = list(adamw.values())
+        optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True))
+    # Muon's updates as large as AdamW's (arXiv 2502.16982), so that one lr serves both.
+    if muon:
+        groups = list(muon.values())
+        optimizers.append(torch.optim.Muon(groups, lr=lr, adjust_lr_fn='match_rms_adamw'))
     return optimizers
 
 
 def state_tensors(optimizers, trained):
     """The optimizers' state as {parameter.key: tensor}, zeros where no step was taken."""
-    tensors, names = {}, {p: name for name, p in trained.items()}
-    for opt in optimizers:
-        for p in [p for group in opt.param_groups for p in group['params']]:
-            if p not in opt.state:
-                keys = ('momentum_buffer',) if isinstance(opt, torch.optim.Muon) else ('exp_avg', 'exp_avg_sq')
-                opt.state[p] = {key: torch.zeros_like(p) for key in keys}
-                if keys[0] == 'exp_avg':
-                    opt.state[p]['step'] = torch.zeros((), device=p.device)
-            tensors |= {f'{names[p]}.{key}': value for key, value in opt.state[p].items()}
+    names = {parameter: name for name, parameter in trained.items()}
+    tensors = {}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group['params']:
+                # A checkpoint may be read before any step, which would make these.
+                if parameter not in optimizer.state:
+                    optimizer.state[parameter] = zero_state(optimizer, parameter)
+                for key, value in optimizer.state[parameter].items():
+                    tensors[f'{names[parameter]}.{key}'] = value
     return tensors
+
+
+def zero_state(optimizer, parameter):
+    """What the optimizer has of a parameter before the first step, {key: tensor}."""
+    if isinstance(optimizer, torch.optim.Muon):
+        return {'momentum_buffer': torch.zeros_like(parameter)}
+    # fused AdamW counts its steps on the parameter's device.
+    return {'exp_avg': torch.zeros_like(parameter), 'exp_avg_sq': torch.zeros_like(parameter),
+            'step': torch.zeros((), device=parameter.device)}

@@ -1,0 +1,69 @@
+"""logs.py: rows that a resume takes again, the picture of the losses, what GPUs could do."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import logs
+
+
+def row(step, **more):
+    return json.dumps(dict(step=step, **more)) + '\n'
+
+
+def test_rows_of_steps_that_come_again_are_dropped(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    kept = row(1, loss=2.0) + row(2, loss=1.5) + row(2, val='held', val_loss=1.6)
+    path.write_text(kept + row(3, loss=1.0) + '{"step": 2, "lo')
+    logs.cut_log(str(path), 2)
+    assert path.read_text() == kept and len(list(tmp_path.iterdir())) == 1
+    logs.cut_log(str(tmp_path / 'new.jsonl'), 0)
+    assert (tmp_path / 'new.jsonl').read_text() == ''
+
+
+def drawn(out):
+    return np.array(Image.open(out / 'loss.png').convert('RGB')).astype(int)
+
+
+def test_each_data_set_has_a_curve_of_its_own(tmp_path):
+    """A row more of one of them changes the picture, a row that is not whole does not."""
+    pictures = []
+    log = row(1, loss=2.0) + row(2, loss=1.5)
+    validated = [row(2, val='a', val_loss=1.6), row(2, val='train', val_loss=1.0)]
+    for more in ('', *validated, '{"step": 3'):
+        log += more
+        (tmp_path / 'log.jsonl').write_text(log)
+        logs.plot(str(tmp_path), ['a', 'train'])
+        pictures.append(drawn(tmp_path))
+    assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
+    assert (pictures[2] == pictures[3]).all()
+
+
+def test_nothing_to_draw_is_no_error(tmp_path):
+    (tmp_path / 'log.jsonl').write_text('')
+    logs.plot(str(tmp_path), [])
+    assert drawn(tmp_path).std() > 0        # axes, without a curve
+
+
+@pytest.mark.parametrize('name, expected', [
+    ('NVIDIA H200', (989e12, 67e12)), ('NVIDIA A100-SXM4-80GB', (312e12, 19.5e12)),
+    ('NVIDIA L4', (121e12, 30e12)), ('NVIDIA GeForce RTX 4090', (165e12, 83e12)),
+    ('NVIDIA L40S', (math.inf, math.inf)), ('NVIDIA RTX A1000', (math.inf, math.inf)),
+])
+def test_a_gpu_is_known_by_its_whole_name(name, expected):
+    assert tuple(logs.peak_of_gpu(name, dtype) for dtype in ('bfloat16', 'float32')) == expected
+
+
+def test_a_cpu_is_measured():
+    assert 1e8 < logs.peak_flops('cpu', 'float32', 1) < 1e14
+
+
+@pytest.mark.skipif(not shutil.which('git'), reason='no git')
+def test_outside_of_a_repository_git_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(logs, '__file__', str(tmp_path / 'logs.py'))
+    monkeypatch.setenv('GIT_CEILING_DIRECTORIES', str(tmp_path.parent))
+    found = logs.environment('cpu', 1)
+    assert found['git'] == found['diff'] == '' and found['world'] == 1 and found['torch']
