@@ -7,7 +7,7 @@ the role is
     SEEN    not learned, seen by everything in its SEEN stretch (the prefix of a prefix-LM)
     READ    not learned, causal
     LEARNED learned, causal
-`processor = 'paligemma'` in a config names one of FORMS, a folder the form of the model in it (`read_model_folder`:
+`processor = 'paligemma'` in a config names one of FORMS, a folder the form of the model in it (families/processors.py:
 token ids and pixels are those of its processor in transformers), `'mine.py:my_form'` a function of your own:
 
     def my_form(sample, p):
@@ -22,14 +22,13 @@ import json
 import os
 import runpy
 import string
-import warnings
 from itertools import takewhile
 
 import numpy as np
 
-from chat import CHATS, Chat, read_messages, read_template
+from chat import CHATS, Chat, read_messages
 from shards import BadSample
-from tokenizer import clip_row, read_json
+from tokenizer import clip_row
 
 SEEN, READ, LEARNED = 0, 1, 2
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -202,112 +201,6 @@ def load_form(name):
     return found
 
 
-KINDS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava', 'Siglip': 'pair'}
-CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711],
-            size={'shortest_edge': 224}, crop_size={'height': 224, 'width': 224}, do_center_crop=True)
-NUMBER = int | float
-
-
-class Settings(dict):
-    """What the processor files of a folder say; a value of a wrong type is a ValueError that names it."""
-
-    def __init__(self, folder, values):
-        super().__init__(values)
-        self.folder = folder
-
-    def get(self, key, default=None, kind=None, least=None, most=1 << 16):
-        value = super().get(key)
-        value = default if value is None else value
-        if kind and (not isinstance(value, kind) or kind is not bool and isinstance(value, bool)
-                     or least is not None and not least <= value <= most):
-            raise self.wrong(key, value)
-        return value
-
-    def wrong(self, key, value, why='which can not be'):
-        return ValueError(f'processor={self.folder!r}: {key} is {str(value)[:80]!r}, {why}')
-
-    def edge(self, key, names, default=None):
-        """The one side that a size has under one of these names, or 0."""
-        size = self.get(key, default or {}, dict | int)
-        size = {'height': size, 'width': size} if isinstance(size, int) else size
-        sides = {size[name] for name in names if isinstance(size.get(name), NUMBER)}
-        if len(sides) > 1 or not all(type(x) is int and 0 < x < 1 << 14 for x in sides):
-            raise self.wrong(key, size, 'expected a square')
-        return sides.pop() if sides else 0
-
-    def colour(self, key):
-        values = self.get(key, [0.5] * 3, list | NUMBER)
-        values = values if isinstance(values, list) else [values] * 3
-        if len(values) != 3 or not all(type(x) in (int, float) and abs(x) < 1e6 for x in values):
-            raise self.wrong(key, values)
-        return np.array(values, float)
-
-
-def read_model_folder(folder, pictures=True):
-    """What the files of a model folder say, as keywords of Processor: form, template and, for one with pictures, mean,
-    std, resample, resize, opens, text_rule, and image_size and image_tokens (0: not said), which are the model's.
-
-    preprocessor_config.json and processor_config.json are read for pictures (those of PaliGemma, SigLIP, Idefics3,
-    SmolVLM and Llava are known), chat_template.jinja, chat_template.json or tokenizer_config.json for conversations. A
-    folder without the former, or pictures=False, needs a chat template. Idefics3 and SmolVLM: a picture is never split.
-    Where a processor of transformers differs: text that reads <image>, <bos>, <|im_end|> ... stays text here, and an
-    answer loses the spaces around it if it is a `suffix`. Raises ValueError."""
-    found = {}
-    for name in ('preprocessor_config.json', 'processor_config.json'):
-        if os.path.exists(path := os.path.join(folder, name)):
-            found |= read_json(path, 1 << 20)
-    config = Settings(folder, found)
-    config.update(config.get('image_processor', {}, dict))
-    template = read_template(folder)
-    if not pictures or not config:
-        if not template:
-            raise ValueError(f'processor={folder!r} has no chat template'
-                             + ' and no preprocessor_config.json' * pictures)
-        return dict(form='chat', template=template)
-    kind = config.get('processor_class', '', str) or config.get('image_processor_type', '', str)
-    form = next((form for start, form in KINDS.items() if kind.startswith(start)), None)
-    if form is None:
-        raise ValueError(f'processor={folder!r}: its processor_class is {kind or "not given"}, known are those of '
-                         f'{", ".join(KINDS)}')
-    if config.get('image_processor_type', '', str).startswith(('CLIP', 'Llava')):
-        config.update(CLIP | {k: v for k, v in config.items() if v is not None})
-    if not config.get('do_resize', True, bool) or config.get('do_pad', False, bool) and form != 'smolvlm':
-        raise config.wrong('do_resize, do_pad', [config.get('do_resize'), config.get('do_pad')], 'expected true, false')
-    factor = config.get('rescale_factor', 1 / 255, NUMBER, 1e-6)
-    scale = 1 / 255 / (factor if config.get('do_rescale', True, bool) else 1)
-    normal = config.get('do_normalize', True, bool)
-    mean, std = (config.colour('image_mean'), config.colour('image_std')) if normal else (np.zeros(3), np.ones(3))
-    if (std <= 0).any():
-        raise config.wrong('image_std', std)
-    # to_pixels divides by 255, whatever a folder's rescale_factor says
-    out = dict(form=form, mean=(mean * scale).tolist(), std=(std * scale).tolist(), resize=('square', 0),
-               resample=config.get('resample', 1 if form == 'smolvlm' else 3, int, 0, 5))
-    if form == 'smolvlm':
-        if config.get('do_image_splitting', True, bool):
-            warnings.warn(f'processor={folder!r}: do_image_splitting is on, but pictures are not split', stacklevel=2)
-        out['image_size'] = config.edge('max_image_size', ('longest_edge',), {'longest_edge': 364})
-        longest = config.edge('size', ('longest_edge',), {'longest_edge': 4 * 364})
-        out['resize'] = ('longest', longest) if longest else ('squares', config.edge('size', ('height', 'width')))
-    else:
-        short = config.edge('size', ('shortest_edge',))
-        out['image_size'] = short or config.edge('size', ('height', 'width'), {'height': 224, 'width': 224})
-        crop = config.edge('crop_size', ('height', 'width')) if config.get('do_center_crop', False, bool) else 0
-        if short and crop != short or crop not in (0, out['image_size']):
-            raise config.wrong('crop_size', crop, 'expected a square of the size')
-        out['resize'] = ('shortest' if short else 'square', short)
-    if not out['image_size'] or out['resize'] == ('squares', 0):
-        raise config.wrong('size', [config.get('size'), config.get('max_image_size')])
-    out['image_tokens'] = config.get('image_seq_length', config.get('image_seq_len', 0), int, 0)
-    if form == 'llava' and config.get('patch_size'):
-        out['image_tokens'] = ((out['image_size'] // config.get('patch_size', 1, int, 1)) ** 2
-                               + config.get('num_additional_image_tokens', 0, int, 0)
-                               - (config.get('vision_feature_select_strategy') == 'default'))
-    path = os.path.join(folder, 'tokenizer_config.json')
-    named = read_json(path).get('tokenizer_class') if os.path.isfile(path) and form == 'pair' else ''
-    rules = {'SiglipTokenizer': 'siglip', 'Siglip2Tokenizer': 'siglip2'}
-    return out | dict(template=template * (form in CHATS), opens=True, text_rule=rules.get(str(named), ''))
-
-
 def build(config, tokenizer, image_tokens):
     """The Processor of a run, from its flat config; image_mean, image_std and image_draft are not those of a model
     folder. Raises ValueError and OSError."""
@@ -322,6 +215,10 @@ def build(config, tokenizer, image_tokens):
         size *= 2 ** (len(config['vae.block_out_channels']) - 1)
     files, draft = dict(form=form), config.get('image_draft', True)
     if os.path.isdir(form):
+        try:
+            from families.processors import read_model_folder
+        except ModuleNotFoundError:
+            raise ValueError(f'processor={form!r} needs families/, which is not here') from None
         files = read_model_folder(form, pictures) | dict(where=f'processor={form!r}')
         for key, ours in (('image_size', size), ('image_tokens', image_tokens)):
             theirs = files.pop(key, 0)

@@ -31,7 +31,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import checkpoint
 import checks
 import data
-import hf
 import hub
 import logs
 import optim
@@ -349,7 +348,7 @@ block_kinds = (ViTBlock, DecoderBlock, *((diffusion.DenoiserBlock, diffusion.Joi
                *((sd.ResnetBlock, sd.SpatialTransformer, sd.CLIPBlock) if sd else ()),
                *((policies.ConvBlock,) if policies else ()))
 model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, block_kinds)]
-blocks += [layer for m in raw_model.modules() if isinstance(m, hf.KINDS) for layer in hf.layers_of(m)]
+blocks += [m for m in raw_model.modules() if getattr(m, 'is_block', False)]        # of transformers' towers
 if compile:
     torch._dynamo.config.allow_unspec_int_on_nn_module = True       # one graph for all layers, whatever their number
     for block in blocks:
