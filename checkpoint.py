@@ -110,8 +110,11 @@ def build_model(run, tok, weights=True):
         return policies.build(task, config, *shape)
     towers = {}
     if vit.hf or decoder.hf:
-        import hf
-        towers = hf.towers(vit, decoder, tok.vocab_size, weights, task)
+        try:
+            from families import towers as opener
+        except ModuleNotFoundError:
+            raise ValueError('vit.hf and decoder.hf need families/, which is not here') from None
+        towers = opener.towers(vit, decoder, tok.vocab_size, weights, task)
     if task == 't2i' and run.get('denoiser', 'dit') == 'unet':
         import diffusion
         import sd

@@ -14,10 +14,10 @@ from dataclasses import fields
 import torch
 from safetensors import SafetensorError
 
-import hub
 import tokenizer as tokenizers
 from checkpoint import write_json
 from diffusion import DiTConfig
+from families import files, huggingface
 from sd import AutoencoderKL, CLIPText, CLIPTextConfig, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of
 from tokenizer import read_json
 
@@ -166,7 +166,7 @@ def their_name(name, part):
     if part != 'text_encoder':
         return name
     if match := re.fullmatch(r'blocks\.(\d+)\.(\w+)\.(\w+)', name):
-        return f'text_model.encoder.layers.{match[1]}.{hub.VIT_BLOCK[match[2]]}.{match[3]}'
+        return f'text_model.encoder.layers.{match[1]}.{huggingface.VIT_BLOCK[match[2]]}.{match[3]}'
     top = {'embedding': 'embeddings.token_embedding', 'pos_embed': 'embeddings.position_embedding',
            'norm': 'final_layer_norm'}
     return f'text_model.{top[name.partition(".")[0]]}.{name.rpartition(".")[2]}'
@@ -182,22 +182,22 @@ def canonical(name, part):
 def tensors(shapes, folder, part, skip=()):
     """Yield (our name, tensor) of a part of a folder, one at a time, for `shapes` {our name: shape}, but for names in
     which a regex of `skip` is found. Raises ValueError where a tensor is missing, unknown or of another shape."""
-    files = hub.files_of(os.path.join(folder, part), STEMS[part])
-    theirs = {canonical(name, part): name for name in files}
+    tensor_files = files.files_of(os.path.join(folder, part), STEMS[part])
+    theirs = {canonical(name, part): name for name in tensor_files}
     ours = {their_name(name, part): name for name in shapes}
-    built = {hub.layer_of('text.' + key.removeprefix('text_model.')) for key in ours}    # none after feature_layer
+    built = {files.layer_of('text.' + key.removeprefix('text_model.')) for key in ours}  # none after feature_layer
     extra = [theirs[key] for key in theirs if key not in ours and not key.endswith('.position_ids')
-             and hub.layer_of('text.' + key.removeprefix('text_model.')) in built]
+             and files.layer_of('text.' + key.removeprefix('text_model.')) in built]
     if missing := [key for key in ours if key not in theirs] or extra:
         raise ValueError(f'{folder}/{part} holds another model than its config.json says: {", ".join(missing[:3])} is '
                          f'{"not known here" if missing is extra else "missing"}')
     opened = {}
-    for key in sorted(ours, key=lambda key: (files[theirs[key]], key)):
-        name, path = ours[key], files[theirs[key]]
+    for key in sorted(ours, key=lambda key: (tensor_files[theirs[key]], key)):
+        name, path = ours[key], tensor_files[theirs[key]]
         if any(re.search(regex, name) for regex in skip):
             continue
         if path not in opened:
-            opened = {path: hub.opened(path)}
+            opened = {path: files.opened(path)}
         try:
             tensor = opened[path].get_tensor(theirs[key])
         except (SafetensorError, RuntimeError) as error:
@@ -233,7 +233,7 @@ def export(models, folder, source, dtype=torch.float32):
     for part, model in models.items():
         out = {their_name(name, part): tensor.detach().to('cpu', dtype).contiguous()
                for name, tensor in model.state_dict().items()}
-        hub.write_tensors(out, os.path.join(folder, part), STEMS[part])
+        files.write_tensors(out, os.path.join(folder, part), STEMS[part])
         kept = read_json(os.path.join(source, part, 'config.json'))         # sample_size and what else is not computed
         write_json(os.path.join(folder, part, 'config.json'), kept | their_config(model.config, part))
 
@@ -298,7 +298,7 @@ def load(model, folder, skip=()):
         raise ValueError(f'{folder!r} is Stable Diffusion: it begins a run of task=t2i with denoiser=unet')
     check_same(folder, settings_of(folder), {'unet': model.denoiser.config, 'clip': model.text.config,
                                              'vae': model.vae.config})
-    return hub.copy_into(model, whole(model, folder, skip))
+    return files.copy_into(model, whole(model, folder, skip))
 
 
 def export_run(settings, model, folder, dtype=torch.float32):

@@ -13,6 +13,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 tf = pytest.importorskip('transformers')
 
 import hub  # noqa: E402
+from families import huggingface, huggingface_config  # noqa: E402
 from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig, VLMConfig, generate  # noqa: E402
 
 tf.logging.set_verbosity_error()
@@ -135,7 +136,7 @@ def test_a_towers_layers(saved, kind):
         want = getattr(theirs, 'vision_model', theirs)(pixels, output_hidden_states=True)
         close(hub.from_pretrained(folder)(pixels), want.last_hidden_state)
         for layer in range(2):
-            part = ViT(replace(hub.read_config(folder), feature_layer=layer))
+            part = ViT(replace(huggingface_config.read_config(folder), feature_layer=layer))
             hub.load(part, folder)
             close(part(pixels), want.hidden_states[layer + 1])
 
@@ -165,8 +166,8 @@ def test_a_vlms_logits_and_gradients(saved, kind):
     loss, count = ours.loss(tokens, targets, pixels, blocks)
     loss.backward()
     assert count == 10
-    grads = {hub.canonical(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    for key, name in hub.our_names(ours).items():
+    grads = {huggingface.canonical(name): p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    for key, name in huggingface.our_names(ours).items():
         grad = ours.get_parameter(name).grad
         close(grad.flatten(), grads[key].flatten(), 1e-4 * max(1.0, grads[key].abs().max().item()))
     if kind.startswith('pali'):        # without blocks, what stands before the first target is the prefix
@@ -262,7 +263,7 @@ def test_big_models_settings(tmp_path):
                                                  intermediate_size=4304, num_attention_heads=16,
                                                  num_hidden_layers=27)), 2_923_466_480)}
     for theirs, count in published.values():
-        config = hub.to_config(theirs)
+        config = huggingface_config.to_config(theirs)
         with torch.device('meta'):
             model = {DecoderConfig: Decoder, ViTConfig: ViT, VLMConfig: VLM}[type(config)](config)
         if count:
@@ -368,7 +369,7 @@ def test_broken_and_hostile_files(saved, tmp_path):
 
 def test_load_takes_the_parts_that_both_have(saved):
     _, folder = saved('paligemma')
-    config = hub.read_config(saved('siglip_vision')[1])
+    config = huggingface_config.read_config(saved('siglip_vision')[1])
     vlm = VLM(VLMConfig(config, DecoderConfig(128, 16, 1, 32, 2, 1, 8), IMAGE))
     before = vlm.state_dict()['decoder.embedding.weight'].clone()
     loaded = hub.load(vlm, saved('siglip')[1])
@@ -377,7 +378,7 @@ def test_load_takes_the_parts_that_both_have(saved):
     with pytest.raises(ValueError, match=r'decoder.width=32 \(here 16\).*python hub.py config'):
         hub.load(vlm, folder)
     # more rows in our embedding: tokens that were added; and a part that is left as it is
-    wide = VLM(replace(hub.read_config(folder), decoder=replace(hub.read_config(folder).decoder, vocab_size=128)))
+    wide = VLM(replace(huggingface_config.read_config(folder), decoder=replace(huggingface_config.read_config(folder).decoder, vocab_size=128)))
     loaded = hub.load(wide, folder, skip=['connector'])
     assert set(wide.state_dict()) - set(loaded) == {'connector.weight', 'connector.bias'}
     table = hub.from_pretrained(folder).decoder.embedding.weight

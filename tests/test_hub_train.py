@@ -17,9 +17,10 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 tf = pytest.importorskip('transformers')
 
 import checkpoint  # noqa: E402
-import hf  # noqa: E402
 import hub  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
+from families import processors  # noqa: E402
+from families.towers import HFDecoder  # noqa: E402
 from model import DecoderConfig, generate  # noqa: E402
 
 tf.logging.set_verbosity_error()
@@ -47,7 +48,7 @@ def write_bytes_tokenizer(folder):
     names = {256: '<bos>', 257: '<eos>', 258: '<pad>', 259: '<image>'}
     added = {str(i): dict(content=text, special=True, normalized=False, lstrip=False, rstrip=False, single_word=False)
              for i, text in names.items()}
-    (folder / 'tokenizer.json').write_text(json.dumps(hub.bytes_tokenizer(added)))
+    (folder / 'tokenizer.json').write_text(json.dumps(processors.bytes_tokenizer(added)))
     (folder / 'tokenizer_config.json').write_text(json.dumps(dict(
         tokenizer_class='PreTrainedTokenizerFast', bos_token='<bos>', eos_token='<eos>', pad_token='<pad>',
         image_token='<image>')))
@@ -176,7 +177,7 @@ def test_sentencepiece_in_transformers(names, tmp_path):
         add_dummy_prefix=False) | names)
     ours = tokenizers.load(str(tmp_path / 'm.model'))
     (tmp_path / 'hf').mkdir()
-    hub.write_tokenizer(ours, str(tmp_path / 'hf'))
+    processors.write_tokenizer(ours, str(tmp_path / 'hf'))
     theirs = tf.AutoTokenizer.from_pretrained(tmp_path / 'hf')
     spaced = [] if 'add_dummy_prefix' in names else [' x']          # see write_tokenizer
     for text in ('hello world', 'Train a model, turn it into', 'naïve 東京 `code`\n  two', '<b>', *spaced):
@@ -219,7 +220,7 @@ def towers(tmp_path_factory):
 def test_decoders_of_transformers_behind_our_calls(model, tmp_path):
     theirs = model()
     save(theirs.eval(), tmp_path)
-    ours = hf.HFDecoder(DecoderConfig(hf=str(tmp_path)), 60).eval()
+    ours = HFDecoder(DecoderConfig(hf=str(tmp_path)), 60).eval()
     tokens = torch.randint(3, 60, (2, 14), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(tokens)
     mask[1, :5] = 0
@@ -232,7 +233,8 @@ def test_decoders_of_transformers_behind_our_calls(model, tmp_path):
     got = generate(ours, tokens * mask, max_new_tokens=9, eos_id=98)
     assert got == [row[:row.index(98)] if 98 in row else row for row in new]
     assert generate(ours, tokens * mask, max_new_tokens=9, eos_id=98, use_cache=False) == got
-    assert HF_LAYERS[type(theirs).__name__] == len(hf.layers_of(ours))
+    blocks = [module for module in ours.modules() if getattr(module, 'is_block', False)]
+    assert len(blocks) == HF_LAYERS[type(theirs).__name__]
 
 
 HF_LAYERS = dict(GPT2LMHeadModel=2, GPTNeoXForCausalLM=2, MistralForCausalLM=2, Gemma3ForCausalLM=7,
@@ -244,7 +246,7 @@ def test_a_model_that_does_more_than_its_layers_is_refused(tmp_path):
     save(tf.GraniteForCausalLM(tf.GraniteConfig(**{k: v for k, v in TEXT.items() if k != 'head_dim'},
                                                 logits_scaling=8.0)), tmp_path)
     with pytest.raises(ValueError, match='does more than its layers'):
-        hf.HFDecoder(DecoderConfig(hf=str(tmp_path)), 60)
+        HFDecoder(DecoderConfig(hf=str(tmp_path)), 60)
 
 
 def test_towers_of_transformers_train_and_speak(towers, tmp_path):

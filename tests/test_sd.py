@@ -61,8 +61,8 @@ def write_tokenizer(folder):
 
 
 def tokenizers_json():
-    import hub
-    return json.dumps(hub.bytes_tokenizer({})['model']['vocab'])
+    from families.processors import bytes_tokenizer
+    return json.dumps(bytes_tokenizer({})['model']['vocab'])
 
 
 @pytest.fixture(scope='module')

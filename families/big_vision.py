@@ -1,0 +1,239 @@
+"""Checkpoints of google-research/big_vision (.npz): PaliGemma 1 and 2, SigLIP towers, Gemma, as it
+trained them. They are read, never written.
+
+    python train.py config/pali.py --init_from=pt_224.npz --tokenizer=paligemma_tokenizer.model
+
+Its arrays hold all layers of a tower at once, (layers, ...), or a layer each (encoderblock_0,
+...); dense kernels are (in, out), heads have axes of their own.
+Axes: D width, F mlp, N heads, K kv heads, H head dim.
+"""
+import re
+import zipfile
+
+import numpy as np
+import torch
+
+from families import files
+
+# ------------------------------------------------------------------------------------------------
+# our name -> the array's, and how it becomes ours
+
+
+def conv_kernel(x):
+    """(h, w, 3, D) -> (D, 3, h, w)."""
+    return x.transpose(3, 2, 0, 1)
+
+
+def heads_in(x):
+    """(D, N, H) -> (N H, D), as a linear layer has it."""
+    return x.reshape(len(x), -1).T
+
+
+def heads_out(x):
+    """(N, H, D) -> (D, N H)."""
+    return x.reshape(-1, x.shape[-1]).T
+
+
+def einsum_heads(x):
+    """(N, D, H) -> (N H, D)."""
+    return x.transpose(0, 2, 1).reshape(-1, x.shape[1])
+
+
+# Keys and values share an array, and so do the two inputs of the gated MLP.
+
+
+def keys_of(x):
+    """(2, K, D, H) -> (K H, D)."""
+    return einsum_heads(x[0])
+
+
+def values_of(x):
+    """(2, K, D, H) -> (K H, D)."""
+    return einsum_heads(x[1])
+
+
+def gate_of(x):
+    """(2, D, F) -> (F, D)."""
+    return x[0].T
+
+
+def up_of(x):
+    """(2, D, F) -> (F, D)."""
+    return x[1].T
+
+
+TOP = {
+    'vit.stem.weight': ('img/embedding/kernel', conv_kernel),
+    'vit.stem.bias': ('img/embedding/bias', None),
+    'vit.pos_embed': ('img/pos_embedding', None),
+    'vit.norm.weight': ('img/Transformer/encoder_norm/scale', None),
+    'vit.norm.bias': ('img/Transformer/encoder_norm/bias', None),
+    'connector.weight': ('img/head/kernel', np.transpose),
+    'connector.bias': ('img/head/bias', None),
+    'decoder.embedding.weight': ('llm/embedder/input_embedding', None),
+    'decoder.norm.weight': ('llm/final_norm/scale', None)}
+
+# In a block of a tower.
+ATTENTION = 'MultiHeadDotProductAttention_0'
+VIT_BLOCK = {
+    'norm1.weight': ('LayerNorm_0/scale', None),
+    'norm1.bias': ('LayerNorm_0/bias', None),
+    'q.weight': (f'{ATTENTION}/query/kernel', heads_in),
+    'q.bias': (f'{ATTENTION}/query/bias', np.ravel),
+    'k.weight': (f'{ATTENTION}/key/kernel', heads_in),
+    'k.bias': (f'{ATTENTION}/key/bias', np.ravel),
+    'v.weight': (f'{ATTENTION}/value/kernel', heads_in),
+    'v.bias': (f'{ATTENTION}/value/bias', np.ravel),
+    'o.weight': (f'{ATTENTION}/out/kernel', heads_out),
+    'o.bias': (f'{ATTENTION}/out/bias', None),
+    'norm2.weight': ('LayerNorm_1/scale', None),
+    'norm2.bias': ('LayerNorm_1/bias', None),
+    'fc1.weight': ('MlpBlock_0/Dense_0/kernel', np.transpose),
+    'fc1.bias': ('MlpBlock_0/Dense_0/bias', None),
+    'fc2.weight': ('MlpBlock_0/Dense_1/kernel', np.transpose),
+    'fc2.bias': ('MlpBlock_0/Dense_1/bias', None)}
+
+# In a block of a decoder. An RMSNorm's scale is stored less the 1 that it adds, as ours of a
+# Gemma is.
+DECODER_BLOCK = {
+    'norm1.weight': ('pre_attention_norm/scale', None),
+    'q.weight': ('attn/q_einsum/w', einsum_heads),
+    'k.weight': ('attn/kv_einsum/w', keys_of),
+    'v.weight': ('attn/kv_einsum/w', values_of),
+    'o.weight': ('attn/attn_vec_einsum/w', heads_out),
+    'post_norm1.weight': ('post_attention_norm/scale', None),
+    'norm2.weight': ('pre_ffw_norm/scale', None),
+    'gate.weight': ('mlp/gating_einsum', gate_of),
+    'up.weight': ('mlp/gating_einsum', up_of),
+    'down.weight': ('mlp/linear', np.transpose),
+    'post_norm2.weight': ('post_ffw_norm/scale', None)}
+
+# what the names of its arrays begin with -> the part of our model that they are
+PARTS = {'img/': 'vit.', 'img/head/': 'connector.', 'llm/': 'decoder.'}
+
+# ------------------------------------------------------------------------------------------------
+# what every family offers
+
+
+def knows(path):
+    """Is this file mine?"""
+    return path.endswith('.npz')
+
+
+def settings(path):
+    """Refused: its files hold arrays alone."""
+    raise ValueError(f'{path!r} holds weights of big_vision and no settings: give it as init_from '
+                     'to the config of such a model, like config/pali.py')
+
+
+def load(model, path, skip=()):
+    """Copy what an .npz and our model share into the model: the names that were loaded. Raises
+    ValueError."""
+    ours = model.state_dict()
+
+    def fitted_tensors():
+        for name, tensor in tensors(model, path):
+            if not files.is_skipped(name, skip):
+                yield name, files.fitted(tensor, name, tuple(ours[name].shape), path)
+
+    return files.copy_into(model, fitted_tensors())
+
+
+def open_model(path, dtype=torch.float32, image_size=0):
+    """Refused: its files hold arrays alone."""
+    return settings(path)
+
+
+def writes(run_settings, model):
+    """Can `export` write a model of this kind?"""
+    return False
+
+
+def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
+    """Refused."""
+    raise ValueError('.npz files of big_vision are read here, not written')
+
+
+# ------------------------------------------------------------------------------------------------
+# reading
+
+
+class Arrays:
+    """The arrays of an .npz, one in memory at a time. Raises ValueError."""
+
+    def __init__(self, path):
+        try:
+            self.file = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f'{path} can not be read ({error})') from None
+
+        # Some of its checkpoints say params/ before each name, or twice.
+        self.keys = {re.sub(r'^(params/)+', '', key): key for key in self.file.files}
+        self.path = path
+        self.last_name, self.last_array = '', None
+
+    def __getitem__(self, name):
+        if name != self.last_name:
+            try:
+                array = self.file[self.keys[name]]
+            except Exception as error:
+                # zipfile, zlib and numpy have errors of their own.
+                raise ValueError(f'{self.path}: {name} can not be read ({error})') from None
+            self.last_name, self.last_array = name, array
+        return self.last_array
+
+
+def array_of(name, keys):
+    """Of which array one of our parameters is made: (its name, the layer of it or None, how it
+    becomes ours)."""
+    # What is in no layer.
+    match = re.fullmatch(r'(vit|decoder)\.blocks\.(\d+)\.(.+)', name)
+    if not match:
+        key, change = TOP.get(name, (name, None))
+        return key, None, change
+
+    # A decoder has all layers in one array.
+    part, layer, rest = match[1], int(match[2]), match[3]
+    if part == 'decoder':
+        key, change = DECODER_BLOCK.get(rest, (rest, None))
+        return f'llm/layers/{key}', layer, change
+
+    # A vision tower has a layer an array, or all of them in one.
+    key, change = VIT_BLOCK.get(rest, (rest, None))
+    alone = f'img/Transformer/encoderblock_{layer}/{key}'
+    if alone in keys:
+        return alone, None, change
+    return f'img/Transformer/encoderblock/{key}', layer, change
+
+
+def tensors(model, path):
+    """Yield (our name, tensor) of all parameters of a VLM, or of its .vit alone, that an .npz has,
+    array by array. Raises ValueError where a part is not whole."""
+    arrays = Arrays(path)
+
+    # A tower alone has no text, a language model no pictures.
+    there = set()
+    for start, part in PARTS.items():
+        if any(key.startswith(start) for key in arrays.keys):
+            there.add(part)
+
+    # All are looked up before the first is copied.
+    rows = []
+    for name in model.state_dict():
+        if not name.startswith(tuple(there)):
+            continue
+        key, layer, change = array_of(name, arrays.keys)
+        if key not in arrays.keys:
+            raise ValueError(f'{path} has no {key}, of which {name} would be made')
+        rows.append((key, name, layer, change))
+    if not rows:
+        raise ValueError(f'{path} holds nothing that this model has')
+
+    # What shares an array comes one after the other, so that each is read once.
+    for key, name, layer, change in sorted(rows, key=lambda row: row[0]):
+        array = arrays[key]
+        if layer is not None:
+            array = array[layer]
+        if change:
+            array = change(array)
+        yield name, torch.from_numpy(np.ascontiguousarray(array, np.float32))

@@ -1,0 +1,188 @@
+"""Files of other people's weights, whatever family they are of: fetched, opened, fitted to our
+shapes, copied into a model, written.
+
+Nothing that comes with a model is run or unpickled: .safetensors and .json alone are read here.
+Axes: P patches, D width.
+"""
+import json
+import os
+import re
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tokenizer import read_json
+
+REPOSITORY = r'[\w.-]+/[\w.-]+'
+
+# What a model is made from. Pickles and code that lie beside it are never fetched.
+WANTED = ['*.json', '*.safetensors', '*.model', '*.jinja', '*.tiktoken']
+PICKLES = ('.bin', '.pt', '.pth', '.gguf')
+
+
+def fetch(name, revision=None):
+    """The folder of a model: `name` itself, or a repository's copy in huggingface_hub's cache.
+    Raises ValueError."""
+    if os.path.isdir(name) or name.endswith('.npz'):
+        return name
+    if not re.fullmatch(REPOSITORY, name):
+        raise ValueError(f'{name!r} is neither a folder nor a repository (owner/name)')
+
+    import huggingface_hub
+    try:
+        return huggingface_hub.snapshot_download(
+            name, revision=revision, ignore_patterns=['*/*'], allow_patterns=WANTED)
+    except Exception as error:
+        # Of several libraries: no such repository, no licence accepted, no network.
+        reason = ' '.join(str(error).split())[:300]
+        raise ValueError(f'{name!r} is no folder here, and could not be fetched from Hugging '
+                         f'Face: {reason}') from None
+
+
+# ------------------------------------------------------------------------------------------------
+# reading
+
+
+def files_of(folder, stem='model'):
+    """{name of a tensor there: its .safetensors file}; stem: how the files' names begin. fp16 only
+    where there is nothing else. Raises ValueError."""
+    for variant in ('', '.fp16'):
+        # Large models are cut into several files, which an index lists.
+        index = os.path.join(folder, f'{stem}.safetensors.index{variant}.json')
+        if os.path.exists(index):
+            return files_of_index(index)
+
+        single = os.path.join(folder, f'{stem}{variant}.safetensors')
+        if os.path.exists(single):
+            with opened(single) as file:
+                return dict.fromkeys(file.keys(), single)
+
+    pickles = sorted(name for name in os.listdir(folder) if name.endswith(PICKLES))
+    if pickles:
+        raise ValueError(f'{folder!r} has no {stem}.safetensors ({", ".join(pickles)} can not be '
+                         'read: pickles run code; save it with safe_serialization=True)')
+    raise ValueError(f'{folder!r} has no {stem}.safetensors')
+
+
+def files_of_index(index):
+    """{name of a tensor: its file} of a .safetensors.index.json. Raises ValueError."""
+    files = read_json(index).get('weight_map')
+
+    # A file's name must not lead out of the folder.
+    if not isinstance(files, dict) or not all(map(is_safetensors, files.values())):
+        raise ValueError(f'{index}: weight_map does not name .safetensors files beside it')
+    folder = os.path.dirname(index)
+    return {name: os.path.join(folder, file) for name, file in files.items()}
+
+
+def is_safetensors(name):
+    """Is it the name of a .safetensors file, without a folder?"""
+    return isinstance(name, str) and re.fullmatch(r'[\w.-]+\.safetensors', name) is not None
+
+
+def opened(path):
+    """safe_open. Raises ValueError where the file is missing, cut or no .safetensors."""
+    try:
+        return safe_open(path, framework='pt')
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f'{path} can not be read ({error})') from None
+
+
+def tensor_of(file, name, path):
+    """A tensor of an opened file. Raises ValueError with its path."""
+    try:
+        return file.get_tensor(name)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f'{path}: {name} can not be read ({error})') from None
+
+
+# ------------------------------------------------------------------------------------------------
+# theirs to ours
+
+
+def layer_of(key):
+    """vit.encoder.layers.3. of vit.encoder.layers.3.mlp.fc1.weight; '' of what is in no layer."""
+    match = re.match(r'\w+\.(?:encoder\.)?layers\.\d+\.', key)
+    return match[0] if match else ''
+
+
+def is_skipped(name, skip):
+    """Is one of the regexes of `skip` found in a name?"""
+    return any(re.search(regex, name) for regex in skip)
+
+
+def fitted(tensor, name, shape, folder):
+    """The tensor in our shape. Raises ValueError if it has another."""
+    # Pictures of another size have other patches.
+    if name.endswith('pos_embed') and tensor.shape[-1] == shape[2]:
+        return resize_positions(tensor.view(1, -1, shape[2]), shape[1])
+
+    # Rows for tokens that we added: what the model thinks of an average one.
+    same_width = tensor.shape[1:] == shape[1:]
+    if name.endswith('embedding.weight') and same_width and len(tensor) < shape[0]:
+        average = tensor.float().mean(0, keepdim=True).to(tensor)
+        return torch.cat((tensor, average.expand(shape[0] - len(tensor), -1)))
+
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f'{folder!r}: {name} is {tuple(tensor.shape)} there and {shape} here: '
+                         'change the model\'s settings, or name it in init_skip')
+    return tensor
+
+
+def resize_positions(table, patches):
+    """Position table (1, P, D) -> (1, patches, D), bicubic over the square (as transformers)."""
+    if table.shape[1] == patches:
+        return table
+    theirs, ours = round(table.shape[1] ** 0.5), round(patches ** 0.5)
+    if theirs * theirs != table.shape[1]:
+        raise ValueError(f'a position table of {table.shape[1]} patches is no square')
+
+    grid = table.float().unflatten(1, (theirs, theirs)).permute(0, 3, 1, 2)     # (1, D, a, a)
+    grid = F.interpolate(grid, size=(ours, ours), mode='bicubic', align_corners=False)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)               # (1, P, D)
+
+
+def copy_into(model, tensors):
+    """Copy (name, tensor) pairs into a model, sharded or not, one at a time: the names."""
+    ours = model.state_dict()
+    loaded = []
+    for name, tensor in tensors:
+        target = ours[name]
+        tensor = tensor.to(target.device, target.dtype)
+        if isinstance(target, DTensor):
+            # Every process reads all and keeps its part: nothing is sent.
+            tensor = distribute_tensor(tensor, target.device_mesh, target.placements,
+                                       src_data_rank=None)
+        target.copy_(tensor)
+        loaded.append(name)
+    return loaded
+
+
+# ------------------------------------------------------------------------------------------------
+# writing
+
+
+def write_tensors(tensors, folder, stem='model', max_shard_size='5GB'):
+    """{name: tensor} as .safetensors files, with an index where there are several."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    os.makedirs(folder, exist_ok=True)
+    plan = split_torch_state_dict_into_shards(
+        tensors, max_shard_size=max_shard_size, filename_pattern=stem + '{suffix}.safetensors')
+
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: tensors[name] for name in names}
+        save_file(shard, os.path.join(folder, file), {'format': 'pt'})
+
+    if plan.is_sharded:
+        write_json(os.path.join(folder, f'{stem}.safetensors.index.json'),
+                   dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
+
+
+def write_json(path, value):
+    """A .json file, whole or not at all."""
+    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + '.tmp', path)

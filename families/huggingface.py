@@ -1,0 +1,378 @@
+"""Models of transformers, in and out: folders of Gemma 1, 2 and 3 (text), Llama, SmolLM2, Qwen2
+and 3, SigLIP 1 and 2 (fixed resolution), PaliGemma 1 and 2, Idefics3 and SmolVLM.
+
+Names of tensors are here as data, read in both directions: the names of all releases become one
+form, `vit.*`, `decoder.*` or `connector.*` with the rest as theirs (`canonical`), and ours become
+the same form (`their_name`). Settings are in huggingface_config.py, pictures and tokenizers in
+processors.py. Axes: P patches, D width.
+"""
+import itertools
+import os
+import re
+from dataclasses import fields, replace
+
+import torch
+
+from families import files, processors
+from families.huggingface_config import read_config, to_theirs
+from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig, VLMConfig
+from tokenizer import read_json
+
+# ------------------------------------------------------------------------------------------------
+# names: ours -> theirs
+
+# Llama's names are those of all decoders.
+DECODER = {'embedding': 'embed_tokens', 'norm': 'norm'}
+DECODER_BLOCK = {
+    'norm1': 'input_layernorm',
+    'q': 'self_attn.q_proj',
+    'k': 'self_attn.k_proj',
+    'v': 'self_attn.v_proj',
+    'o': 'self_attn.o_proj',
+    'q_norm': 'self_attn.q_norm',
+    'k_norm': 'self_attn.k_norm',
+    'norm2': 'post_attention_layernorm',
+    'gate': 'mlp.gate_proj',
+    'up': 'mlp.up_proj',
+    'down': 'mlp.down_proj'}
+
+# Gemma 2 and 3 have norms after attention and MLP, too, and so call one of them otherwise.
+POST_NORMS = {
+    'post_norm1': 'post_attention_layernorm',
+    'norm2': 'pre_feedforward_layernorm',
+    'post_norm2': 'post_feedforward_layernorm'}
+
+VIT = {
+    'stem': 'embeddings.patch_embedding',
+    'pos_embed': 'embeddings.position_embedding',
+    'norm': 'post_layernorm'}
+VIT_BLOCK = {
+    'norm1': 'layer_norm1',
+    'q': 'self_attn.q_proj',
+    'k': 'self_attn.k_proj',
+    'v': 'self_attn.v_proj',
+    'o': 'self_attn.out_proj',
+    'norm2': 'layer_norm2',
+    'fc1': 'mlp.fc1',
+    'fc2': 'mlp.fc2'}
+
+# What stands before the names of a part: all that releases of transformers have written -> one
+# form. The first that fits is taken.
+PREFIXES = [
+    (r'(?:model\.)?lm_head\.|language_model\.lm_head\.', 'decoder.head.'),
+    (r'(?:model\.)?(?:vision_tower|vision_model)\.(?:vision_model\.)?', 'vit.'),
+    (r'(?:model\.)?(?:language_model|text_model)\.(?:model\.)?', 'decoder.'),
+    (r'(?:model\.)?(?:multi_modal_projector\.linear|connector\.modality_projection\.proj)\.',
+     'connector.'),
+    (r'(?=embeddings\.|encoder\.|post_layernorm\.|head\.)', 'vit.'),
+    (r'(?:model\.)?(?=embed_tokens\.|layers\.|norm\.)', 'decoder.')]
+
+# The same, as the kinds of models write it today; decoders alone are all alike.
+WRITTEN = {
+    'decoder': {
+        'decoder.head.': 'lm_head.',
+        'decoder.': 'model.'},
+    'siglip_vision_model': {
+        'vit.': 'vision_model.'},
+    'paligemma': {
+        'decoder.head.': 'language_model.lm_head.',
+        'decoder.': 'language_model.model.',
+        'vit.': 'vision_tower.vision_model.',
+        'connector.': 'multi_modal_projector.linear.'},
+    'idefics3': {
+        'decoder.head.': 'lm_head.',
+        'decoder.': 'model.text_model.',
+        'vit.': 'model.vision_model.',
+        'connector.': 'model.connector.modality_projection.proj.'}}
+
+# What we have no use for: the pooling head of a SigLIP tower, tables that follow from the
+# settings, the norm after a feature_layer that is not the last, an output layer that is the
+# embedding (and was saved all the same).
+UNUSED = (r'vit\.head\.|.*\.(?:position_ids|inv_freq)$|decoder\.norm\.|vit\.post_layernorm\.'
+          r'|decoder\.head\.')
+
+# model_type -> the part of the model that is read.
+ONLY_INSIDE = {'siglip': r'vision_model\.', 'gemma3': r'(?:model\.)?language_model\.'}
+
+# ------------------------------------------------------------------------------------------------
+# what every family offers
+
+
+def knows(path):
+    """Is this folder mine? It has a config.json that is not a run's of ours."""
+    config = os.path.join(path, 'config.json')
+    if not os.path.isfile(config):
+        return False
+    try:
+        return 'task' not in read_json(config)
+    except ValueError:
+        return True         # whoever opens it says what is wrong with it
+
+
+def settings(path):
+    """What a run of train.py needs to begin with this folder: flat settings, its paths among them.
+    Raises ValueError."""
+    config = read_config(path)
+    if isinstance(config, ViTConfig):
+        return dict(task='siglip', init_from=path) | flat('vit', config)
+
+    # A model with words brings its tokenizer and how it wants its rows.
+    places = dict(init_from=path, tokenizer=path, processor=path)
+    if isinstance(config, DecoderConfig):
+        return dict(task='llm') | places | flat('decoder', config)
+    connector = dict(pixel_shuffle=config.pixel_shuffle, connector_bias=config.connector_bias)
+    parts = flat('vit', config.vit) | flat('decoder', config.decoder)
+    return dict(task='vlm') | places | connector | parts
+
+
+def flat(part, config):
+    """{'vit.width': 1152, ...}: of a config, what belongs to the weights."""
+    of_training = {'dropout', 'remat', 'feature_layer', 'init_scale', 'stem', 'hf'}
+    return {f'{part}.{f.name}': getattr(config, f.name) for f in fields(config)
+            if f.name not in of_training}
+
+
+def load(model, path, skip=()):
+    """Copy what a folder and our model share into the model, sharded or not, one tensor at a time:
+    the names that were loaded. Raises ValueError."""
+    if different := differences(model, path):
+        named = ', '.join(f'{key}={theirs!r} (here {ours!r})'
+                          for key, (ours, theirs) in different.items())
+        raise ValueError(f'{path!r} has {named}: python hub.py config {path} prints all of its '
+                         'settings')
+    return files.copy_into(model, tensors(model, path, skip))
+
+
+def open_model(path, dtype=torch.float32, image_size=0):
+    """Our model of a folder, weights loaded, `.config` filled. image_size: of its pictures, where
+    it is to be another than it was trained on. Raises ValueError."""
+    config = read_config(path)
+    if image_size and isinstance(config, ViTConfig):
+        config = replace(config, image_size=image_size)
+    if image_size and isinstance(config, VLMConfig):
+        config = replace(config, vit=replace(config.vit, image_size=image_size))
+
+    # Nothing is allocated before a file is known to hold it.
+    kind = {DecoderConfig: Decoder, ViTConfig: ViT, VLMConfig: VLM}[type(config)]
+    with torch.device('meta'):
+        model = kind(config)
+
+    # Copied: what safe_open gives is the file itself, mapped, and who changes that would change
+    # the model.
+    loaded = {name: tensor.to(dtype, copy=True) for name, tensor in tensors(model, path)}
+    if lacking := model.state_dict().keys() - loaded.keys():
+        raise ValueError(f'{path!r} lacks {listed(sorted(lacking))}')
+    model.load_state_dict(loaded, assign=True)
+    return model.eval()
+
+
+def writes(run_settings, model):
+    """Is a run's model of a kind that `export` writes, or refuses with a reason of its own?"""
+    model = exported_part(run_settings, model)
+    return isinstance(model, Decoder | ViT | VLM) or is_tower(model)
+
+
+def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
+    """A run's model as a folder that transformers loads: also what its tokenizer and processor
+    read. Raises ValueError."""
+    model = exported_part(run_settings, model)
+    theirs = export_model(model, folder, dtype)
+
+    if not isinstance(model, ViT):
+        # Both model and generation want to know where a text ends.
+        ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
+                   pad_token_id=tokenizer.pad_id)
+        theirs.update(ids)
+        if 'text_config' in theirs:
+            theirs['text_config'].update(ids)
+        files.write_json(os.path.join(folder, 'config.json'), theirs)
+        files.write_json(os.path.join(folder, 'generation_config.json'), ids)
+        processors.write_tokenizer(tokenizer, folder)
+
+    if not isinstance(model, Decoder):
+        image_tokens = getattr(model.config, 'image_tokens', 0)
+        processors.write_processor(theirs['model_type'], run_settings, image_tokens, folder)
+
+
+def exported_part(run_settings, model):
+    """Of a SigLIP, its tower: the text beside it is not theirs."""
+    return model.vit if run_settings['task'] == 'siglip' else model
+
+
+def is_tower(model):
+    """Is it a model of transformers itself (towers.py)?"""
+    config = getattr(model, 'config', None)
+    return isinstance(config, DecoderConfig | ViTConfig) and config.hf != ''
+
+
+def export_model(model, folder, dtype=torch.float32, max_shard_size='5GB'):
+    """Write config.json and .safetensors files that transformers loads: the same logits, in fp32
+    the same bits. Returns the config.json. Raises ValueError for a model that it has not."""
+    # What is wrong with a tower of theirs, to_theirs says.
+    if not isinstance(model, Decoder | ViT | VLM) and not is_tower(model):
+        raise ValueError(f'{type(model).__name__} has no counterpart in transformers: only '
+                         'Decoder, ViT and VLM do')
+    theirs = to_theirs(model.config) | dict(dtype=str(dtype).removeprefix('torch.'))
+
+    ours = model.state_dict()
+    out = {}
+    for key, name in our_names(model).items():
+        tensor = ours[name].detach().to('cpu', dtype).contiguous()
+        if name.endswith('pos_embed'):
+            tensor = tensor[0]          # (1, P, D) -> (P, D)
+        out[written_name(key, theirs['model_type'])] = tensor
+
+    files.write_tensors(out, folder, max_shard_size=max_shard_size)
+    files.write_json(os.path.join(folder, 'config.json'), theirs)
+    return theirs
+
+
+# ------------------------------------------------------------------------------------------------
+# names
+
+
+def canonical(name):
+    """A tensor's name there -> vit.*, decoder.* or connector.*, with what follows still theirs; as
+    it is if unknown."""
+    for pattern, ours in PREFIXES:
+        if match := re.match(pattern, name):
+            return ours + name[match.end():]
+    return name
+
+
+def their_name(name, post_norms):
+    """Our tensor's name, vit.*, decoder.* or connector.*, in their words after the same prefix.
+    Raises ValueError."""
+    part, _, rest = name.partition('.')
+    if part == 'connector' or rest.startswith('head.'):
+        return name
+
+    top, inside, layers = DECODER, DECODER_BLOCK, 'decoder.layers'
+    if part == 'vit':
+        top, inside, layers = VIT, VIT_BLOCK, 'vit.encoder.layers'
+    elif post_norms:
+        inside = DECODER_BLOCK | POST_NORMS
+
+    # In a block, all layers are called alike.
+    if match := re.fullmatch(r'blocks\.(\d+)\.(\w+)\.(weight|bias)', rest):
+        number, ours, kind = match.groups()
+        return f'{layers}.{number}.{inside[ours]}.{kind}'
+
+    # Outside, a table has no kind in our names, and a stem of several convolutions has numbers.
+    key, _, kind = rest.partition('.')
+    is_other_stem = key == 'stem' and kind not in ('weight', 'bias')
+    if key not in top or is_other_stem:
+        raise ValueError(f'{name}: no model of theirs has that')
+    return f'{part}.{top[key]}.{kind or "weight"}'
+
+
+def written_name(key, kind):
+    """A canonical name of theirs as a kind of model writes it."""
+    starts = WRITTEN.get(kind, WRITTEN['decoder'])
+    start = next(start for start in starts if key.startswith(start))
+    return starts[start] + key[len(start):]
+
+
+def our_names(model):
+    """{canonical name of theirs: our name} of what a Decoder, ViT or VLM (or a model that has a
+    .vit) holds."""
+    prefix = ''
+    if isinstance(model, Decoder):
+        prefix = 'decoder.'
+    elif isinstance(model, ViT):
+        prefix = 'vit.'
+    decoder_config = getattr(model.config, 'decoder', model.config)
+    post_norms = getattr(decoder_config, 'post_norms', False)
+
+    # What else a model has is none of theirs.
+    names = {}
+    for name in model.state_dict():
+        if (prefix + name).startswith(('vit.', 'decoder.', 'connector.')):
+            names[their_name(prefix + name, post_norms)] = name
+    return names
+
+
+def part_of(key):
+    """vit, decoder or connector; something else in a name that is not known."""
+    return key.partition('.')[0]
+
+
+def listed(names):
+    """The first three of some names."""
+    return ', '.join(names[:3]) or 'nothing'
+
+
+# ------------------------------------------------------------------------------------------------
+# reading
+
+
+def differences(model, folder):
+    """{our key: (ours, theirs)} of the settings in which a model folder differs from the parts of
+    a model that both have; sizes of pictures and vocabularies aside, and what does not belong to
+    the weights."""
+    ours, theirs = model.config, read_config(folder)
+    free = {'image_size', 'feature_layer', 'dropout', 'remat', 'init_scale', 'vocab_size', 'hf'}
+    pairs = []
+
+    # Each may be a part alone, or have it.
+    for part, kind in (('vit', ViTConfig), ('decoder', DecoderConfig)):
+        our_part, their_part = part_config(ours, part, kind), part_config(theirs, part, kind)
+        if our_part and their_part:
+            pairs += [(f'{part}.{f.name}', getattr(our_part, f.name), getattr(their_part, f.name))
+                      for f in fields(kind) if f.name not in free]
+
+    if isinstance(ours, VLMConfig) and isinstance(theirs, VLMConfig):
+        for key in ('pixel_shuffle', 'connector_bias'):
+            pairs.append((key, getattr(ours, key), getattr(theirs, key)))
+    return {key: (a, b) for key, a, b in pairs if a != b}
+
+
+def part_config(config, part, kind):
+    """The config of a part: itself, or inside of it; None where it has no such part."""
+    return config if isinstance(config, kind) else getattr(config, part, None)
+
+
+def where(model, folder):
+    """[(our name, their name, file)] for all that a folder and a model share, file by file. Raises
+    ValueError where a part of theirs is not whole, or holds what is not known here."""
+    ours = our_names(model)
+    tensor_files = files.files_of(folder)
+    kind = read_json(os.path.join(folder, 'config.json')).get('model_type')
+    inside = ONLY_INSIDE.get(kind, '')
+    theirs = {canonical(name): name for name in tensor_files if re.match(inside, name)}
+
+    # A folder may hold more parts than the model (a decoder beside a tower), never half a part.
+    shared = set(map(part_of, theirs)) & set(map(part_of, ours))
+    if not shared:
+        raise ValueError(f'{folder!r} holds another model: nothing in it belongs to this one')
+    missing = [key for key in sorted(ours) if part_of(key) in shared and key not in theirs]
+
+    # What is known and not ours: parts that the model lacks, and layers after its feature_layer.
+    other_parts = {'vit', 'decoder', 'connector'} - shared
+    built = set(map(files.layer_of, ours))
+    unknown = []
+    for key in sorted(theirs.keys() - ours.keys()):
+        is_left = part_of(key) in other_parts or files.layer_of(key) not in built
+        if not is_left and not re.match(UNUSED, key):
+            unknown.append(theirs[key])
+
+    if missing or unknown:
+        raise ValueError(f'{folder!r} holds another model: it lacks {listed(missing)} and has '
+                         f'{listed(unknown)} that is not known here')
+    rows = [(name, theirs[key], tensor_files[theirs[key]]) for key, name in ours.items()
+            if key in theirs]
+    return sorted(rows, key=lambda row: (row[2], row[1]))
+
+
+def tensors(model, folder, skip=()):
+    """Yield (our name, tensor of our shape), one at a time, for all that a folder and a model
+    share, but for names in which a regex of `skip` is found. Position tables are interpolated
+    where the picture size differs. Raises ValueError."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Each file is opened once, and no more than one at a time.
+    for path, rows in itertools.groupby(where(model, folder), lambda row: row[2]):
+        with files.opened(path) as file:
+            for name, their, _ in rows:
+                if not files.is_skipped(name, skip):
+                    tensor = files.tensor_of(file, their, path)
+                    yield name, files.fitted(tensor, name, shapes[name], folder)

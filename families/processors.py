@@ -1,0 +1,338 @@
+"""Processors and tokenizers of transformers: what the files of a model folder say of pictures,
+conversations and special tokens, and such files of ours.
+
+Processors of PaliGemma, SigLIP, Idefics3, SmolVLM and Llava are read; those of the first three are
+written. Where a processor of transformers differs: text that reads <image>, <bos>, <|im_end|> ...
+stays text here, an answer loses the spaces around it if it is a `suffix`, and a picture is never
+split.
+"""
+import os
+import shutil
+import warnings
+
+import numpy as np
+
+import tokenizer as tokenizers
+from chat import CHATS, read_template
+from families.files import write_json
+from tokenizer import read_json
+
+# How the class of a processor or image processor begins -> our form.
+FORMS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
+         'Siglip': 'pair'}
+
+# CLIP's pictures, where a folder leaves them out (CLIPImageProcessor's defaults).
+CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073],
+            image_std=[0.26862954, 0.26130258, 0.27577711], size={'shortest_edge': 224},
+            crop_size={'height': 224, 'width': 224}, do_center_crop=True)
+
+# What SigLIP's tokenizers do to a text before they cut it up.
+TEXT_RULES = {'SiglipTokenizer': 'siglip', 'Siglip2Tokenizer': 'siglip2'}
+
+# Whole numbers are written for fractions, too.
+NUMBER = int | float
+SIDES = ('height', 'width')
+
+# ------------------------------------------------------------------------------------------------
+# reading
+
+
+class ProcessorSettings:
+    """What the processor files of a folder say; a value of a wrong type is a ValueError that names
+    it."""
+
+    def __init__(self, folder, values):
+        self.folder, self.values = folder, values
+
+        # transformers 5 writes those of the pictures inside the others.
+        self.values.update(self.get('image_processor', {}, dict))
+
+    def get(self, key, default=None, kind=None, least=None, most=1 << 16):
+        """A value, or its default where it is null or missing; kind: of what type it has to be."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if kind is None:
+            return value
+
+        # For Python, true is an int.
+        is_bool = isinstance(value, bool)
+        if not isinstance(value, kind) or (is_bool and kind is not bool):
+            raise self.wrong(key, value)
+        if least is not None and not least <= value <= most:
+            raise self.wrong(key, value)
+        return value
+
+    def wrong(self, key, value, why='which can not be'):
+        return ValueError(f'processor={self.folder!r}: {key} is {str(value)[:80]!r}, {why}')
+
+    def edge(self, key, names, default=None):
+        """The one side that a size has under one of these names, or 0."""
+        size = self.get(key, default or {}, dict | int)
+        if isinstance(size, int):
+            size = dict.fromkeys(SIDES, size)
+        sides = {size[name] for name in names if isinstance(size.get(name), NUMBER)}
+
+        # A bool, a fraction or several sides are no square.
+        if len(sides) > 1 or not all(type(side) is int and 0 < side < 1 << 14 for side in sides):
+            raise self.wrong(key, size, 'expected a square')
+        return sides.pop() if sides else 0
+
+    def colour(self, key):
+        """Three numbers; one stands for all."""
+        values = self.get(key, [0.5] * 3, list | NUMBER)
+        if not isinstance(values, list):
+            values = [values] * 3
+        are_numbers = all(type(x) in (int, float) and abs(x) < 1e6 for x in values)
+        if len(values) != 3 or not are_numbers:
+            raise self.wrong(key, values)
+        return np.array(values, float)
+
+
+def read_model_folder(folder, pictures=True):
+    """What the files of a model folder say, as keywords of Processor: form, template and, for one
+    with pictures, mean, std, resample, resize, opens, text_rule, and image_size and image_tokens
+    (0: not said), which are the model's. Raises ValueError.
+
+    preprocessor_config.json and processor_config.json are read for pictures, chat_template.jinja,
+    chat_template.json or tokenizer_config.json for conversations. A folder without the former, or
+    pictures=False, needs a chat template."""
+    said = read_settings(folder)
+    template = read_template(folder)
+    if not pictures or not said.values:
+        return text_alone(folder, template, pictures)
+
+    form = form_of(said)
+    if said.get('image_processor_type', '', str).startswith(('CLIP', 'Llava')):
+        said.values = CLIP | {key: x for key, x in said.values.items() if x is not None}
+    mean, std = colours(said, form)
+
+    # Idefics3's pictures are resized by rules of their own. (Numbers of PIL: Lanczos, bicubic.)
+    if form == 'smolvlm':
+        resample = said.get('resample', 1, int, 0, 5)
+        image_size, resize = idefics3_sizes(said)
+    else:
+        resample = said.get('resample', 3, int, 0, 5)
+        image_size, resize = plain_sizes(said)
+    if not image_size or resize == ('squares', 0):
+        raise said.wrong('size', [said.get('size'), said.get('max_image_size')])
+    image_tokens = tokens_of_a_picture(said, form, image_size)
+
+    # PaliGemma and SigLIP hold no conversations, whatever their tokenizers say.
+    if form not in CHATS:
+        template = ''
+    return dict(form=form, mean=mean, std=std, resize=resize, resample=resample,
+                image_size=image_size, image_tokens=image_tokens, template=template, opens=True,
+                text_rule=text_rule_of(folder, form))
+
+
+def read_settings(folder):
+    """The settings of both processor files of a folder; none where there is no such file."""
+    # Where both say something, the second is the newer one.
+    found = {}
+    for name in ('preprocessor_config.json', 'processor_config.json'):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            found |= read_json(path, 1 << 20)
+    return ProcessorSettings(folder, found)
+
+
+def text_alone(folder, template, pictures):
+    """Keywords of Processor of a folder without pictures. Raises ValueError."""
+    if template:
+        return dict(form='chat', template=template)
+    if pictures:
+        raise ValueError(f'processor={folder!r} has no chat template and no '
+                         'preprocessor_config.json')
+    raise ValueError(f'processor={folder!r} has no chat template')
+
+
+def form_of(said):
+    """Our form of a folder's processor. Raises ValueError."""
+    # A folder of a tower alone has an image processor, and nothing around it.
+    kind = said.get('processor_class', '', str) or said.get('image_processor_type', '', str)
+    for start, form in FORMS.items():
+        if kind.startswith(start):
+            return form
+    raise ValueError(f'processor={said.folder!r}: its processor_class is {kind or "not given"}, '
+                     f'known are those of {", ".join(FORMS)}')
+
+
+def colours(said, form):
+    """(mean, std) of the pixels, three numbers each. Raises ValueError."""
+    # Idefics3 pads the smaller pictures of a batch, where ours are all of one size.
+    is_resized = said.get('do_resize', True, bool)
+    is_padded = said.get('do_pad', False, bool) and form != 'smolvlm'
+    if is_padded or not is_resized:
+        raise said.wrong('do_resize, do_pad', [said.get('do_resize'), said.get('do_pad')],
+                         'expected true, false')
+
+    # to_pixels divides by 255, whatever a folder's rescale_factor says.
+    factor = said.get('rescale_factor', 1 / 255, NUMBER, 1e-6)
+    if not said.get('do_rescale', True, bool):
+        factor = 1
+    scale = 1 / 255 / factor
+
+    mean, std = np.zeros(3), np.ones(3)
+    if said.get('do_normalize', True, bool):
+        mean, std = said.colour('image_mean'), said.colour('image_std')
+    if (std <= 0).any():
+        raise said.wrong('image_std', std)
+    return (mean * scale).tolist(), (std * scale).tolist()
+
+
+def idefics3_sizes(said):
+    """(image_size, resize) of an Idefics3 or SmolVLM."""
+    if said.get('do_image_splitting', True, bool):
+        warnings.warn(f'processor={said.folder!r}: do_image_splitting is on, but pictures are not '
+                      'split', stacklevel=3)
+    # What a picture becomes first, and the size of the squares that it is cut into.
+    image_size = said.edge('max_image_size', ('longest_edge',), {'longest_edge': 364})
+    longest = said.edge('size', ('longest_edge',), {'longest_edge': 4 * 364})
+    if longest:
+        return image_size, ('longest', longest)
+    return image_size, ('squares', said.edge('size', SIDES))
+
+
+def plain_sizes(said):
+    """(image_size, resize) of a SigLIP or CLIP."""
+    shortest = said.edge('size', ('shortest_edge',))
+    image_size = shortest or said.edge('size', SIDES, {'height': 224, 'width': 224})
+
+    # CLIP makes the shorter side fit and takes the middle, SigLIP makes both sides fit.
+    crop = 0
+    if said.get('do_center_crop', False, bool):
+        crop = said.edge('crop_size', SIDES)
+    is_cut = shortest and crop != shortest
+    if is_cut or crop not in (0, image_size):
+        raise said.wrong('crop_size', crop, 'expected a square of the size')
+    if shortest:
+        return image_size, ('shortest', shortest)
+    return image_size, ('square', 0)
+
+
+def tokens_of_a_picture(said, form, image_size):
+    """Tokens that a picture takes; 0: not said."""
+    tokens = said.get('image_seq_length', said.get('image_seq_len', 0), int, 0)
+    if form != 'llava' or not said.get('patch_size'):
+        return tokens
+
+    # A Llava's processor counts them: patches, and a class token that may be dropped again.
+    tokens = (image_size // said.get('patch_size', 1, int, 1)) ** 2
+    tokens += said.get('num_additional_image_tokens', 0, int, 0)
+    if said.get('vision_feature_select_strategy') == 'default':
+        tokens -= 1
+    return tokens
+
+
+def text_rule_of(folder, form):
+    """What the tokenizer of a SigLIP does to a text first: siglip, siglip2, or nothing."""
+    path = os.path.join(folder, 'tokenizer_config.json')
+    if form != 'pair' or not os.path.isfile(path):
+        return ''
+    return TEXT_RULES.get(str(read_json(path).get('tokenizer_class')), '')
+
+
+# ------------------------------------------------------------------------------------------------
+# writing
+
+
+def write_processor(kind, run_settings, image_tokens, folder):
+    """preprocessor_config.json and processor_config.json: how pictures become pixels and image
+    tokens. kind: model_type of the config.json beside them."""
+    size = run_settings['vit.image_size']
+    # Their slow and fast image processors have other defaults: all is said.
+    pixels = dict(do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True,
+                  rescale_factor=1 / 255, image_mean=three(run_settings['image_mean']),
+                  image_std=three(run_settings['image_std']), resample=3)
+    processor = {}
+
+    if kind == 'idefics3':
+        edge = dict(longest_edge=size)
+        pixels |= dict(image_processor_type='Idefics3ImageProcessor',
+                       processor_class='Idefics3Processor', size=edge, max_image_size=edge,
+                       do_image_splitting=False, do_pad=True, resample=1)
+        processor = dict(processor_class='Idefics3Processor', image_seq_len=image_tokens)
+    else:
+        pixels |= dict(image_processor_type='SiglipImageProcessor',
+                       size=dict(height=size, width=size))
+    if kind == 'paligemma':
+        pixels |= dict(processor_class='PaliGemmaProcessor', image_seq_length=image_tokens)
+        processor = dict(processor_class='PaliGemmaProcessor')
+
+    write_json(os.path.join(folder, 'preprocessor_config.json'), pixels)
+    if processor:
+        write_json(os.path.join(folder, 'processor_config.json'), processor)
+
+
+def three(value):
+    """A number for each of red, green and blue."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [value] * 3
+
+
+def write_tokenizer(tokenizer, folder):
+    """The tokenizer's files as transformers looks for them. (Of a Llama-like tokenizer.model it
+    makes a tokenizer that swallows the space before a text that begins with one.)"""
+    # Special tokens by their role; those that a tokenizer only counts get a name here.
+    names, added = {}, {}
+    for role in ('bos', 'eos', 'pad', 'image'):
+        number = getattr(tokenizer, f'{role}_id')
+        names[f'{role}_token'] = piece_of(tokenizer, number) or f'<{role}>'
+        added[str(number)] = dict(content=names[f'{role}_token'], special=True, normalized=False,
+                                  lstrip=False, rstrip=False, single_word=False)
+
+    # The main file, which is the first, has a name that transformers looks for.
+    for path in tokenizer.files:
+        name = os.path.basename(path)
+        ending = os.path.splitext(path)[1]
+        if path == tokenizer.files[0] and ending in ('.model', '.json'):
+            name = f'tokenizer{ending}'
+        shutil.copyfile(path, os.path.join(folder, name))
+
+    # Bytes have no file of their own. A tokenizer.model does not say which class reads it.
+    kind = 'PreTrainedTokenizerFast'
+    if isinstance(tokenizer, tokenizers.Bytes):
+        write_json(os.path.join(folder, 'tokenizer.json'), bytes_tokenizer(added))
+    elif isinstance(tokenizer, tokenizers.SentencePiece):
+        kind = 'GemmaTokenizer' if names['bos_token'] == '<bos>' else 'LlamaTokenizer'
+
+    # What the tokenizer came with is kept, and wins.
+    path = os.path.join(folder, 'tokenizer_config.json')
+    kept = {}
+    if os.path.exists(path):
+        kept = read_json(path)
+    ours = dict(tokenizer_class=kind, added_tokens_decoder=added, model_max_length=10 ** 30,
+                clean_up_tokenization_spaces=False)
+    write_json(path, ours | names | kept)
+
+
+def piece_of(tokenizer, number):
+    """The text of a token in the tokenizer's own file; None or '' of one that it has not."""
+    if isinstance(tokenizer, tokenizers.SentencePiece) and number < tokenizer.size:
+        return tokenizer.model.id_to_piece(number)
+    if isinstance(tokenizer, tokenizers.HuggingFace):
+        return tokenizer.model.id_to_token(number)
+    return None
+
+
+def bytes_tokenizer(added):
+    """tokenizer.json of a tokenizer whose ids are the bytes of UTF-8. added: {id: its token}."""
+    # It spells a byte as GPT-2 does: as itself where it is a letter of Latin-1, the others as the
+    # letters from 256 on.
+    plain = [*range(ord('!'), ord('~') + 1), *range(ord('¡'), ord('¬') + 1),
+             *range(ord('®'), ord('ÿ') + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    letters = {byte: chr(byte) for byte in plain}
+    letters |= {byte: chr(256 + place) for place, byte in enumerate(others)}
+    vocab = {letters[byte]: byte for byte in range(256)}
+
+    # Without merges, every byte stays a token.
+    level = dict(type='ByteLevel', add_prefix_space=False, trim_offsets=True, use_regex=False)
+    model = dict(type='BPE', dropout=None, unk_token=None, continuing_subword_prefix=None,
+                 end_of_word_suffix=None, fuse_unk=False, byte_fallback=False, vocab=vocab,
+                 merges=[])
+    tokens = [dict(id=int(number), **token) for number, token in added.items()]
+    return dict(version='1.0', truncation=None, padding=None, normalizer=None, pre_tokenizer=level,
+                post_processor=None, decoder=level, added_tokens=tokens, model=model)
