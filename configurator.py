@@ -2,73 +2,121 @@
 
     lr = 6e-4                       # train.py: plain names, and dataclasses for model parts
     vit = ViTConfig()
-    config = configure(globals())   # flat dict {'lr': 6e-4, 'vit.depth': 12, ...}, to be saved as config.json
+    config = configure(globals())   # flat dict {'lr': 6e-4, 'vit.depth': 12, ...}: config.json
 
     python train.py config/gemma_2b.py out/run/config.json --lr=3e-5 --vit.depth=12
-    python train.py --help
 
-A config `.py` is plain Python over the current settings (`vit.depth = 27`, `lr = lr * 2`; helpers start with `_`), a
-`.json` is a saved run. A setting has the type of its default; int -> float and list <-> tuple are converted, anything
-else is refused with one line on stderr and exit code 2.
+A config `.py` is plain Python over the current settings (`vit.depth = 27`, `lr = lr * 2`; helpers
+start with `_`), a `.json` is a saved run. A setting has the type of its default; int -> float and
+list <-> tuple are converted, anything else is refused with one line on stderr and exit code 2.
+A script's `task` names a file that has a class of further settings: tasks/<task>.py, or your own.
 """
 
 import ast
 import copy
-import dataclasses
 import difflib
-import inspect
-import io
 import json
 import os
 import re
+import shutil
 import sys
+import textwrap
 import tokenize
 import traceback
+from collections import namedtuple
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace as Group  # what stands for a dataclass while a config file runs
 
 TYPES = (bool, int, float, str, tuple, list, dict)  # bool first: it is an int too
-HOME = Path(__file__).resolve().parent
+HELP = {'--help', '-h'}
+HOME = Path(__file__).resolve().parent  # config/ and tasks/ are here
+Setting = namedtuple('Setting', 'name default comment section')  # as text, from its source
+OTHER_NAMES = dict(  # ours = what other trainers call it
+    lr='learning_rate', schedule='lr_scheduler_type lr_schedule', weight_decay='wd',
+    warmup='warmup_steps warmup_ratio warmup_iters', grad_clip='max_grad_norm clip_grad',
+    micro_batch_size='gradient_accumulation_steps per_device_train_batch_size device_batch_size',
+    batch_size='batch', max_steps='max_iters total_steps num_steps', dtype='bf16 fp16 precision',
+    epochs='num_epochs num_train_epochs', mix='dataset train_data', seed='random_seed',
+    workers='num_workers', out_dir='output_dir', num_checkpoints='save_steps save_every',
+    log_every='logging_steps log_interval', eval_every='eval_interval eval_steps',
+    resume='resume_from_checkpoint',
+)  # fmt: skip
 
 
-def configure(settings, argv=None, partial=False):
-    """Apply files and flags to `settings`, a script's globals(), in place; return the flat config, ready for JSON.
+def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
+    """Apply files and flags to `settings`, a script's globals(), in place; return the flat config.
 
-    `partial=True` is for scripts that read another script's config: what they do not have is skipped in files.
-    """
+    partial: the files are another script's: what they set and this one does not have is skipped.
+    more: task -> {name: value}, the settings that the task adds. Raises ValueError.
+    elsewhere: key -> the tasks that have this setting; asked when a key is refused."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    scope = {k: v for k, v in settings.items() if k[0] != '_' and (isinstance(v, TYPES) or is_instance(v))}
-    defaults = flatten({name: group(name, value, {}) for name, value in scope.items()})
+    if os.path.isfile(settings.get('__file__') or ''):
+        answer_help(settings['__file__'], argv)
+    scope = {k: v for k, v in settings.items() if k[0] != '_' and is_setting(v)}
+
+    # The task decides which settings there are, so it is known before any of them is read.
+    if more:
+        scope['task'] = find_task(argv, scope['task'])
+        scope |= added_by(scope['task'], more, settings)
+    defaults = flatten(scope)
     for key, value in defaults.items():
-        assert isinstance(value, TYPES), f'{key} = {value!r}: a setting is one of {[t.__name__ for t in TYPES]}'
-    if '--help' in argv or '-h' in argv:
-        show_help(settings, scope, defaults)
+        assert is_setting(value), f'{key} = {value!r}: a setting is one of {TYPES}'
+    if HELP & set(argv):  # typed into a shell, which has no source to read
+        print_settings([Setting(key, repr(value), '', '') for key, value in defaults.items()])
         raise SystemExit(0)
-    flat = {key: convert(f'the default {key}={value!r}', value, value) for key, value in defaults.items()}
-    for i, arg in enumerate(argv):
-        key, equals, text = arg.partition('=')
-        flag = arg.startswith('--') and equals
-        if flag:
-            found = {key[2:]: parse(text, defaults.get(key[2:]))}
-        elif arg.startswith('-'):
-            value = argv[i + 1] if argv[i + 1 :] and not argv[i + 1].startswith('--') else 'VALUE'
-            refuse(f'{arg} is not of the form --key=value: write --{key.lstrip("-")}={text if equals else value}')
-        elif arg.endswith(('.py', '.json')):
-            path = find(arg)
-            found = run_python(path, scope, flat, partial) if arg.endswith('.py') else read_json(path)
+
+    flat = {k: convert(f'the default {k}={v!r}', v, v) for k, v in defaults.items()}
+    for place, argument in enumerate(argv):
+        is_flag = argument.startswith('-')
+        if is_flag:
+            given = read_flag(argument, argv[place + 1 :], defaults)
+        elif argument.endswith('.py'):
+            given = run_python(find(argument), scope, flat, partial, elsewhere)
+        elif argument.endswith('.json'):
+            given = read_json(find(argument))
+        elif '=' in argument:
+            refuse(f'unexpected {argument!r}: write --{argument}')
         else:
-            refuse(f'unexpected {arg!r}: write {"--" + arg if equals else "--key=value, or a .py or .json file"}')
-        for key, value in found.items():
-            label = arg if flag else f'{key}={value!r:.60} in {arg}'
+            refuse(f'unexpected {argument!r}: write --key=value, or a .py or .json file')
+
+        for key, value in given.items():
+            label = argument if is_flag else f'{key}={value!r:.60} in {argument}'
             if key in flat:
                 flat[key] = convert(label, value, defaults[key])
-            elif parts := [k for k in flat if k.startswith(key + '.')]:
-                refuse(f'{label}: {key} is a group of settings, set its parts, such as {parts[0]}')
-            elif flag or not partial:
-                tip = 'start the names of helpers with _' if arg.endswith('.py') else '--help lists all'
-                refuse(f'unknown setting {label}: did you mean {nearest(key, flat, 0.0)}? ({tip})')
-    settings.update({name: rebuild(name, value, flat) for name, value in scope.items()})
-    return {key: plain(value) for key, value in flat.items()}
+            else:
+                refuse_key(key, label, flat, partial and not is_flag, elsewhere)
+
+    if more and flat['task'] != scope['task']:
+        refuse(f"task={flat['task']} comes too late: write task = '...' on a line of its own")
+    try:  # a dataclass checks its values
+        settings.update({name: fill(name, value, flat) for name, value in scope.items()})
+    except ValueError as error:
+        refuse(str(error))
+    return plain(flat)
+
+
+def added_by(task, more, settings):
+    """The settings that a task adds to a script's."""
+    try:
+        added = more(task)
+    except ValueError as error:
+        refuse(str(error))
+    for name in added:
+        assert name not in settings, f'task={task}: {name} is a name of the script, too'
+    return added
+
+
+def part(flat, name, cls):
+    """The dataclass `cls` with the flat settings `name.*`. Raises ValueError."""
+    known = flatten({name: cls()})
+    unknown = [key for key in flat if key.startswith(f'{name}.') and key not in known]
+    if unknown:
+        raise ValueError(f'{cls.__name__} has no setting {", ".join(unknown)}')
+    return fill(name, cls(), flat)
+
+
+# Refusals
 
 
 def refuse(message):
@@ -77,149 +125,285 @@ def refuse(message):
     raise SystemExit(2) from None
 
 
+def refuse_key(key, label, flat, may_skip, elsewhere):
+    """Say what may have been meant by a key that is no setting."""
+    parts = [known for known in flat if known.startswith(f'{key}.')]
+    if parts:
+        refuse(f'{label}: {key} is a group of settings, set its parts, such as {parts[0]}')
+    if may_skip:
+        return
+    owner = owner_of(key, flat, elsewhere)
+    if owner:
+        refuse(f'unknown setting {label}: {owner}')
+    tip = 'start the names of helpers with _' if label.endswith('.py') else '--help lists all'
+    refuse(f'unknown setting {label}: did you mean {nearest(key, flat, 0.0)}? ({tip})')
+
+
+def owner_of(key, flat, elsewhere):
+    """'a setting of task=t2i, this run is task=vlm'; '' where no other task has the key."""
+    tasks = elsewhere(key) if elsewhere else []
+    if not tasks:
+        return ''
+    names = [f'task={task}' for task in tasks]
+    if 'task' in flat:
+        names.append(f'this run is task={flat["task"]}')
+    return f'a setting of {", ".join(names)}'
+
+
 def nearest(name, keys, cutoff):
-    """The key most like `name`, by its whole or by its last part (depth: vit.depth); '' below the cutoff."""
+    """The key that others call `name`, else the most like it, whole or its last part; or ''."""
+    name = name.lower().replace('-', '_')
+    for ours, theirs in OTHER_NAMES.items():
+        if ours in keys and name in theirs.split():
+            return ours
+
+    # depth is near to vit.depth, and a key that comes first is met first
     names = {key.rpartition('.')[2]: key for key in reversed(keys)} | {key: key for key in keys}
-    match = difflib.get_close_matches(name.lower(), names, 1, cutoff)
+    match = difflib.get_close_matches(name, names, 1, cutoff)
     return names[match[0]] if match else ''
 
 
 # Values
 
 
+def read_flag(flag, following, defaults):
+    """{key: value} of --key=value."""
+    key, equals, text = flag.partition('=')
+    if flag.startswith('--') and equals:
+        return {key[2:]: parse(text, defaults.get(key[2:]))}
+
+    # --lr 3: the next argument is what was meant, unless it is a flag itself
+    if not equals:
+        text = 'VALUE'
+        if following and not following[0].startswith('--'):
+            text = following[0]
+    refuse(f'{flag} is not of the form --key=value: write --{key.lstrip("-")}={text}')
+
+
 def parse(text, default):
     """The value of a flag; a string setting takes the text as it is, less its quotes."""
-    if isinstance(default, str) and (len(text) < 2 or text[0] not in '\'"' or text[0] != text[-1]):
+    is_text = isinstance(default, str)
+    is_quoted = len(text) > 1 and text[0] in '\'"' and text[0] == text[-1]
+    if is_text and not is_quoted:
         return text
+
+    # what Python does not write like this
     if text.lower() in ('true', 'false'):
         return text.lower() == 'true'
     if isinstance(default, float) and text.lower().lstrip('+-') in ('inf', 'nan'):
         return float(text)
+
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
-    return text if isinstance(default, str) and not isinstance(value, str) else value
+    if is_text and not isinstance(value, str):
+        return text
+    return value
 
 
 def convert(label, value, default):
     """`value` in the type of `default`; `label` opens the refusal."""
-    kind, got = (next((t for t in TYPES if isinstance(v, t)), type(v)) for v in (default, value))
+    kind, got = kind_of(default), kind_of(value)
     if kind is float and got is int and abs(value) <= sys.float_info.max:
         value, got = float(value), float
     elif {kind, got} == {list, tuple}:
         value, got = kind(value), kind
+
     if got is not kind or value != value:  # nan is not equal to itself
-        hint = ': write true or false' if kind is bool else ''
-        if kind is int and got is float and value.is_integer():
-            hint = f': write {int(value)}'
-        name = 'nan' if got is kind else got.__name__
-        refuse(f'{label}: expected {kind.__name__} like {default!r:.60}, got {name}{hint}')
-    try:  # what config.json cannot give back would change the run that is started from it
-        text = json.dumps(value)
-        assert json.loads(text, parse_constant=float) == plain(value)
-    except (TypeError, ValueError, AssertionError):
-        refuse(f'{label}: JSON cannot hold it: use numbers but nan, strings, lists, and dicts with string keys')
-    return default if text == json.dumps(default) else kind(plain(value))
+        what = 'nan' if got is kind else got.__name__
+        if kind is bool:
+            what += ': write true or false'
+        elif kind is int and got is float and value.is_integer():
+            what += f': write {int(value)}'
+        refuse(f'{label}: expected {kind.__name__} like {default!r:.60}, got {what}')
+
+    # What config.json cannot give back would change the run that is started from it.
+    try:
+        is_kept = json.loads(json.dumps(value), parse_constant=float) == plain(value)
+    except (TypeError, ValueError):
+        is_kept = False
+    if not is_kept:
+        what = 'numbers but nan, strings, lists, and dicts with string keys'
+        refuse(f'{label}: JSON cannot hold it: use {what}')
+    return kind(plain(value))
+
+
+def kind_of(value):
+    return next((kind for kind in TYPES if isinstance(value, kind)), type(value))
+
+
+def is_setting(value):
+    return isinstance(value, TYPES) or is_dataclass(type(value))
 
 
 def plain(value):
     """`value` as JSON gives it back: with lists for tuples."""
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value]
-    return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return value
 
 
-# Dataclasses: {'vit': ViTConfig(depth=12)}, as groups {'vit': Group(depth=12)}, flat {'vit.depth': 12}
+# Dataclasses: {'vit': ViTConfig(depth=12)}, {'vit': Group(depth=12)}, or flat {'vit.depth': 12}
 
 
-def is_instance(value):
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+def fill(key, value, flat, as_group=False):
+    """A setting with the values of the flat config: a new instance of a dataclass, or a Group."""
+    if is_dataclass(type(value)):
+        old = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        new = {name: fill(f'{key}.{name}', old[name], flat, as_group) for name in old}
+        if as_group:
+            return Group(**new)
+        try:  # a new instance, so that frozen ones work and are checked again
+            return replace(value, **new)
+        except (ValueError, AssertionError) as error:
+            raise ValueError(f'{key}: {error!r}') from None
+    if key not in flat:
+        return copy.deepcopy(value)
 
-
-def fields(value):
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
-
-
-def group(key, value, flat):
-    """A copy of a setting with the values of the flat config, a Group where it is a dataclass."""
-    if not is_instance(value):
-        return copy.deepcopy(flat.get(key, value))
-    return Group(**{k: group(f'{key}.{k}', v, flat) for k, v in fields(value).items()})
+    # JSON has lists for tuples, also for those inside of a default
+    new = copy.deepcopy(flat[key])
+    if json.dumps(new) == json.dumps(value):
+        new = copy.deepcopy(value)
+    if isinstance(value, tuple) and isinstance(new, list):
+        new = tuple(new)
+    return new
 
 
 def flatten(groups, prefix=''):
     flat = {}
     for name, value in groups.items():
-        flat |= flatten(vars(value), f'{prefix}{name}.') if isinstance(value, Group) else {prefix + name: value}
+        if is_dataclass(type(value)):
+            value = fill(name, value, {}, as_group=True)
+        if isinstance(value, Group):
+            flat |= flatten(vars(value), f'{prefix}{name}.')
+        else:
+            flat[prefix + name] = value
     return flat
-
-
-def rebuild(key, value, flat):
-    """A setting's value from the flat config: always a new instance, so that frozen ones work and are checked again."""
-    if not is_instance(value):
-        return flat[key]
-    try:
-        return dataclasses.replace(value, **{k: rebuild(f'{key}.{k}', v, flat) for k, v in fields(value).items()})
-    except (ValueError, AssertionError) as error:  # from __post_init__
-        refuse(f'{key}: {error!r}')
 
 
 # Files
 
 
-def find(arg):
+def find(name):
     """The path of a config file: from the current folder, else from the folder of this file."""
-    near = []
+    path, near = Path(os.path.expanduser(name)), []
     for root in (Path(), HOME):
-        if (root / arg).is_file():
-            return root / arg
-        folder = (root / arg).parent
+        if (root / path).is_file():
+            return root / path
+
+        # beside it, or of its name in a folder beside it; all but scripts
+        folder = (root / path).parent
         paths = [*root.glob('config/**/*.py'), *folder.glob('*.py'), *folder.glob('*.json')]
-        paths += [p for sibling in folder.parent.glob('*') if (p := sibling / Path(arg).name).is_file()]
-        paths = [p for p in paths if p.resolve().parent != HOME]  # those are scripts
-        near += [str(p) if os.path.isabs(arg) else os.path.relpath(p, root) for p in paths]
-    match = difflib.get_close_matches(arg, near, 1, 0.0)
-    refuse(f'no config file {arg}: ' + (f'did you mean {match[0]}?' if match else 'and none near it'))
+        paths += [sibling / path.name for sibling in folder.parent.glob('*')]
+        for other in paths:
+            if other.is_file() and other.resolve().parent != HOME:
+                near.append(str(other) if path.is_absolute() else os.path.relpath(other, root))
+
+    match = difflib.get_close_matches(str(path), near, 1, 0.0)
+    hint = f'did you mean {match[0]}?' if match else 'and none near it'
+    refuse(f'no config file {name}: {hint}')
 
 
 def read_json(path):
     try:
-        found = json.loads(path.read_bytes())
-        return found if isinstance(found, dict) else refuse(f'{path}:1: expected {{"key": value}}, as in config.json')
+        given = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         refuse(f'{path}:{getattr(error, "lineno", 1)}: {type(error).__name__}: {error}')
+    if not isinstance(given, dict):
+        refuse(f'{path}:1: expected {{"key": value}}, as in config.json')
+    return given
 
 
-def run_python(path, scope, flat, partial):
-    """Run a config file over a copy of the settings; the flat settings, and unknown names, that it ends with."""
-    given = {name: group(name, value, flat) for name, value in scope.items()}
+def find_task(argv, default):
+    """The task that files and flags leave, from left to right; nothing is run."""
+    task = default
+    for argument in argv:
+        if argument.startswith('--task='):
+            task = parse(argument.partition('=')[2], default)
+        elif argument.startswith('-'):
+            continue
+        elif argument.endswith('.json'):
+            value = read_json(find(argument)).get('task', task)
+            task = convert(f'task={value!r:.60} in {argument}', value, default)
+        elif argument.endswith('.py'):
+            task = task_in(find(argument), task)
+    return task
+
+
+def task_in(path, task):
+    """The task that a config file sets in a line of its own, else `task`."""
+    try:
+        body = ast.parse(path.read_bytes(), str(path)).body
+    except Exception as error:
+        refuse_file(path, error, {})
+    for node in body:
+        targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
+        if 'task' in [getattr(target, 'id', '') for target in targets]:
+            task = getattr(getattr(node, 'value', None), 'value', None)
+            if isinstance(node, ast.AugAssign) or not isinstance(task, str):
+                what = "the task is read before the file runs: write task = 'name'"
+                refuse(f'{path}:{node.lineno}: {what}')
+    return task
+
+
+def run_python(path, scope, flat, partial, elsewhere):
+    """Run a config file over a copy of the settings; those, and unknown ones, that it leaves."""
+    given = {name: fill(name, value, flat, as_group=True) for name, value in scope.items()}
     names, assigned = {**given, '__file__': str(path)}, set()
     try:
-        for statement in ast.parse(path.read_bytes(), str(path)).body:
-            nodes = list(ast.walk(statement))
+        for node in ast.parse(path.read_bytes(), str(path)).body:
+            nodes = list(ast.walk(node))
             targets = roots(n for n in nodes if isinstance(getattr(n, 'ctx', None), ast.Store))
             assigned |= targets
+            code = compile(ast.Module([node], []), str(path), 'exec', dont_inherit=True)
             try:
-                exec(compile(ast.Module([statement], []), str(path), 'exec', dont_inherit=True), names)
+                exec(code, names)
             except (NameError, AttributeError):
-                # Skip what is about another script's settings, but not where one of ours depends on it.
-                objects = roots(n.func for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute))
+                # Skip what is about another script's settings, unless one of ours depends on it.
+                called = [n.func for n in nodes if isinstance(n, ast.Call)]
+                objects = roots(func for func in called if isinstance(func, ast.Attribute))
                 if not partial or given.keys() & (targets | objects):
                     raise
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = error.lineno if getattr(error, 'filename', None) == str(path) else (lines or [1])[-1]
-        near = isinstance(error, (NameError, AttributeError)) and nearest(str(error.name), flat, 0.6)
-        hint = f': did you mean {near}?' if near else ''
-        hint += ' (if it is a setting of another script: pass the saved config.json of the run)' if partial else ''
-        refuse(f'{path}:{line}: {type(error).__name__}: {error}{hint}')
+        refuse_file(path, error, flat, partial, elsewhere)
+
+    # Imports, functions and classes are no settings, and may not hide one.
     for name in given.keys() - assigned:
         if names.get(name) is not given[name]:
-            refuse(f'{path}: {name} is a setting, but an import, def or class takes it: assign it or use _{name}')
-    # Imports, functions and classes are no settings.
-    unknown = {k for k in assigned & names.keys() - given.keys() if k[0] != '_' and not callable(names[k])}
-    return flatten({k: v for k, v in names.items() if k in given or k in unknown and not inspect.ismodule(v)})
+            what = 'is a setting, but an import, def or class takes it'
+            refuse(f'{path}: {name} {what}: assign it or use _{name}')
+    left = {}
+    for name, value in names.items():
+        is_helper = name[0] == '_' or callable(value) or isinstance(value, type(ast))
+        if name in given or (name in assigned and not is_helper):
+            left[name] = value
+    return flatten(left)
+
+
+def refuse_file(path, error, flat, partial=False, elsewhere=None):
+    """Say where in a config file an error was, and what may have been meant."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    if getattr(error, 'filename', None) == str(path):  # it could not be parsed
+        lines.append(error.lineno)
+    line = lines[-1] if lines else 1
+    message = f'{path}:{line}: {type(error).__name__}: {error}'
+
+    # Python says `dit` where the file has `dit.depth`
+    if isinstance(error, (NameError, AttributeError)):
+        name, text = str(error.name), path.read_text().split('\n')[line - 1]
+        key = re.search(rf'\b{name}(\.\w+)*|$', text)[0]
+        owner, near = owner_of(key, flat, elsewhere), nearest(name, flat, 0.6)
+        if owner:
+            message += f': {key} is {owner}'
+        elif near:
+            message += f': did you mean {near}?'
+    if partial:
+        message += ' (if it is a setting of another script: pass the saved config.json of the run)'
+    refuse(message)
 
 
 def roots(nodes):
@@ -227,36 +411,147 @@ def roots(nodes):
     return {re.match(r'\W*(\w*)', ast.unparse(node))[1] for node in nodes}
 
 
-# --help
+# Settings as their source has them, for --help and for refusals: nothing is imported
 
 
-def show_help(settings, scope, defaults):
-    """Print the script's docstring, then every setting, its default and the comment on its line."""
-    notes = {}
-    if os.path.isfile(settings.get('__file__') or ''):
-        with tokenize.open(settings['__file__']) as file:
-            notes = comments(file.read(), '')
-    for name, value in scope.items():
-        notes |= field_comments(name, value)
-    print(inspect.cleandoc(settings.get('__doc__') or ''), end='\n\n')
-    for key, value in defaults.items():
-        print(f'{f"--{key}={value!r}":40} {notes.get(key, "")}'.rstrip())
+def settings_in(path, class_name):
+    """{flat name: Setting} of a class in a file, its dataclasses included; {} without that class."""
+    found = find_class(class_name, read_source(path))
+    return settings_of(found[0].body, found[1]) if found else {}
 
 
-def field_comments(key, value):
-    notes = {}
-    for cls in [c for c in reversed(type(value).__mro__) if is_instance(value) and dataclasses.is_dataclass(c)]:
+def read_source(path):
+    text = Path(path).read_text(encoding='utf-8')
+    return Group(text=text, lines=text.split('\n'), tree=ast.parse(text))
+
+
+def find_class(name, source):
+    """(class, its source): there, or in the file here that it is imported from; or None."""
+    for node in source.tree.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node, source
+        if isinstance(node, ast.ImportFrom):
+            path = HOME / f'{(node.module or "").replace(".", "/")}.py'
+            for alias in node.names:
+                if name == (alias.asname or alias.name) and path.is_file():
+                    return find_class(alias.name, read_source(path))
+    return None
+
+
+def settings_of(body, source, given=None):
+    """{flat name: Setting} of assignments; given: {name: (value, its source)} instead of theirs."""
+    found, section = {}, ''
+    for node in body:
+        if not isinstance(node, (ast.Assign, ast.AnnAssign)):
+            continue
+        name = ast.unparse(getattr(node, 'target', None) or node.targets[0])
+        value, home = (given or {}).get(name, (node.value, source))
+        value = default_of(value)
+        if value is None or not re.fullmatch(r'[a-z]\w*', name):  # _private, a CONSTANT
+            continue
+
+        title, comment = notes(node, source.lines)
+        section = title or section
+        cls = isinstance(value, ast.Call) and find_class(ast.unparse(value.func), home)
+        if cls:
+            inner = settings_of_call(name, value, home, *cls)
+            title = f'{name}: {comment}'.rstrip(': ')
+            found |= {k: v._replace(name=k, section=title) for k, v in inner.items()}
+        else:
+            text = ast.get_source_segment(home.text, value)
+            if not text or '\n' in text:
+                text = ast.unparse(value)
+            found[name] = Setting(name, text, comment, section)
+    return found
+
+
+def settings_of_call(name, call, home, cls, source):
+    """{flat name: Setting} of a dataclass, with the values that a call in `home` gives it."""
+    own = [node for node in cls.body if isinstance(node, ast.AnnAssign)]
+    given = {node.target.id: (value, home) for node, value in zip(own, call.args)}
+    for keyword in call.keywords:
+        given[keyword.arg] = keyword.value, home
+    return {f'{name}.{k}': v for k, v in settings_of(own, source, given).items()}
+
+
+def default_of(value):
+    """What a field's default is made by: Rope() of field(default_factory=Rope); None: nothing."""
+    if not isinstance(value, ast.Call) or not ast.unparse(value.func).endswith('field'):
+        return value
+    options = {keyword.arg: keyword.value for keyword in value.keywords}
+    factory = options.get('default_factory')
+    if 'init' in options:
+        return None
+    if isinstance(factory, ast.Lambda):
+        return factory.body
+    return ast.Call(factory, [], []) if factory else options.get('default')
+
+
+def notes(node, lines):
+    """(title, comment) of an assignment: the lines that stand alone above it, and those beside it."""
+    start, end, indent = node.lineno - 1, node.end_lineno, ' ' * node.col_offset
+    while start and re.match(rf'{indent}# ?[^\s-]', lines[start - 1]):
+        start -= 1
+    title = ' '.join(line.strip(' #') for line in lines[start : node.lineno - 1])
+
+    # a comment goes on in lines that are further in, before or behind their #
+    while end < len(lines) and re.match(rf'{indent}(\s+#|#\s\s)', lines[end]):
+        end += 1
+    code = iter([line + '\n' for line in lines[node.lineno - 1 : end]])
+    tokens = tokenize.generate_tokens(code.__next__)
+    return title, ' '.join(t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT)
+
+
+def before_configure(body):
+    """The statements before the call of configure(), also in an `if __name__ == '__main__'`."""
+    for place, node in enumerate(body):
+        called = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
+        if 'configure' in [getattr(func, 'id', '') for func in called]:
+            return body[:place] + before_configure(getattr(node, 'body', []))
+    return body
+
+
+def answer_help(script, argv=None, task_class='TrainSettings', task=''):
+    """If argv asks for help: print what a script and its task take, and exit."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not HELP & set(argv):
+        return
+    source = read_source(script)
+    own = settings_of(before_configure(source.tree.body), source)
+    print(ast.get_docstring(source.tree) or '')
+    print_settings(own.values())
+
+    if 'task' in own and not task:
+        task = ast.literal_eval(own['task'].default)
         try:
-            notes |= {f'{key}.{name}': text for name, text in comments(inspect.getsource(cls), r'\s+').items()}
-        except (OSError, TypeError):  # a class typed into a shell has no source
+            task = find_task(argv, task)
+        except SystemExit:  # it has said why; the default's are worth to see
             pass
-    for name, part in fields(value).items() if is_instance(value) else ():
-        notes |= field_comments(f'{key}.{name}', part)
-    return notes
+    if task:
+        path = Path(os.path.expanduser(task))
+        if path.suffix != '.py':
+            path = HOME / 'tasks' / f'{task}.py'
+        print(f'\nsettings of task={task}')
+        if path.is_file():
+            print_settings(settings_in(path, task_class).values())
+        else:
+            print(f'there is no {path}')
+    raise SystemExit(0)
 
 
-def comments(source, indent):
-    """{name: comment} of the lines `name = ...  # comment` and `name: type = ...  # comment`; the first one counts."""
-    tokens = [t for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT]
-    lines = [(re.match(indent + r'(\w+)\s*(:|=[^=])', t.line), t.string) for t in tokens]
-    return {match[1]: text for match, text in reversed(lines) if match}
+def print_settings(settings):
+    """Each on a line, as a flag with its default, and its comment beside it; in sections."""
+    sections = {}
+    for setting in settings:
+        sections.setdefault(setting.section, []).append(setting)
+    width = max(80, shutil.get_terminal_size((100, 24)).columns) - 41
+    for section, members in sections.items():
+        print(f'\n{section}'.rstrip(' '))
+        for name, default, comment, _ in members:
+            flag, text = f'--{name}={default}', comment and f'# {comment}'
+            lines = textwrap.wrap(text, width, subsequent_indent='  ', break_on_hyphens=False)
+            if len(flag) > 40 or not lines:
+                lines.insert(0, '')
+            for line in lines:
+                print(f'{flag:40} {line}'.rstrip())
+                flag = ''
