@@ -114,7 +114,7 @@ def build_model(run, tok, weights=True):
         towers = hf.towers(vit, decoder, tok.vocab_size, weights, task)
     if task == 't2i' and run.get('denoiser', 'dit') == 'unet':
         import diffusion
-        import sd
+        from images import sd
         clip = part('clip', sd.CLIPTextConfig)
         empty = tokenizers.clip_row(tok, '', clip.max_length)
         if max(empty) >= clip.vocab_size:
@@ -126,8 +126,8 @@ def build_model(run, tok, weights=True):
         import diffusion
         dit, vae = part('dit', diffusion.DiTConfig), None
         if dit.vae:
-            import hub_sd
-            import sd
+            from families import diffusers as hub_sd
+            from images import sd
             settings = part('vae', sd.VAEConfig)
             vae = hub_sd.autoencoder(dit.vae, settings) if weights else sd.AutoencoderKL(settings)
         return diffusion.build(dit, decoder, tok.vocab_size, [tok.bos_id, tok.eos_id], towers.get('decoder'), vae)

@@ -594,7 +594,7 @@ def export_run(run, folder, dtype=torch.float32):
     read. Raises ValueError."""
     settings, tok, model = checkpoint.load_run(run)
     if settings['task'] == 't2i':
-        import hub_sd
+        from families import diffusers as hub_sd
         return hub_sd.export_run(settings, model, folder, dtype)
     model = model.vit if settings['task'] == 'siglip' else model
     export(model, folder, dtype)
@@ -679,7 +679,7 @@ def bytes_tokenizer(added):
 def config_lines(name):
     """The settings of a model as the lines of a config file."""
     if os.path.isfile(os.path.join(name, 'unet', 'config.json')):
-        import hub_sd
+        from families import diffusers as hub_sd
         lines = [f'# the settings of {name}, by python hub.py config', f'init_from = {name!r}',
                  f'tokenizer = {os.path.join(name, "tokenizer")!r}']
         return '\n'.join(lines + [f'{key} = {value!r}' for key, value in hub_sd.settings_of(name).items()]) + '\n'

@@ -93,7 +93,7 @@ def load_run(folder, *, of='--out_dir and --checkpoint'):
     """(settings, tokenizer, model, processor) of a run or a checkpoint."""
     try:
         if is_diffusers(folder):
-            import hub_sd
+            from families import diffusers as hub_sd
             run, tok, model = hub_sd.load_run(folder)
         else:
             run, tok, model = checkpoints.load_run(folder, ema)

@@ -47,8 +47,8 @@ try:
 except ModuleNotFoundError:     # deleted: what is left trains language and vision-language models
     diffusion = None
 try:
-    import hub_sd
-    import sd
+    from families import diffusers as hub_sd
+    from images import sd
 except ModuleNotFoundError:     # deleted: no Stable Diffusion
     hub_sd = sd = None
 try:

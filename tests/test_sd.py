@@ -12,9 +12,9 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 diffusers = pytest.importorskip('diffusers')
 tf = pytest.importorskip('transformers')
 
-import hub_sd  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
-from sd import Level, UNet2DCondition, doubled, schedule_of  # noqa: E402
+from families import diffusers as hub_sd  # noqa: E402
+from images.sd import Level, UNet2DCondition, doubled, schedule_of  # noqa: E402
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()

@@ -1,11 +1,11 @@
-"""Stable Diffusion 1 and 2 (arXiv 2112.10752): its U-Net, autoencoder and text tower. hub_sd.py reads and writes them.
+"""Stable Diffusion 1 and 2 (arXiv 2112.10752): its U-Net, autoencoder and text tower. families/diffusers.py reads and writes them.
 
 U-Net and autoencoder name their modules as diffusers does, so that a state dict is a file; the text tower is named as
 our other towers. Pictures are -1 to 1; a latent is what the U-Net sees: the autoencoder's, times its scaling_factor.
 
 Axes: B batch, C channels, H W rows and columns of a picture, a latent or a map of features, T = H W pixels as tokens,
 S text tokens, N heads, D width. Maps of features are (B, C, H, W); with weights of channels_last, which is faster for
-drawing and what hub_sd.py gives, they are (B, H, W, C) in memory, and tokens are a view of them.
+drawing and what families/diffusers.py gives, they are (B, H, W, C) in memory, and tokens are a view of them.
 """
 import itertools
 import math

@@ -1,7 +1,7 @@
 """Folders of diffusers with Stable Diffusion 1 or 2, in and out: unet/, vae/, text_encoder/, scheduler/, tokenizer/.
 
-    unet, vae, text = (hub_sd.from_folder(folder, part) for part in hub_sd.MODELS)
-    settings, tok, model = hub_sd.load_run(folder)              all of it, a diffusion.TextToImage
+    unet, vae, text = (diffusers.from_folder(folder, part) for part in diffusers.MODELS)
+    settings, tok, model = diffusers.load_run(folder)              all of it, a diffusion.TextToImage
 
 Nothing that comes with a model is run or unpickled: .safetensors and .json alone are read.
 """
@@ -18,7 +18,7 @@ import hub
 import tokenizer as tokenizers
 from checkpoint import write_json
 from diffusion import DiTConfig
-from sd import AutoencoderKL, CLIPText, CLIPTextConfig, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of
+from images.sd import AutoencoderKL, CLIPText, CLIPTextConfig, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of
 from tokenizer import read_json
 
 # ----------------------------------------------------------------------------------------------------------------------
