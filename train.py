@@ -44,6 +44,7 @@ from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, generate, po
 
 try:
     import diffusion
+    from images.dit import DiTConfig
 except ModuleNotFoundError:     # deleted: what is left trains language and vision-language models
     diffusion = None
 try:
@@ -73,7 +74,7 @@ pair_with = 'batch'                 # siglip: batch: a picture is compared with 
 pair_bias = -10.0                   # siglip: the logit of a pair at the start, near the log-odds of a match
 policy = policies.PolicyConfig() if policies else {}      # task=policy
 vla = policies.VLAConfig() if policies else {}            # task=vla, beside vit and decoder
-dit = diffusion.DiTConfig() if diffusion else {}          # task=t2i, beside decoder
+dit = DiTConfig() if diffusion else {}          # task=t2i, beside decoder
 denoiser = 'dit'                    # t2i: dit | unet (Stable Diffusion: unet, clip and vae; of dit image_size, the rows
 #                                     of a latent, and drop)
 unet = sd.UNetConfig() if sd else {}

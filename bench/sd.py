@@ -17,8 +17,8 @@ import torch.nn.functional as F
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from configurator import configure  # noqa: E402
-from diffusion import DiTConfig  # noqa: E402
 from families import diffusers as hub_sd  # noqa: E402
+from images.dit import DiTConfig  # noqa: E402
 from images.sd import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of  # noqa: E402
 
 rows = 32                       # of a latent: pictures have 8 times as many

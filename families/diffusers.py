@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 import hub
 import tokenizer as tokenizers
 from checkpoint import write_json
-from diffusion import DiTConfig
+from images.dit import DiTConfig
 from images.sd import AutoencoderKL, CLIPText, CLIPTextConfig, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of
 from tokenizer import read_json
 

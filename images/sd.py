@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import Schedule, TextToImage, normal
+from diffusion import Schedule, normal
+from images.dit import TextToImage
 from model import attention, run_block
 
 

@@ -7,7 +7,8 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 
 import judge
-from diffusion import DenoiserBlock, DiTConfig, JointBlock, TextToImage, build, normal, random_keys
+from diffusion import DenoiserBlock, JointBlock, normal, random_keys
+from images.dit import DiTConfig, TextToImage, build
 from model import DecoderConfig
 
 TEXT = DecoderConfig(vocab_size=32, width=16, depth=1, mlp_dim=32, num_heads=2, head_dim=8)
