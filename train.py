@@ -50,6 +50,8 @@ except ModuleNotFoundError:     # deleted: what is left trains language and visi
 try:
     from families import diffusers as hub_sd
     from images import sd
+    from images.clip import CLIPBlock, CLIPTextConfig
+    from images.vae import VAEConfig
 except ModuleNotFoundError:     # deleted: no Stable Diffusion
     hub_sd = sd = None
 try:
@@ -78,8 +80,8 @@ dit = DiTConfig() if diffusion else {}          # task=t2i, beside decoder
 denoiser = 'dit'                    # t2i: dit | unet (Stable Diffusion: unet, clip and vae; of dit image_size, the rows
 #                                     of a latent, and drop)
 unet = sd.UNetConfig() if sd else {}
-clip = sd.CLIPTextConfig() if sd else {}
-vae = sd.VAEConfig() if sd else {}                        # of unet, and of dit with dit.vae
+clip = CLIPTextConfig() if sd else {}
+vae = VAEConfig() if sd else {}                        # of unet, and of dit with dit.vae
 out_dir = 'out/run'                 # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'                     # auto: from the newest checkpoint in out_dir | never: refuse if there is one
 init_from = ''                      # weights to start from: a run's out_dir or one of its checkpoints, also as a URL;
@@ -347,7 +349,7 @@ step_flops = flops_of_step()            # before compiled blocks, whose operatio
 # over the ranks: DDP, or FSDP2 block by block; compiled block by block
 
 block_kinds = (ViTBlock, DecoderBlock, *((diffusion.DenoiserBlock, diffusion.JointBlock) if diffusion else ()),
-               *((sd.ResnetBlock, sd.SpatialTransformer, sd.CLIPBlock) if sd else ()),
+               *((sd.ResnetBlock, sd.SpatialTransformer, CLIPBlock) if sd else ()),
                *((policies.ConvBlock,) if policies else ()))
 model, blocks = raw_model, [m for m in raw_model.modules() if isinstance(m, block_kinds)]
 blocks += [layer for m in raw_model.modules() if isinstance(m, hf.KINDS) for layer in hf.layers_of(m)]

@@ -19,7 +19,8 @@ sys.path.insert(0, os.path.dirname(HERE))
 from configurator import configure  # noqa: E402
 from families import diffusers as hub_sd  # noqa: E402
 from images.dit import DiTConfig  # noqa: E402
-from images.sd import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of  # noqa: E402
+from images.sd import UNet2DCondition, UNetConfig, build, schedule_of  # noqa: E402
+from images.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 rows = 32                       # of a latent: pictures have 8 times as many
 channels = (96, 192, 384, 384)  # Stable Diffusion: (320, 640, 1280, 1280)
