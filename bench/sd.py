@@ -83,7 +83,7 @@ def models(which):
     else:
         small = VAEConfig(block_out_channels=(32,) * 4, norm_num_groups=32)
         model = build(DiTConfig(image_size=rows, drop=0.0), unet, Text(table), AutoencoderKL(small), [0] * 77)
-        model.to(device, memory_format=torch.channels_last)     # as train.py and hub_sd.load_run have it
+        model.to(device, memory_format=torch.channels_last)     # as train.py and load_run have it
         model.vae = None                        # latents come out
         told = torch.ones(pictures, 77, dtype=torch.long, device=device)
         tokens = torch.arange(2, batch_size + 2, device=device)[:, None].expand(-1, 77)
