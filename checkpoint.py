@@ -116,24 +116,26 @@ def build_model(run, tok, weights=True):
             raise ValueError('vit.hf and decoder.hf need families/, which is not here') from None
         towers = opener.towers(vit, decoder, tok.vocab_size, weights, task)
     if task == 't2i' and run.get('denoiser', 'dit') == 'unet':
-        import diffusion
-        import sd
-        clip = part('clip', sd.CLIPTextConfig)
+        from images import clip as image_clip
+        from images import dit as image_dit
+        from images import sd
+        from images import vae as image_vae
+        clip = part('clip', image_clip.CLIPTextConfig)
         empty = tokenizers.clip_row(tok, '', clip.max_length)
         if max(empty) >= clip.vocab_size:
             raise ValueError(f'clip.vocab_size={clip.vocab_size}, but the tokenizer has token {max(empty)}: it is not '
                              'this model\'s')
-        return sd.build(part('dit', diffusion.DiTConfig), sd.UNet2DCondition(part('unet', sd.UNetConfig)),
-                        sd.CLIPText(clip), sd.AutoencoderKL(part('vae', sd.VAEConfig)), empty)
+        return sd.build(part('dit', image_dit.DiTConfig), sd.UNet2DCondition(part('unet', sd.UNetConfig)),
+                        image_clip.CLIPText(clip), image_vae.AutoencoderKL(part('vae', image_vae.VAEConfig)), empty)
     if task == 't2i':
-        import diffusion
-        dit, vae = part('dit', diffusion.DiTConfig), None
+        from images import dit as image_dit
+        dit, vae = part('dit', image_dit.DiTConfig), None
         if dit.vae:
-            import hub_sd
-            import sd
-            settings = part('vae', sd.VAEConfig)
-            vae = hub_sd.autoencoder(dit.vae, settings) if weights else sd.AutoencoderKL(settings)
-        return diffusion.build(dit, decoder, tok.vocab_size, [tok.bos_id, tok.eos_id], towers.get('decoder'), vae)
+            from families import diffusers as hub_sd
+            from images import vae as image_vae
+            settings = part('vae', image_vae.VAEConfig)
+            vae = hub_sd.autoencoder(dit.vae, settings) if weights else image_vae.AutoencoderKL(settings)
+        return image_dit.build(dit, decoder, tok.vocab_size, [tok.bos_id, tok.eos_id], towers.get('decoder'), vae)
     return build(task, *shape, run.get('pair_scale', 1.0), run.get('pair_bias', 0.0), towers)
 
 

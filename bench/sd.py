@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-import hub_sd  # noqa: E402
 from configurator import configure  # noqa: E402
-from diffusion import DiTConfig  # noqa: E402
-from sd import AutoencoderKL, UNet2DCondition, UNetConfig, VAEConfig, build, schedule_of  # noqa: E402
+from families import diffusers as hub_sd  # noqa: E402
+from images.dit import DiTConfig  # noqa: E402
+from images.sd import UNet2DCondition, UNetConfig, build, schedule_of  # noqa: E402
+from images.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 rows = 32                       # of a latent: pictures have 8 times as many
 channels = (96, 192, 384, 384)  # Stable Diffusion: (320, 640, 1280, 1280)
@@ -82,7 +83,7 @@ def models(which):
     else:
         small = VAEConfig(block_out_channels=(32,) * 4, norm_num_groups=32)
         model = build(DiTConfig(image_size=rows, drop=0.0), unet, Text(table), AutoencoderKL(small), [0] * 77)
-        model.to(device, memory_format=torch.channels_last)     # as train.py and hub_sd.load_run have it
+        model.to(device, memory_format=torch.channels_last)     # as train.py and load_run have it
         model.vae = None                        # latents come out
         told = torch.ones(pictures, 77, dtype=torch.long, device=device)
         tokens = torch.arange(2, batch_size + 2, device=device)[:, None].expand(-1, 77)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from configurator import configure  # noqa: E402
-from diffusion import DiTConfig, FlowSchedule, TextToImage  # noqa: E402
+from diffusion import FlowSchedule  # noqa: E402
+from images.dit import DiTConfig, TextToImage  # noqa: E402
 
 image_size = 32
 patch_size = 4

@@ -22,11 +22,11 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from webdataset import TarWriter  # noqa: E402
 
-import hub_sd  # noqa: E402
 import processor as processors  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 from checkpoint import write_json  # noqa: E402
 from configurator import configure  # noqa: E402
+from families import diffusers as hub_sd  # noqa: E402
 from shards import CACHE, BadSample, Folder  # noqa: E402
 
 

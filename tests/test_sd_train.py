@@ -11,8 +11,8 @@ from conftest import write_tar
 from PIL import Image
 
 import hub
-import hub_sd
 import tokenizer as tokenizers
+from families import diffusers as hub_sd
 
 saved = test_sd.saved
 FLAGS = ['--task=t2i', '--denoiser=unet', '--seq_len=77', '--dit.drop=0.3', '--device=cpu', '--lanes=8', '--window=4',

@@ -1,4 +1,4 @@
-"""Text to image: blocks beside diffusers', loss and sampling of TextToImage, and what judges pictures."""
+"""Text to image: blocks beside diffusers', TextToImage's loss and samples, judging pictures."""
 from dataclasses import replace
 
 import numpy as np
@@ -6,20 +6,25 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 
-from diffusion import DenoiserBlock, DiTConfig, JointBlock, TextToImage, build, normal, random_keys
-from images import judge
+import judge
+from diffusion import DenoiserBlock, JointBlock, normal, random_keys
+from images.dit import DiTConfig, TextToImage, build
 from model import DecoderConfig
 
 TEXT = DecoderConfig(vocab_size=32, width=16, depth=1, mlp_dim=32, num_heads=2, head_dim=8)
 SMALL = DiTConfig(image_size=8, patch_size=4, width=32, depth=2, mlp_dim=48, num_heads=4, drop=0.3)
 DDPM = dict(objective='ddpm', schedule_steps=50)
-KINDS = (dict(), dict(attention='joint'), dict(DDPM, attention='joint', prediction='v_prediction', clip_range=1.0))
+KINDS = (
+    dict(),
+    dict(attention='joint'),
+    dict(DDPM, attention='joint', prediction='v_prediction', clip_range=1.0))
 
 
 def model_of(seed=0, **settings):
     """A small model none of whose weights are zero."""
     torch.manual_seed(seed)
     model = build(replace(SMALL, **settings), TEXT, 32, [1, 2])
+    # gates and the output begin at zero, which would hide what is behind them
     with torch.no_grad():
         for p in model.parameters():
             p += 0.05 * torch.randn_like(p)
@@ -40,7 +45,7 @@ def close(a, b, tolerance=1e-5):
 KEYS = random_keys(0, torch.arange(4))
 PICTURES = normal(random_keys(1, torch.arange(4)), (3, 8, 8)).clamp(-1, 1)
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # blocks
 
 
@@ -58,14 +63,22 @@ def test_joint_block_is_diffusers(ends):
     ours, c = JointBlock(replace(SMALL, mlp_dim=128), ends), theirs.attn
     copy(ours.patches.modulate, [theirs.norm1.linear])
     copy(ours.patches.qkv, [c.to_q, c.to_k, c.to_v])
-    copy(ours.text.qkv, [c.add_k_proj, c.add_v_proj] if ends else [c.add_q_proj, c.add_k_proj, c.add_v_proj])
-    pairs = [(ours.patches, c.to_out[0], theirs.ff)] + [(ours.text, c.to_add_out, theirs.ff_context)] * (not ends)
+
+    # where the sentence ends, it has keys and values alone
+    pairs = [(ours.patches, c.to_out[0], theirs.ff)]
+    if ends:
+        copy(ours.text.qkv, [c.add_k_proj, c.add_v_proj])
+    else:
+        copy(ours.text.qkv, [c.add_q_proj, c.add_k_proj, c.add_v_proj])
+        pairs.append((ours.text, c.to_add_out, theirs.ff_context))
     for stream, o, ff in pairs:
         copy(stream.o, [o])
         copy(stream.fc1, [ff.net[0].proj])
         copy(stream.fc2, [ff.net[2]])
     copy(ours.text.modulate, [theirs.norm1_context.linear])
-    if ends:                                    # diffusers has the scale before the shift there
+
+    # diffusers has the scale before the shift there
+    if ends:
         with torch.no_grad():
             for p in ours.text.modulate.parameters():
                 p.copy_(p.roll(32, 0))
@@ -82,38 +95,56 @@ def test_cross_block_is_diffusers():
     theirs = BasicTransformerBlock(
         32, 4, 8, cross_attention_dim=24, activation_fn='gelu-approximate', attention_bias=True,
         num_embeds_ada_norm=10, norm_type='ada_norm_zero', norm_eps=1e-6).eval()
-    ours, (a, b) = DenoiserBlock(replace(SMALL, mlp_dim=128), 24), (theirs.attn1, theirs.attn2)
-    for layer, parts in ((ours.modulate, [theirs.norm1.linear]), (ours.qkv, [a.to_q, a.to_k, a.to_v]),
-                         (ours.o, [a.to_out[0]]), (ours.fc1, [theirs.ff.net[0].proj]), (ours.fc2, [theirs.ff.net[2]]),
-                         (ours.cross_q, [b.to_q]), (ours.cross_kv, [b.to_k, b.to_v]), (ours.cross_o, [b.to_out[0]])):
-        copy(layer, parts)
-    x, context, t, label = torch.randn(2, 9, 32), torch.randn(2, 5, 24), torch.tensor([3, 40]), torch.tensor([1, 7])
+    ours = DenoiserBlock(replace(SMALL, mlp_dim=128), 24)
+    a, b, mlp = theirs.attn1, theirs.attn2, theirs.ff.net
+    copy(ours.modulate, [theirs.norm1.linear])
+    copy(ours.qkv, [a.to_q, a.to_k, a.to_v])
+    copy(ours.o, [a.to_out[0]])
+    copy(ours.fc1, [mlp[0].proj])
+    copy(ours.fc2, [mlp[2]])
+    copy(ours.cross_q, [b.to_q])
+    copy(ours.cross_kv, [b.to_k, b.to_v])
+    copy(ours.cross_o, [b.to_out[0]])
+
+    # theirs makes the condition itself, of a time and a class
+    x, context = torch.randn(2, 9, 32), torch.randn(2, 5, 24)
+    t, label = torch.tensor([3, 40]), torch.tensor([1, 7])
     mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]], dtype=torch.bool)[:, None]
-    expected = theirs(x, encoder_hidden_states=context, encoder_attention_mask=mask, timestep=t, class_labels=label)
+    expected = theirs(x, encoder_hidden_states=context, encoder_attention_mask=mask, timestep=t,
+                      class_labels=label)
     condition = torch.nn.functional.silu(theirs.norm1.emb(t, label))
     close(ours(x, condition, None, context, mask), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # loss
 
 
 @pytest.mark.parametrize('settings', KINDS)
 def test_loss_does_not_depend_on_batch_and_padding(settings):
     model, (tokens, segments) = model_of(**settings).train(), sentences()
+    # the third row is a placeholder and has no picture
     targets = torch.full_like(tokens, -100)
-    targets[[0, 1, 3], 0] = 1                   # the third row is a placeholder and has no picture
-    whole, count = model.loss(tokens, targets, PICTURES[:3], segments=segments, keys=KEYS)
+    targets[[0, 1, 3], 0] = 1
+    given = dict(segments=segments, keys=KEYS)
+    whole, count = model.loss(tokens, targets, PICTURES[:3], **given)
     assert count == 3
-    each, counts = model.loss(tokens, targets, PICTURES[:3], segments=segments, keys=KEYS, reduction='none')
+    each, counts = model.loss(tokens, targets, PICTURES[:3], **given, reduction='none')
     close(each.sum(), whole)
-    rows = [(0, PICTURES[:1]), (1, PICTURES[1:2]), (2, None), (3, PICTURES[2:3])]
+
+    # row by row, with padding
     padded, padded_segments = sentences(3)
-    parts = [model.loss(padded[i:i + 1], torch.nn.functional.pad(targets, (0, 3), value=-100)[i:i + 1], picture,
-                        segments=padded_segments[i:i + 1], keys=KEYS[i:i + 1]) for i, picture in rows]
+    padded_targets = torch.nn.functional.pad(targets, (0, 3), value=-100)
+    parts = []
+    for i, picture in enumerate((PICTURES[:1], PICTURES[1:2], None, PICTURES[2:3])):
+        row = slice(i, i + 1)
+        parts.append(model.loss(padded[row], padded_targets[row], picture,
+                                segments=padded_segments[row], keys=KEYS[row]))
     close(sum(loss for loss, _ in parts), whole)
     assert sum(int(n) for _, n in parts) == 3
-    parts[2][0].backward()                      # a rank without pictures
+
+    # a rank without pictures
+    parts[2][0].backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
@@ -131,59 +162,77 @@ def test_dropped_sentence_is_the_empty_one():
     given = dict(pixels=PICTURES, keys=KEYS)
     dropped = model.train().loss(tokens, segments=segments, **given)[0]
     close(dropped, model.eval().loss(empty, segments=there, **given)[0])
-    assert abs(dropped - model.loss(tokens, segments=segments, **given)[0]) > 1e-3      # not dropped in validation
+
+    # not dropped in validation
+    assert abs(dropped - model.loss(tokens, segments=segments, **given)[0]) > 1e-3
 
 
 def test_learns_a_colour_from_a_word():
     torch.manual_seed(0)
     model = build(replace(SMALL, depth=1, drop=0.1), replace(TEXT, depth=0), 32, [1, 2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    # three words, three colours
     colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1]])
     for step in range(120):
         word = torch.randint(0, 3, (64,), generator=torch.Generator().manual_seed(step))
         tokens = torch.stack((torch.ones_like(word), word + 3, torch.full_like(word, 2)), 1)
         picture = colours[word][:, :, None, None].expand(-1, -1, 8, 8)
-        loss, count = model.loss(tokens, pixels=picture, keys=random_keys(0, step * 64 + torch.arange(64)))
+        keys = random_keys(0, step * 64 + torch.arange(64))
+        loss, count = model.loss(tokens, pixels=picture, keys=keys)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
+
+    # each is drawn four times
     tokens = torch.tensor([[1, 3 + i % 3, 2] for i in range(12)])
     keys = random_keys(5, torch.arange(12))
     drawn = model.sample(tokens, keys=keys, steps=20, guidance=2.0).mean((2, 3))
     close(drawn, colours.repeat(4, 1), 0.35)
-    unsaid = model.sample(tokens, keys=keys, steps=20, guidance=0.0).mean((2, 3))       # any colour, whatever is said
-    assert 2 <= len(set(unsaid.argmax(1).tolist())) and not torch.equal(unsaid.argmax(1), torch.arange(12) % 3)
+
+    # any colour, whatever is said
+    unsaid = model.sample(tokens, keys=keys, steps=20, guidance=0.0).mean((2, 3)).argmax(1)
+    assert 2 <= len(set(unsaid.tolist()))
+    assert not torch.equal(unsaid, torch.arange(12) % 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # sampling
 
 
 @pytest.mark.parametrize('settings', KINDS)
 def test_sample_does_not_depend_on_batch_and_padding(settings):
-    model, (tokens, segments), (padded, padded_segments) = model_of(**settings), sentences(), sentences(3)
+    model, (tokens, segments) = model_of(**settings), sentences()
+    padded, padded_segments = sentences(3)
     given = dict(steps=4, guidance=3.0, sampler='ddpm' if 'objective' in settings else 'heun')
     whole = model.sample(tokens, segments, KEYS, **given)
-    close(whole, torch.cat([model.sample(padded[i:i + 1], padded_segments[i:i + 1], KEYS[i:i + 1], **given)
-                            for i in range(4)]))
-    assert (whole - model.sample(tokens.flip(0), segments.flip(0), KEYS, **given)).abs().mean() > 1e-3
+    rows = [slice(i, i + 1) for i in range(4)]
+    each = [model.sample(padded[row], padded_segments[row], KEYS[row], **given) for row in rows]
+    close(whole, torch.cat(each))
+
+    # and it depends on the sentence
+    others = model.sample(tokens.flip(0), segments.flip(0), KEYS, **given)
+    assert (whole - others).abs().mean() > 1e-3
 
 
 @pytest.mark.parametrize('settings', KINDS)
 def test_guidance(settings):
     model, (tokens, segments) = model_of(**settings).eval(), sentences()
-    noise, given = normal(KEYS, (3, 8, 8)), dict(steps=3)
-    told = model.sample(tokens, segments, noise=noise, guidance=1.0, **given)
-    untold = model.sample(*model.dropped(tokens, segments, torch.ones(4, dtype=torch.bool)), noise=noise, **given)
-    close(model.sample(tokens, segments, noise=noise, guidance=0.0, **given), untold)
-    close(model.sample(tokens, segments, noise=noise, guidance=1 + 1e-6, **given), told)    # by way of both
+    empty = model.dropped(tokens, segments, torch.ones(4, dtype=torch.bool))
+    noise = normal(KEYS, (3, 8, 8))
+    given = dict(noise=noise, steps=3)
+    told = model.sample(tokens, segments, guidance=1.0, **given)
+    untold = model.sample(*empty, **given)
+    close(model.sample(tokens, segments, guidance=0.0, **given), untold)
+    # the same by way of both
+    close(model.sample(tokens, segments, guidance=1 + 1e-6, **given), told)
     assert (told - untold).abs().mean() > 1e-3
+
     # one step by hand
-    context, untold_context = (model.encode(*x) for x in (
-        (tokens, segments), model.dropped(tokens, segments, torch.ones(4, dtype=torch.bool))))
     (t, t_next), = model.schedule.pairs(1)
     at = torch.full((4,), t)
-    told, untold = model.denoiser(noise, at, *context), model.denoiser(noise, at, *untold_context)
+    told = model.denoiser(noise, at, *model.encode(tokens, segments))
+    untold = model.denoiser(noise, at, *model.encode(*empty))
     close(model.sample(tokens, segments, noise=noise, guidance=2.5, steps=1),
           model.schedule.step(untold + 2.5 * (told - untold), t, t_next, noise))
 
@@ -193,12 +242,18 @@ def test_begins_with_a_picture(settings):
     model, (tokens, segments) = model_of(**settings), sentences()
 
     def drawn(**given):
-        return model.sample(tokens, segments, KEYS, steps=10, guidance=2.0, image=PICTURES, **given)
+        return model.sample(tokens, segments, KEYS, steps=10, guidance=2.0, image=PICTURES,
+                            **given)
+
     distances = [(drawn(strength=s) - PICTURES).abs().mean().item() for s in (0.1, 0.4, 1.0)]
     assert distances[0] < distances[1] < distances[2]
-    assert torch.equal(drawn(strength=0.05), PICTURES)                  # less than a step
+    # less than a step
+    assert torch.equal(drawn(strength=0.05), PICTURES)
+    # flow's first time has nothing of x
     if not settings:
         close(drawn(strength=1.0), model.sample(tokens, segments, KEYS, steps=10, guidance=2.0))
+
+    # one half stays
     mask = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
     mask[..., 4:] = True
     kept = drawn(strength=0.9, mask=mask)
@@ -207,16 +262,22 @@ def test_begins_with_a_picture(settings):
 
 
 def test_bad_settings():
-    for settings, words in ((dict(patch_size=3), 'multiple of dit.patch_size'), (dict(width=36), 'dit.num_heads'),
-                            (dict(attention='add'), 'cross or joint'), (dict(drop=1.0), 'dit.drop'),
-                            (dict(objective='gan'), 'flow or ddpm'), (dict(time='never'), 'logit_normal')):
+    for settings, words in ((dict(patch_size=3), 'multiple of dit.patch_size'),
+                            (dict(patch_size=0), 'dit.patch_size=0'),
+                            (dict(channels=0), 'dit.channels=0'),
+                            (dict(depth=0), 'dit.depth=0'),
+                            (dict(width=36), 'dit.num_heads'),
+                            (dict(attention='add'), 'cross or joint'),
+                            (dict(drop=1.0), 'dit.drop'),
+                            (dict(objective='gan'), 'flow or ddpm'),
+                            (dict(time='never'), 'logit_normal')):
         with pytest.raises(ValueError, match=words):
             model_of(**settings)
     with pytest.raises(ValueError, match='sampler'):
         model_of().sample(*sentences(), KEYS, sampler='ddim')
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # judging
 
 
@@ -224,7 +285,9 @@ def test_judging(tmp_path):
     assert judge.token_f1('red apple', 'red apple') == 1 and judge.token_f1('', 'a') == 0
     assert judge.token_f1('red red heart', 'red apple') == pytest.approx(2 * 1 / 5)
     rng = np.random.default_rng(0)
-    a, b = rng.standard_normal((20000, 3)), rng.standard_normal((20000, 3)) * [2, 1, 1] + [0, 3, 0]
+    # of another deviation in one direction, of another mean in the next
+    a = rng.standard_normal((20000, 3))
+    b = rng.standard_normal((20000, 3)) * [2, 1, 1] + [0, 3, 0]
     assert judge.frechet(a, a) == pytest.approx(0, abs=1e-9)
     assert judge.frechet(a, b) == pytest.approx(3 ** 2 + (2 - 1) ** 2, rel=0.03)
     sheet = judge.side_by_side(np.zeros((5, 8, 8, 3), np.uint8), 3, size=8, gap=2)
@@ -233,7 +296,8 @@ def test_judging(tmp_path):
 
 
 def test_text_is_any_module():
-    """A text tower and a denoiser that are no Decoder and no DiT: what is conditioned on is what they give and get."""
+    """A text tower and a denoiser that are no Decoder and no DiT: what is conditioned on is what
+    they give and get."""
     embedding, seen = torch.nn.Embedding(32, 5), []
 
     class Tower(torch.nn.Module):
@@ -245,7 +309,8 @@ def test_text_is_any_module():
             seen.append((t, context, context_mask))
             return x
 
-    model, (tokens, segments) = TextToImage(replace(SMALL, **DDPM), Tower(), Denoiser(), empty=[1, 2]), sentences()
+    model = TextToImage(replace(SMALL, **DDPM), Tower(), Denoiser(), empty=[1, 2])
+    tokens, segments = sentences()
     model.eval().loss(tokens, pixels=PICTURES, segments=segments, keys=KEYS)
     (t, context, mask), = seen
     assert t.dtype == torch.long and t.max() < 50 and torch.equal(context, embedding(tokens))
@@ -260,10 +325,14 @@ def test_on_a_gpu(settings):
     model, (tokens, segments) = model_of(**settings).train(), sentences()
     loss = model.loss(tokens, pixels=PICTURES, segments=segments, keys=KEYS)[0]
     drawn = model.sample(tokens, segments, KEYS, steps=3, guidance=2.0)
-    there, on_gpu = model.cuda(), [x.cuda() for x in (tokens, segments, PICTURES, KEYS)]
-    tokens, segments, pictures, keys = on_gpu
+
+    # the same there
+    there = model.cuda()
+    tokens, segments, pictures, keys = (x.cuda() for x in (tokens, segments, PICTURES, KEYS))
     close(there.loss(tokens, pixels=pictures, segments=segments, keys=keys)[0].cpu(), loss, 1e-3)
     close(there.sample(tokens, segments, keys, steps=3, guidance=2.0).cpu(), drawn, 1e-2)
+
+    # and in bf16, nearly
     with torch.autocast('cuda', torch.bfloat16):
         rough = there.loss(tokens, pixels=pictures, segments=segments, keys=keys)[0]
     rough.backward()
