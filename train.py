@@ -38,9 +38,10 @@ import optim
 import processor as processors
 import shards
 import tokenizer as tokenizers
-from checkpoint import read_json, write_json
+from checkpoint import write_json
 from configurator import configure
 from model import DecoderBlock, DecoderConfig, ViTBlock, ViTConfig, generate, positions_where
+from tokenizer import read_json
 
 try:
     import diffusion
@@ -490,7 +491,10 @@ try:
         logs.cut_log(log_path, progress['step'])
 except checkpoint.ERRORS as error:
     fail(f'out_dir={out_dir!r}: {str(error).strip().splitlines()[-1]}', 2)
-copy = checkpoint.Mirror(remote, out_dir, say) if remote and master else None
+copy = None
+if remote and master:
+    from remote import Mirror
+    copy = Mirror(remote, out_dir, say)
 
 
 def save():
@@ -520,7 +524,8 @@ if wandb_project and master:
     id_path = os.path.join(out_dir, 'wandb_id')
     if not os.path.exists(id_path):
         write_json(id_path, os.urandom(4).hex())
-    run_id = read_json(id_path)         # a resumed run goes on under the same id
+    with open(id_path, encoding='utf-8') as f:
+        run_id = json.load(f)           # a resumed run goes on under the same id
     run = wandb.init(project=wandb_project, id=run_id, resume='allow', dir=out_dir, config=config)
 
 
@@ -540,7 +545,7 @@ peak = logs.peak_flops(device, dtype, world)
 saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,
                          lambda: logs.plot(out_dir, val))
 if copy:
-    copy.wake()                     # what an earlier session did not bring there
+    copy.wake(checkpoint.names(checkpoints))    # what an earlier session did not bring there
 
 # ----------------------------------------------------------------------------------------------------------------------
 # validation: every sample of a data set once, whatever the number of ranks
