@@ -1,8 +1,6 @@
 """Settings of train.py that can be told to be wrong before any data are opened."""
 import re
 
-import shards
-
 CHOICES = {'task': ('vlm', 'llm', 'siglip', 'policy', 'vla', 't2i'), 'resume': ('auto', 'never'),
            'denoiser': ('dit', 'unet'), 'pair_with': ('batch', 'all'), 'optimizer': ('adamw', 'muon'),
            'dtype': ('float32', 'bfloat16', 'float16'), 'matmul': ('highest', 'high', 'medium'),
@@ -29,7 +27,8 @@ def check(s, world):
     check_optimizer(s)
     try:
         if s.remote:
-            shards.filesystem(s.remote)
+            from remote import filesystem
+            filesystem(s.remote)
     except (ValueError, ImportError) as error:
         raise ValueError(f'remote={s.remote!r}: {error}') from error
     if min(s.log_every, s.num_checkpoints) < 1 or min(s.eval_every, s.keep_last, s.workers, s.warmup, s.seed,

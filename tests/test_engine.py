@@ -16,7 +16,7 @@ from test_remote import proxy, s3  # noqa: F401  (fixtures)
 from tiny import Process, losses, names, rows, run, same_weights, wait_until, weights
 
 import checkpoint
-import shards
+import remote
 from model import Decoder, DecoderConfig
 
 MIX = ['--mix={"long": 1, "plain": 0.5}', '--val={"long": "long"}', '--augment=false']
@@ -352,8 +352,8 @@ def far(s3):  # noqa: F811
 
 
 def far_names(far):
-    fs, base = shards.filesystem(far.far)
-    return sorted(checkpoint.remote_names(fs, base))
+    fs, base = remote.filesystem(far.far)
+    return sorted(remote.remote_names(fs, base))
 
 
 def test_a_run_is_copied_elsewhere_and_goes_on_from_there(hundred, far, tmp_path):
@@ -363,7 +363,7 @@ def test_a_run_is_copied_elsewhere_and_goes_on_from_there(hundred, far, tmp_path
     flags = ['--max_steps=12', '--num_checkpoints=3', f'--remote={far.far}']
     train(tmp_path / 'run', *flags, real=True).ok()
     assert far_names(far) == names(tmp_path / 'run') == ['step_00000004', 'step_00000008', 'step_00000012']
-    fs, base = shards.filesystem(far.far)
+    fs, base = remote.filesystem(far.far)
     for path in (tmp_path / 'run').rglob('*'):
         if path.is_file() and 'latest' not in str(path) and path.name != 'environment.json':
             assert fs.cat_file(f'{base}/{path.relative_to(tmp_path / "run")}') == path.read_bytes(), path

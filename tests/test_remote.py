@@ -1,4 +1,4 @@
-"""Data sets behind a URL: shards.Remote and Folder against a local S3 server, through a proxy that makes faults."""
+"""Data sets behind a URL: remote.Remote and Folder against a local S3 server, through a proxy that makes faults."""
 import http.client
 import json
 import multiprocessing
@@ -16,7 +16,7 @@ import tiny
 from conftest import ROOT, sample, write_set, write_tar
 
 import data
-import shards
+import remote
 from processor import Processor
 from shards import Folder
 from tokenizer import Bytes
@@ -75,7 +75,7 @@ def s3(proxy, monkeypatch, tmp_path):
     monkeypatch.setenv('FSSPEC_S3', json.dumps(options))            # of other processes
     monkeypatch.setattr(s3fs.S3FileSystem, 'retries', 1)            # s3fs tries again by itself: here we shall
     waits, bucket, fs = [], f'b{time.time_ns()}', fsspec.filesystem('s3')
-    monkeypatch.setattr(shards, 'time', SimpleNamespace(sleep=waits.append, time=time.time))
+    monkeypatch.setattr(remote, 'time', SimpleNamespace(sleep=waits.append, time=time.time))
     proxy.seen, proxy.fault = [], lambda method, path: None
     fs.mkdir(bucket)
 

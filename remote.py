@@ -1,0 +1,272 @@
+"""What is behind a URL, any that fsspec knows: copies of remote shards, a copy of a run elsewhere.
+
+shards.py and checkpoint.py import this where they meet a URL; a run on local data without `remote`
+never does. A run looks there as it does here: <url>/checkpoints/step_00001000/model.safetensors.
+"""
+import hashlib
+import json
+import os
+import posixpath
+import queue
+import threading
+import time
+
+from tokenizer import read_json
+
+DOWNLOADS = threading.Semaphore(8)
+# a forked worker has none of its parent's threads, which may hold it
+os.register_at_fork(
+    after_in_child=lambda: globals().update(DOWNLOADS=threading.Semaphore(8)))
+
+
+def filesystem(url):
+    """The fsspec file system of a URL and the path in it. Raises ValueError and ImportError."""
+    import fsspec
+    fs, path = fsspec.url_to_fs(url)
+    # what it listed before may have changed
+    fs.invalidate_cache()
+    return fs, path
+
+
+def patiently(url, action, retries=5, what='read'):
+    """action(file system, path), again after 0.5, 1, 2 ... seconds where it fails; OSError in the
+    end."""
+    for attempt in range(retries + 1):
+        try:
+            return action(*filesystem(url))
+        except (FileNotFoundError, PermissionError, ImportError, ValueError) as error:
+            # trying again would not help
+            raise OSError(f'{url} can not be {what}: {error!r}') from None
+        except Exception as error:
+            # each kind of storage has errors of its own
+            if attempt == retries:
+                raise OSError(f'{url} can not be {what}, {attempt + 1} times: {error!r}') from None
+            time.sleep(0.5 * 2 ** attempt)
+
+
+# -------------------------------------------------------------------------------------------------
+# shards
+
+
+class Remote:
+    """Copies of remote shards in a folder that all processes of a node share: whole or not at all,
+    at most `max_bytes` besides what is under way, the least recently used go first. A reader that
+    holds a file open keeps it.
+
+    `begin` and `copy` are for one reader, who fetches ahead of need; `fetch` is one download."""
+
+    def __init__(self, folder, max_bytes=100 << 30, retries=5):
+        self.folder = os.path.join(folder, 'shards')
+        self.max_bytes, self.retries = max_bytes, retries
+        self.results = {}           # URL -> path of its copy, or the OSError that came instead
+        self.threads = {}           # URL -> the thread that fetches it
+
+    def __getstate__(self):
+        # threads mean nothing in another process
+        return self.__dict__ | {'threads': {}}
+
+    def begin(self, url):
+        """Begin to fetch a shard, at most eight at a time in this process."""
+        if url not in self.results and url not in self.threads:
+            thread = threading.Thread(target=self.fetch_in_turn, args=(url,), daemon=True)
+            self.threads[url] = thread
+            thread.start()
+
+    def fetch_in_turn(self, url):
+        with DOWNLOADS:
+            try:
+                self.results[url] = self.fetch(url)
+            except OSError as error:
+                self.results[url] = error
+
+    def copy(self, url):
+        """Path of a shard's copy on this node, waited for. Raises OSError."""
+        # it may be removed from a cache that is too small just before it is opened
+        for _ in range(3):
+            self.begin(url)
+            if url in self.threads:
+                self.threads.pop(url).join()
+
+            # none where a forked worker took over a thread of its parent
+            result = self.results.get(url, '')
+            if isinstance(result, OSError):
+                del self.results[url]
+                raise result
+            if os.path.exists(result):
+                return result
+            self.results.pop(url, None)
+        raise OSError(f'{url} is removed from {self.folder} before it can be read: raise cache_gb')
+
+    def ask(self, url, action):
+        return patiently(url, action, self.retries)
+
+    def exists(self, url):
+        return self.ask(url, lambda fs, path: fs.exists(path))
+
+    def names_in(self, url):
+        """Names of the files in a folder."""
+        paths = self.ask(url, lambda fs, path: fs.ls(path, detail=False))
+        return [posixpath.basename(path) for path in paths]
+
+    def read(self, url):
+        """The bytes of a file."""
+        return self.ask(url, lambda fs, path: fs.cat_file(path))
+
+    def fingerprint(self, url):
+        """Changes when the file does: size and ETag or time of change, where the storage tells."""
+        return self.ask(url, lambda fs, path: (fs.ukey(path), fs.size(path)))
+
+    def fetch(self, url):
+        """The local copy of a shard: the one that is there, or a new one."""
+        import filelock
+        key, size = self.fingerprint(url)
+        if size is not None and size > self.max_bytes:
+            raise OSError(f'{url} has {size} bytes, more than the whole cache may hold: '
+                          'raise cache_gb')
+        name = hashlib.sha256(f'{url} {key}'.encode()).hexdigest()[:32]
+        local = os.path.join(self.folder, f'{name}.tar')
+        os.makedirs(self.folder, exist_ok=True)
+
+        # one of 256 locks, so that they do not pile up
+        with filelock.FileLock(os.path.join(self.folder, f'{name[:2]}.lock')):
+            if not os.path.exists(local):
+                self.make_room(size or 0)
+                self.ask(url, lambda fs, path: self.download(fs, path, local, size))
+            # its time says when it was used last
+            os.utime(local)
+        return local
+
+    def download(self, fs, path, local, size):
+        fs.get_file(path, local + '.part')
+        came = os.path.getsize(local + '.part')
+        if size is not None and came != size:
+            raise OSError(f'{came} of {size} bytes came')
+        os.rename(local + '.part', local)
+
+    def make_room(self, size):
+        """Remove the least recently used copies, and what a killed process left long ago."""
+        copies = []
+        for entry in os.scandir(self.folder):
+            try:
+                stat = entry.stat()
+                if entry.name.endswith('.tar'):
+                    copies.append((stat.st_mtime, stat.st_size, entry.path))
+                # a day old: nobody writes to it any more
+                elif entry.name.endswith('.part') and stat.st_mtime < time.time() - 86400:
+                    os.remove(entry.path)
+            except FileNotFoundError:
+                # another process was quicker
+                pass
+
+        # with the new one it must be no more than max_bytes
+        total = sum(num_bytes for _, num_bytes, _ in copies) + size
+        for _, num_bytes, path in sorted(copies):
+            if total <= self.max_bytes:
+                break
+            try:
+                os.remove(path)
+            except FileNotFoundError:
+                pass
+            total -= num_bytes
+
+
+# -------------------------------------------------------------------------------------------------
+# a run's checkpoints and logs
+
+
+class Mirror:
+    """Copies a run's checkpoints and logs to an fsspec URL, in the background. What was not copied
+    in an earlier session is copied, too; nothing is ever deleted there."""
+
+    def __init__(self, url, out_dir, say, retries=4):
+        self.url, self.out_dir, self.say, self.retries = url.rstrip('/'), out_dir, say, retries
+        self.error, self.names = '', []
+        self.wakes = queue.Queue()
+        self.thread = threading.Thread(target=self.copy_when_woken, daemon=True)
+        self.thread.start()
+
+    def wake(self, names):
+        """There is something new. names: the run's checkpoints, the newest first."""
+        self.names = names
+        self.wakes.put(True)
+
+    def finish(self):
+        """Copy what is left; the error if that did not succeed, else ''."""
+        self.wakes.put(True)
+        self.wakes.put(False)
+        self.thread.join()
+        return self.error
+
+    def copy_when_woken(self):
+        while self.wakes.get():
+            try:
+                patiently(self.url, self.copy, self.retries, 'written')
+                self.error = ''
+            except OSError as error:
+                self.error = f'remote={" ".join(str(error).split())[:300]}'
+                self.say(f'\n{self.error}: the next checkpoint tries again')
+
+    def copy(self, fs, base):
+        """The checkpoints that are not there yet, the oldest first, then the logs."""
+        there = remote_names(fs, base)
+        for name in reversed(self.names):
+            if name not in there:
+                self.copy_checkpoint(fs, base, name)
+        for file in ('config.json', 'log.jsonl', 'loss.png'):
+            if os.path.exists(os.path.join(self.out_dir, file)):
+                put(fs, os.path.join(self.out_dir, file), posixpath.join(base, file))
+
+    def copy_checkpoint(self, fs, base, name):
+        """progress.json goes last: a checkpoint without it is not there."""
+        folder = os.path.join(self.out_dir, 'checkpoints', name)
+        there = posixpath.join(base, 'checkpoints', name)
+        try:
+            for file in read_json(os.path.join(folder, 'progress.json'))['files']:
+                put(fs, os.path.join(folder, file), posixpath.join(there, file))
+
+            # under another name first: some storages show a file before it is whole
+            last = posixpath.join(there, 'progress.json')
+            put(fs, os.path.join(folder, 'progress.json'), last + '.part')
+            fs.mv(last + '.part', last)
+        except FileNotFoundError:
+            # keep_last may have removed it meanwhile
+            if os.path.exists(folder):
+                raise
+
+
+def put(fs, local, path):
+    """Copy a file there."""
+    fs.makedirs(posixpath.dirname(path), exist_ok=True)
+    fs.put_file(local, path)
+
+
+def remote_names(fs, base):
+    """Names of the checkpoints that are there as a whole."""
+    whole = fs.glob(posixpath.join(base, 'checkpoints/*/progress.json'))
+    return [posixpath.basename(posixpath.dirname(path)) for path in whole]
+
+
+def get_log(fs, base, out_dir):
+    """Copy the log of a run from there, if it has one."""
+    log_path = posixpath.join(base, 'log.jsonl')
+    if fs.exists(log_path):
+        fs.get_file(log_path, os.path.join(out_dir, 'log.jsonl'))
+
+
+def get_checkpoint(fs, there, folder, only=()):
+    """Copy the files of a checkpoint from there into a folder, all or those of `only`; what its
+    progress.json says of them. Raises ValueError."""
+    progress = json.loads(fs.cat_file(posixpath.join(there, 'progress.json')))
+    if not isinstance(progress, dict) or not isinstance(progress.get('files'), dict):
+        raise ValueError('progress.json is not what a checkpoint has')
+    if only:
+        wanted = {file: sums for file, sums in progress['files'].items() if file in only}
+        progress['files'] = wanted
+
+    for file in progress['files']:
+        # whoever wrote it is a stranger
+        if os.path.isabs(file) or '..' in file.split('/'):
+            raise ValueError(f'{file!r} would leave the folder')
+        os.makedirs(os.path.dirname(os.path.join(folder, file)), exist_ok=True)
+        fs.get_file(posixpath.join(there, file), os.path.join(folder, file))
+    return progress
