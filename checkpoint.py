@@ -11,6 +11,8 @@
 Nothing here is a pickle. What is saved by N processes, sharded or not, is loaded by any other
 number. DCP is torch.distributed.checkpoint. What brings checkpoints to a URL stands in remote.py.
 """
+import contextlib
+import hashlib
 import json
 import os
 import posixpath
@@ -18,8 +20,9 @@ import re
 import shutil
 import threading
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
@@ -28,8 +31,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import processor as processors
+import tasks
 import tokenizer as tokenizers
-from model import VLM, DecoderConfig, ViTConfig, build
+from shards import is_url
 from tokenizer import read_json
 
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException)
@@ -415,79 +419,181 @@ def download(url, folder, only=()):
     return path
 
 
-# -------------------------------------------------------------------------------------------------
-# moved soon
+CHOICES = {'resume': ('auto', 'never'), 'dtype': ('float32', 'bfloat16', 'float16'),
+           'matmul': ('highest', 'high', 'medium')}
 
 
-def build_model(run, tok, weights=True):
-    """The model of a run's settings (flat, as in config.json) and its tokenizer. weights=False: those of `vit.hf` and
-    `decoder.hf` are not loaded. Raises ValueError."""
-    def part(name, kind):
-        return kind(**{k.partition('.')[2]: v for k, v in run.items() if k.startswith(name + '.')})
-
-    vit, decoder, task = part('vit', ViTConfig), part('decoder', DecoderConfig), run['task']
-    shape = vit, decoder, tok.vocab_size, tok.image_id, run.get('pixel_shuffle', 1), run.get('connector_bias', True)
-    if task in ('policy', 'vla'):
-        import policies
-        config = part(task, dict(policy=policies.PolicyConfig, vla=policies.VLAConfig)[task])
-        config = replace(config, **{key: run[key] for key in ('action_steps', 'action_dim', 'proprio_dim')})
-        return policies.build(task, config, *shape)
-    towers = {}
-    if vit.hf or decoder.hf:
-        try:
-            from families import towers as opener
-        except ModuleNotFoundError:
-            raise ValueError('vit.hf and decoder.hf need families/, which is not here') from None
-        towers = opener.towers(vit, decoder, tok.vocab_size, weights, task)
-    if task == 't2i' and run.get('denoiser', 'dit') == 'unet':
-        from images import clip as image_clip
-        from images import dit as image_dit
-        from images import sd
-        from images import vae as image_vae
-        clip = part('clip', image_clip.CLIPTextConfig)
-        empty = tokenizers.clip_row(tok, '', clip.max_length)
-        if max(empty) >= clip.vocab_size:
-            raise ValueError(f'clip.vocab_size={clip.vocab_size}, but the tokenizer has token {max(empty)}: it is not '
-                             'this model\'s')
-        return sd.build(part('dit', image_dit.DiTConfig), sd.UNet2DCondition(part('unet', sd.UNetConfig)),
-                        image_clip.CLIPText(clip), image_vae.AutoencoderKL(part('vae', image_vae.VAEConfig)), empty)
-    if task == 't2i':
-        from images import dit as image_dit
-        dit, vae = part('dit', image_dit.DiTConfig), None
-        if dit.vae:
-            from families import diffusers as hub_sd
-            from images import vae as image_vae
-            settings = part('vae', image_vae.VAEConfig)
-            vae = hub_sd.autoencoder(dit.vae, settings) if weights else image_vae.AutoencoderKL(settings)
-        return image_dit.build(dit, decoder, tok.vocab_size, [tok.bos_id, tok.eos_id], towers.get('decoder'), vae)
-    return build(task, *shape, run.get('pair_scale', 1.0), run.get('pair_bias', 0.0), towers)
-
-
-def image_tokens(model):
-    """Tokens that a picture takes in a model; 0 where it has no place in the text."""
-    model = getattr(model, 'encoder', model)        # of a policy
-    return model.config.image_tokens if isinstance(model, VLM) else 0
-
-
-def load_run(path, ema=True):
-    """(settings, tokenizer, model with its weights) of a run, or of one of its checkpoints; settings['folder'] is the
-    checkpoint. ema: with the averages of the weights, where the run kept them. Raises ValueError."""
-    folder = os.path.abspath(path)
-    if os.path.basename(os.path.dirname(folder)) != 'checkpoints' and not os.path.exists(
-            os.path.join(folder, 'model.safetensors')):
-        folder = os.path.join(folder, 'checkpoints', 'latest')
+def check(settings, world):
+    """Raises ValueError, one line with key, value and remedy, for settings that can not be."""
+    for key, allowed in CHOICES.items():
+        if settings[key] not in allowed:
+            raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
+    if settings['fsdp'] < 0 or world % (settings['fsdp'] or 1):
+        raise ValueError(f'fsdp={settings["fsdp"]} must divide the {world} ranks: 1 (DDP), 0 (all) '
+                         'or a divisor')
     try:
-        run = read_json(os.path.join(folder, 'config.json'))
-        tok = tokenizers.load('bytes' if run['tokenizer'] == 'bytes' else folder)
-        model = build_model(run, tok, weights=False)
+        if settings['remote']:
+            from remote import filesystem
+            filesystem(settings['remote'])
+    except (ValueError, ImportError) as error:
+        raise ValueError(f'remote={settings["remote"]!r}: {error}') from error
+
+
+# -----------------------------------------------------------------------------------------------
+# going on
+
+
+# settings that a run keeps, whatever its task
+KEPT = ('task', 'tokenizer', 'lanes', 'optimizer')
+
+
+def find(out_dir, remote, say):
+    """(path, its progress, '') of the newest checkpoint, from `remote` where out_dir has none; or
+    an error, last."""
+    folder = os.path.join(out_dir, 'checkpoints')
+    try:
+        if remote and not names(folder):
+            restore(remote, out_dir)
+        return *newest(folder, say), ''
+    except (ValueError, OSError) as error:
+        return '', {}, str(error)
+
+
+def changes(path, settings, kept):
+    """What a resumed run has set otherwise than the checkpoint it goes on from: lines that tell it,
+    and the refusal of the first that can not change ('': none can not).
+
+    kept: names of the task's settings that a run keeps, and of groups of them, with a dot."""
+    lines = []
+    old = read_json(os.path.join(path, 'config.json'))
+    for key in old:
+        if key not in settings or settings[key] == old[key]:
+            continue
+        of_model = key.startswith(tuple(name for name in kept if name.endswith('.')))
+        if key in (*KEPT, *kept) or of_model and not key.endswith('.remat'):
+            return [], (f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a run '
+                        'keeps its model and lanes; give another out_dir')
+        lines.append(f'changed since {path}: {key} {old[key]!r} -> {settings[key]!r}')
+    return lines, ''
+
+
+def load_averages(averages, path):
+    """Averages of the weights {name: tensor}; of what was frozen until now, the weights."""
+    folder = os.path.join(path, 'ema')
+    there = shapes(folder) if os.path.isdir(folder) else {}
+    load({name: tensor for name, tensor in averages.items() if name not in there}, path)
+    load({name: tensor for name, tensor in averages.items() if name in there}, folder)
+
+
+def load_state(state, path):
+    """The optimizer's state {name: tensor}; of what was frozen until now there is none."""
+    folder = os.path.join(path, 'state')
+    there = shapes(folder)
+    load({name: tensor for name, tensor in state.items() if name in there}, folder)
+
+
+def remove_leftovers(out_dir):
+    """Half-written checkpoints of a command that was killed."""
+    folder = os.path.join(out_dir, 'checkpoints')
+    for name in os.listdir(folder):
+        if name.startswith('.step_'):
+            shutil.rmtree(os.path.join(folder, name))
+
+
+# -----------------------------------------------------------------------------------------------
+# runs: a model and all that goes with it
+
+
+@dataclass
+class Run:
+    """A model and all that goes with it: one that is trained, or opened from a folder."""
+    task: object                # its module
+    settings: dict              # flat, as in config.json
+    tokenizer: object
+    model: object
+    processor: object           # makes rows of samples
+    device: str = 'cpu'
+    folder: str = ''            # the checkpoint that it was opened from
+    kept: dict = field(default_factory=dict)            # {name of task.FILES: its value}
+    gathered: object = contextlib.nullcontext           # inside, this rank holds the whole model
+
+    def inputs(self, batch):
+        """What the model's forward gets of a collated batch."""
+        tensors = processors.to_device(batch, self.device, self.processor)
+        return self.task.inputs(self, batch, tensors)
+
+
+def make_run(settings, tokenizer, form, device):
+    """The Run of a flat config, with a model that begins anew; form: its `processor`, where that is
+    a folder the folder itself. Raises ValueError and OSError."""
+    task = tasks.load(settings['task'])
+    model = task.build(settings, tokenizer).to(device)
+    processor = processors.build(settings | dict(processor=form), tokenizer, task,
+                                 getattr(model, 'image_tokens', 0))
+    return Run(task, settings, tokenizer, model, processor, device)
+
+
+def open_run(path, device='cpu', ema=True):
+    """The Run of a run's folder, or of one of its checkpoints, with its weights: with the averages
+    of the weights, where the run kept them. Raises ValueError."""
+    folder = checkpoint_of(path)
+    try:
+        settings = read_json(os.path.join(folder, 'config.json'))
+        task = tasks.load(settings['task'])
+        name = settings['tokenizer']
+        tok = tokenizers.load('bytes' if name == 'bytes' else folder)
+        model = task.build(settings, tok, load_weights=False)
         weights = load_file(os.path.join(folder, 'model.safetensors'))
-        if ema and run.get('ema'):
+        if ema and settings.get('ema'):
             weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
         model.load_state_dict(weights)
-        if processors.is_folder(run.get('processor', 'auto')):
-            run['processor'] = folder               # its files are kept here
+        model.to(device, memory_format=getattr(model, 'memory_format', torch.preserve_format))
+        if processors.is_folder(settings['processor']):
+            settings['processor'] = folder              # its files are kept here
+        processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
+        run = Run(task, settings, tok, model.eval(), processor, device, folder)
+        run.kept = {name: read_json(os.path.join(folder, name)) for name in task.FILES}
+        task.prepare(run)
+        return run
     except FileNotFoundError as error:
-        raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)') from None
+        raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)'
+                         ) from None
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}') from None
-    return run | dict(folder=folder), tok, model.eval()
+        raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
+                         ) from None
+
+
+def checkpoint_of(path):
+    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
+    folder = os.path.abspath(os.path.expanduser(path))
+    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
+    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
+        return folder
+    return os.path.join(folder, 'checkpoints', 'latest')
+
+
+def local_copy(path, cache_dir):
+    """A run's folder; of a URL its newest weights, copied once a node. Raises OSError and
+    ValueError."""
+    if not is_url(path):
+        return path
+    name = hashlib.sha256(path.encode()).hexdigest()[:16]
+    folder = os.path.join(os.path.expanduser(cache_dir), 'weights', name)
+    if int(os.environ.get('LOCAL_RANK', 0)) == 0:
+        download(path, folder, ('model.safetensors',))
+    if dist.is_initialized():
+        dist.barrier()
+    return os.path.join(folder, next(iter(names(folder)), ''))
+
+
+def own_files(run):
+    """{name in a checkpoint: path} of what a run's tokenizer and processor were made from."""
+    files = {}
+    form = run.processor.folder
+    for name in processors.FILES:
+        if form and os.path.exists(os.path.join(form, name)):
+            files[name] = os.path.join(form, name)
+    for path in run.tokenizer.files:
+        is_main = path == run.tokenizer.files[0] and path.endswith('.json')
+        files['tokenizer.json' if is_main else os.path.basename(path)] = path
+    return files

@@ -8,7 +8,7 @@ function of the position: nothing is recorded to resume, and nothing depends on 
 import fnmatch
 import functools
 import itertools
-import json
+import math
 import os
 import re
 import sys
@@ -133,6 +133,11 @@ class Order:
         order = order.astype(np.int32)      # half the memory of a million shards
         return order, np.concatenate([[0], np.cumsum(sizes[order])])
 
+    @property
+    def samples_in_use(self):
+        """Samples of all data sets that have a weight."""
+        return sum(n for n, weight in zip(self.samples, self.weights) if weight)
+
     def locate(self, n):
         """Positions (int64 array) -> four int64 arrays: data set, epoch, shard, index in the shard."""
         n = np.asarray(n, np.int64)
@@ -237,7 +242,7 @@ class Batches:
         self.remote = [part for part, folder in enumerate(folders) if folder.is_remote]
         self.ahead = ahead if self.remote else 0
         for folder in folders:
-            folder.horizon = processor.lowdim[0]        # of an episode no more than a chunk is read
+            folder.horizon = processor.episode_rows        # of an episode no more than a chunk is read
             if folder.sequence_length > processor.seq_len + 1:
                 raise ValueError(f'data set {folder.path!r} has sequence_length={folder.sequence_length}: it needs '
                                  f'seq_len={folder.sequence_length - 1}, not {processor.seq_len}')
@@ -351,35 +356,6 @@ def leave_with(parent):
     os._exit(1)
 
 
-def read_stats(folders, path=''):
-    """What prepare/stats.py has written: of `path`, or beside the one data set of a mix. Raises ValueError."""
-    if not path and len(folders) > 1:
-        raise ValueError(f'{len(folders)} data sets have one stats.json: python prepare/stats.py --data='
-                         f'{",".join(folder.path for folder in folders)} --out=stats.json, and --stats=stats.json')
-    path = path or folders[0].base.rstrip('/') + '/stats.json'
-    try:
-        import fsspec
-        with fsspec.open(path, 'r', encoding='utf-8') as file:
-            return json.load(file)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f'stats={path!r} can not be read ({error}): python prepare/stats.py --data='
-                         f'{folders[0].path} makes it') from None
-
-
-def all_texts(folders, processor):
-    """Every text of the folders once, as rows of a batch: tokens and segments (N, T)."""
-    found = {}
-    for folder in folders:
-        batches = Batches([folder], InOrder(folder.sizes), processor)
-        for start in range(0, len(folder), 1024):
-            rows = batches[np.arange(start, min(start + 1024, len(folder)))]
-            if 'error' in rows:
-                raise ValueError(rows['error'])
-            found |= {row.tobytes(): (row, segments) for row, segments in zip(rows['tokens'], rows['segments'])
-                      if segments.any()}        # a placeholder has no text to compare with
-    return tuple(np.stack(x) for x in zip(*found.values()))
-
-
 def provenance(order, folders, n):
     """What the positions below n saw of each data set: {data set: {samples, whole_epochs, shards_of_next_epoch}}."""
     out = {}
@@ -389,6 +365,50 @@ def provenance(order, folders, n):
         out[folder.path] = dict(samples=count, whole_epochs=epochs,
                                 shards_of_next_epoch={folder.name(s): k for s, k in sorted(shards.items())})
     return out
+
+
+def check(settings, world):
+    """Raises ValueError, one line with key, value and remedy, for settings of data and length."""
+    for key in ('log_every', 'num_checkpoints', 'seq_len', 'lanes', 'window'):
+        if settings[key] < 1:
+            raise ValueError(f'{key}={settings[key]} must be at least 1')
+    for key in ('eval_every', 'keep_last', 'workers', 'warmup', 'seed', 'skip_bad_steps',
+                'max_bad_fraction', 'micro_batch_size'):
+        if settings[key] < 0:
+            raise ValueError(f'{key}={settings[key]} must be at least 0')
+
+    batch_size, micro_batch = settings['batch_size'], settings['micro_batch_size']
+    unit = world * max(micro_batch, 1)
+    if batch_size < 1 or batch_size % unit:
+        below, above = max(batch_size // unit, 1) * unit, (max(batch_size, 0) // unit + 1) * unit
+        raise ValueError(f'batch_size={batch_size} is not a multiple of {world} ranks x '
+                         f'micro_batch_size={micro_batch or 1}: {below} or {above} would fit')
+
+    lengths = {key: settings[key] for key in ('max_steps', 'max_samples', 'epochs')}
+    for key, value in lengths.items():
+        if value < 0:
+            raise ValueError(f'{key}={value} must be at least 0')
+    if sum(value > 0 for value in lengths.values()) != 1:
+        given = ', '.join(f'{key}={value}' for key, value in lengths.items())
+        raise ValueError(f'the run\'s length is one of {given}: set one above 0 and leave the '
+                         'others at 0')
+
+
+def length(settings, order):
+    """(steps, steps that leave a checkpoint) of a run. Raises ValueError."""
+    batch_size, num_checkpoints = settings['batch_size'], settings['num_checkpoints']
+    samples = settings['max_samples'] or settings['epochs'] * order.samples_in_use
+    steps = settings['max_steps'] or math.ceil(samples / batch_size)
+    if num_checkpoints > steps:
+        raise ValueError(f'num_checkpoints={num_checkpoints}, but the run has {steps} steps')
+
+    for number, name in enumerate(settings['mix']):
+        taken, there = order.before(steps * batch_size, number), order.samples[number]
+        if taken > there and not settings['allow_repeat']:
+            raise ValueError(f'allow_repeat=False, but a run of {steps * batch_size} samples takes '
+                             f'{taken} of {name!r}, which has {there}: make the run shorter or its '
+                             'weight smaller')
+    return steps, {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
 
 
 def open_mix(mix, data_dir, seed, lanes, window, cache_dir=CACHE, cache_gb=100.0):

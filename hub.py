@@ -29,11 +29,13 @@ import torch
 
 import checkpoint
 import shards
+import tokenizer as tokenizers
 from tokenizer import read_json
 
 # The families are found beside this file, in the order in which they are asked.
 HERE = os.path.dirname(os.path.abspath(__file__))
-FAMILIES = ('huggingface', 'big_vision')
+FAMILIES = ('huggingface', 'big_vision', 'diffusers')
+NEEDS = {'diffusers': 'images'}          # the rooms that a family needs
 MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others are '
            'fetched, opened or written')
 
@@ -43,7 +45,8 @@ MISSING = ('families/ is not here: without it, runs of ours are opened, but no m
 
 def is_here(name):
     """Is a module of families/ there? Whoever does not need one may delete it, or all."""
-    return os.path.isfile(os.path.join(HERE, 'families', f'{name}.py'))
+    room = os.path.join(HERE, NEEDS.get(name, 'families'))
+    return os.path.isfile(os.path.join(HERE, 'families', f'{name}.py')) and os.path.isdir(room)
 
 
 def family(name):
@@ -122,10 +125,69 @@ def is_foreign(name):
         return True                                 # its family says what is wrong with it
 
 
-def open_run(path):
-    """(settings, tokenizer, model with its weights) of a run of ours, or of one of its
-    checkpoints. Raises ValueError."""
-    return checkpoint.load_run(path)
+def open_run(path, device='cpu', ema=True):
+    """The checkpoint.Run of a run of ours or of one of its checkpoints, or of a folder of others
+    that can be used as it is (of diffusers). Raises ValueError."""
+    if not is_foreign(path):
+        return checkpoint.open_run(path, device, ema)
+    module = family_of(path)
+    if not hasattr(module, 'open_run'):
+        raise ValueError(f'{path!r} is a model of others: begin a run with it (init_from)')
+    return module.open_run(path, device)
+
+
+def task_of(path):
+    """The name of the task that a run, or a folder of others, is of. Raises ValueError."""
+    if is_foreign(path):
+        return family_of(path).settings(path)['task']
+    config = os.path.join(checkpoint.checkpoint_of(path), 'config.json')
+    if not os.path.exists(config):
+        raise ValueError(f'{path!r} is no checkpoint ({config} is missing)')
+    return read_json(config)['task']
+
+
+def open_tokenizer(name, data_dir):
+    """The tokenizer of a setting. Raises ValueError and OSError."""
+    if name == 'bytes':
+        return tokenizers.load(name)
+    return tokenizers.load(locate(name, data_dir, 'tokenizer'))
+
+
+def tower(part, config, tokenizer, load_weights):
+    """A model of transformers as a part of ours, where its config names one (`vit.hf`), else None.
+    part: vit | decoder | text. Raises ValueError."""
+    if not config.hf:
+        return None
+    return family('towers').open_tower(part, config, tokenizer.vocab_size, load_weights)
+
+
+def begin(model, path, skip, cache_dir):
+    """Weights to begin from, of a run or a checkpoint (every parameter of the same name, a URL,
+    too) or of another project's model; what was loaded, new and unused, as a line. Raises
+    ValueError.
+
+    A language or vision-language model begins what reads for a denoiser: `model.reader` names
+    that part."""
+    try:
+        folder = checkpoint.local_copy(path, cache_dir)
+        target, prefix, unused = model, '', set()
+        reader = getattr(model, 'reader', '')
+        if is_foreign(folder):
+            folder = fetch(folder)
+            if reader and not hasattr(family_of(folder), 'open_run'):
+                target, prefix = getattr(model, reader), f'{reader}.'
+            loaded = load(target, folder, skip)
+        else:
+            if reader and not checkpoint.has_denoiser(folder):
+                target, prefix = getattr(model, reader), f'{reader}.'
+            loaded, unused = checkpoint.load_weights(target, folder, skip)
+    except checkpoint.ERRORS as error:
+        raise ValueError(f'init_from={path!r}: {error}') from None
+
+    loaded = {prefix + name for name in loaded}
+    fresh, parts = model.state_dict().keys() - loaded, checkpoint.parts
+    return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
+            f'{parts(fresh) or "none"} begin anew, {parts(unused) or "none"} left there unused')
 
 
 def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
@@ -135,8 +197,7 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
     folder = fetch(name, revision)
     if is_foreign(folder):
         return family_of(folder).open_model(folder, dtype, image_size)
-    settings, tokenizer, model = open_run(folder)
-    return model.to(dtype).eval()
+    return checkpoint.open_run(folder).model.to(dtype).eval()
 
 
 def load(model, folder, skip=()):
@@ -148,18 +209,12 @@ def load(model, folder, skip=()):
 
 def config_lines(name):
     """The settings of a model as the lines of a config file. Raises ValueError."""
-    # Stable Diffusion is no family yet.
-    if os.path.isfile(os.path.join(name, 'unet', 'config.json')):
-        import hub_sd
-        tokenizer = os.path.join(name, 'tokenizer')
-        settings = dict(init_from=name, tokenizer=tokenizer) | hub_sd.settings_of(name)
-    else:
-        folder = fetch(name)
-        settings = family_of(folder).settings(folder)
-        # A repository is called by its name, not by where its copy lies.
-        for key in ('init_from', 'tokenizer', 'processor'):
-            if key in settings:
-                settings[key] = settings[key].replace(folder, name, 1)
+    folder = fetch(name)
+    settings = family_of(folder).settings(folder)
+    # A repository is called by its name, not by where its copy lies.
+    for key in ('init_from', 'tokenizer', 'processor'):
+        if key in settings:
+            settings[key] = settings[key].replace(folder, name, 1)
 
     # Each part of the model is a paragraph.
     lines = [f'# the settings of {name}, by python hub.py config']
@@ -186,10 +241,8 @@ def export(model, folder, dtype=torch.float32, max_shard_size='5GB'):
 def export_run(run, folder, dtype=torch.float32):
     """A run, or one of its checkpoints, as a folder of others: of transformers, or of diffusers.
     Raises ValueError."""
-    settings, tokenizer, model = open_run(run)
-    if settings['task'] == 't2i':
-        import hub_sd
-        return hub_sd.export_run(settings, model, folder, dtype)
+    run_of = checkpoint.open_run(run)
+    settings, tokenizer, model = run_of.settings, run_of.tokenizer, run_of.model
 
     # The first that writes such models writes this one, or says what has no counterpart.
     for module in families():

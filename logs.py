@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 # Operations a second of dense matrices in 16 bits, and in float32 without TensorFloat-32, by a
 # part of the GPU's name (NVIDIA's data sheets).
@@ -132,3 +133,49 @@ def memory_gb(device):
     # Linux counts in KiB, macOS in bytes.
     unit = 1 if sys.platform == 'darwin' else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def append(path, row):
+    """A row at the end of log.jsonl. Raises OSError."""
+    with open(path, 'a', encoding='utf-8') as f:
+        f.write(json.dumps(row) + '\n')
+
+
+def line_of(row):
+    """A row of validation, for people."""
+    parts = []
+    for key, value in row.items():
+        if key != 'step':
+            parts.append(f'{key} {value:.4f}' if isinstance(value, float) else f'{key} {value}')
+    return f'step {row["step"]}: {", ".join(parts)}'
+
+
+def speed(since, batch_size, world, step_share):
+    """What a row says of time. since: steps, tokens, seconds of reading and of all that went into
+    it; step_share: seconds that a step would take at the peak of all devices."""
+    seconds, n = since['seconds'], since['steps']
+    samples, tokens = n * batch_size / seconds, since['tokens'] / seconds
+    return dict(samples_per_sec=round(samples, 2), tokens_per_sec=round(tokens, 1),
+                samples_per_sec_per_gpu=round(samples / world, 2),
+                tokens_per_sec_per_gpu=round(tokens / world, 1),
+                mfu=round(step_share * n / seconds, 4), data_time=round(since['data'] / n, 5),
+                step_time=round(seconds / n, 5))
+
+
+def count_flops(model, inputs):
+    """Floating point operations of a forward pass."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+def open_wandb(project, out_dir, settings):
+    """A run of wandb; a resumed one goes on under the same id."""
+    import wandb
+    path = os.path.join(out_dir, 'wandb_id')
+    if not os.path.exists(path):
+        with open(path, 'w', encoding='utf-8') as f:
+            json.dump(os.urandom(4).hex(), f)
+    with open(path, encoding='utf-8') as f:
+        run_id = json.load(f)
+    return wandb.init(project=project, id=run_id, resume='allow', dir=out_dir, config=settings)

@@ -4,6 +4,7 @@ A rule is (regex, options), a parameter takes the first one that is found in its
 
     groups = [('^vit', {'freeze': True}), ('norm|bias', {'weight_decay': 0.0}), ('.*', {})]
 """
+import math
 import re
 
 import torch
@@ -12,7 +13,7 @@ OPTIONS = ('lr_scale', 'weight_decay', 'freeze')
 AMOUNT = 'expected a number of at least 0'
 
 
-def check(settings):
+def check(settings, world=1):
     """Raises ValueError, one line on one fault, for what a run can not be trained with."""
     # lr=0 is no fault: a dry run, which train.py tells of.
     for key in ('lr', 'min_lr', 'weight_decay', 'grad_clip'):
@@ -98,6 +99,27 @@ def rules_of(groups, names):
     if all(options.get('freeze') for _, options in taken):
         raise ValueError(f'groups={groups} freeze every parameter: nothing is left to train')
     return rules
+
+
+def learning_rate(settings, steps):
+    """A function of the step: linear warm-up to lr, then as `schedule` says down to min_lr * lr.
+
+    Raises ValueError for more warm-up than run."""
+    lr, min_lr, warmup = settings['lr'], settings['min_lr'], settings['warmup']
+    warmup_steps = round(warmup * steps) if warmup < 1 else int(warmup)
+    if warmup_steps > steps:
+        raise ValueError(f'warmup={warmup} is {warmup_steps} steps, the run has {steps}: give a '
+                         'fraction below 1 or fewer steps')
+
+    def lr_at(step):
+        if step < warmup_steps:
+            return lr * (step + 1) / warmup_steps
+        x = (step - warmup_steps) / max(1, steps - warmup_steps)        # 0 to 1
+        left = {'cosine': 0.5 * (1 + math.cos(math.pi * x)), 'linear': 1 - x, 'constant': 1.0,
+                'wsd': min(1.0, (steps - step) / (settings['decay'] * steps))}
+        return lr * (min_lr + (1 - min_lr) * left[settings['schedule']])
+
+    return lr_at
 
 
 def match(groups, names):

@@ -241,6 +241,8 @@ class Processor:
         # of an episode no more rows are read than a sample takes
         self.episode_rows = settings.get('action_steps', 0)
         self.known_ids = {}
+        # where a model folder's own files are; empty for forms
+        self.folder = settings['processor'] if is_folder(settings['processor']) else ''
         self.form, self.function = form, load_form(form, settings['task'])
         self.end_id = tokenizer.eos_id
 

@@ -8,10 +8,12 @@
     python sample.py --out_dir=out/policy_metaworld_state --serve_policy=8000
     python sample.py --out_dir=out/vlm_emoji --help         (all that this run knows)
 """
+import json as jsons
 import os
 import sys
+from types import SimpleNamespace
 
-from configurator import answer_help, configure, read_flag_value
+from configurator import answer_help, configure
 
 # what is used
 out_dir = 'out/vlm_emoji'   # a run, or a folder of diffusers
@@ -31,23 +33,54 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-# the run says which task it is of, and the task which settings there are
-out_dir = os.path.expanduser(read_flag_value('out_dir', out_dir))
-path = os.path.join(out_dir, 'checkpoints', read_flag_value('checkpoint', checkpoint))
-answer_help(__file__, run=path, task_class='SampleSettings')
+def given(name, default):
+    """The value of a flag, before all flags are read: the run says which there are."""
+    for argument in sys.argv[1:]:
+        if argument.startswith(f'--{name}='):
+            default = argument.partition('=')[2]
+    return default
 
-from types import SimpleNamespace
+
+def task_of(folder):
+    """The task of a checkpoint's config.json, '' without one."""
+    try:
+        with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
+            return jsons.load(file).get('task', '')
+    except (OSError, ValueError):
+        return ''
+
+
+_folder = os.path.expanduser(given('out_dir', out_dir))
+_checkpoint = os.path.join(_folder, 'checkpoints', given('checkpoint', checkpoint))
+_task = task_of(_checkpoint)
+answer_help(__file__, task=_task, task_class='SampleSettings')     # before torch is imported
 
 import torch
 
 import hub
+from shards import BadSample
 from tasks import sample_settings
 
 try:
-    if hub.is_foreign(out_dir):
-        path = out_dir
-    globals().update(sample_settings(hub.task_of(path)))
+    if not _task:
+        _checkpoint = _folder if hub.is_foreign(_folder) else _checkpoint
+        _task = hub.task_of(_checkpoint)
+    globals().update(sample_settings(_task))
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
-del path
 options = SimpleNamespace(**configure(globals()))
+if options.batch_size < 1:
+    fail(f'batch_size={options.batch_size} must be at least 1')
+if options.device == 'auto':
+    options.device = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+try:
+    run = hub.open_run(_checkpoint, options.device, options.ema)
+except (ValueError, OSError) as error:
+    fail(f'{error}: train first, or give --out_dir and --checkpoint')
+try:
+    run.task.sample(run, options)
+except (ValueError, ImportError) as error:
+    fail(error)
+except (OSError, BadSample) as error:
+    fail(error, 1)

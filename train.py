@@ -173,7 +173,9 @@ try:
                    for name, path in val.items()}
     tok = hub.open_tokenizer(tokenizer, data_dir)
     torch.manual_seed(seed)                         # the same weights on every rank
-    run = hub.make_run(config, tok, device, data_dir)
+    if processors.is_folder(processor):
+        processor = hub.locate(processor, data_dir, 'processor')
+    run = checkpoint.make_run(config, tok, processor, device)
     run.kept = task.statistics(config, folders)
     task.prepare(run)
     raw_model = run.model
@@ -311,7 +313,7 @@ def save():
     if master:
         jsons['shards.json'] = data.provenance(order, folders, progress['step'] * batch_size)
     saver.save(progress['step'], raw_model.state_dict(), averages,
-               optim.state_tensors(optimizers, trained), jsons, hub.files_of(run))
+               optim.state_tensors(optimizers, trained), jsons, checkpoint.own_files(run))
 
 
 def saving(action):
@@ -340,12 +342,15 @@ def log(row):
 wandb_run = None
 if wandb_project and master:
     wandb_run = logs.open_wandb(wandb_project, out_dir, config)
-copy = checkpoint.Mirror(remote, out_dir, say) if remote and master else None
+copy = None
+if remote and master:
+    from remote import Mirror
+    copy = Mirror(remote, out_dir, say)
 peak = logs.peak_flops(device, dtype, world)
 saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,
                          lambda: logs.plot(out_dir, val))
 if copy:
-    copy.wake()                     # what an earlier session did not bring there
+    copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
 
 # -----------------------------------------------------------------------------------------------
 # validation: every sample of a data set once, whatever the number of ranks

@@ -15,9 +15,12 @@ from dataclasses import fields
 import torch
 from safetensors import SafetensorError
 
+import processor as processors
+import tasks
 import tokenizer as tokenizers
-from checkpoint import write_json
-from hub import VIT_BLOCK, copy_into, files_of, layer_of, opened, write_tensors
+from checkpoint import Run, write_json
+from families.files import copy_into, files_of, layer_of, opened, write_tensors
+from families.huggingface import VIT_BLOCK
 from images.clip import CLIPText, CLIPTextConfig
 from images.dit import DiTConfig
 from images.sd import UNet2DCondition, UNetConfig, build, schedule_of
@@ -406,7 +409,7 @@ def from_folder(folder, part, dtype=torch.float32, config=None):
     return model.to(memory_format=torch.channels_last).eval()
 
 
-def export(models, folder, source, dtype=torch.float32):
+def export_parts(models, folder, source, dtype=torch.float32):
     """Write a folder of diffusers: `models` {part: model}, the other parts, schedule and tokenizer
     copied from the folder `source`. In fp32 the same bits. Raises ValueError."""
     if not is_folder(source) or os.path.abspath(source) == os.path.abspath(folder):
@@ -462,16 +465,18 @@ def settings_of(folder):
     return settings
 
 
-def load_run(folder):
-    """(settings, tokenizer, model with its weights) of a folder, as checkpoint.load_run gives them
-    of a run. Raises ValueError."""
-    run = dict(prompt='', image_mean=0.5, image_std=0.5, folder=folder) | settings_of(folder)
+def open_run(folder, device='cpu', ema=True):
+    """The Run of a folder, to draw with. Raises ValueError."""
+    defaults = tasks.defaults('t2i')
+    settings = defaults | dict(processor='auto', seed=0) | settings_of(folder)
     tok = tokenizers.load(os.path.join(folder, 'tokenizer'))
-    dit = DiTConfig(image_size=run['dit.image_size'])
+    dit = DiTConfig(image_size=settings['dit.image_size'])
     unet, vae, text = (from_folder(folder, part) for part in MODELS)
-    empty = tokenizers.clip_row(tok, '', run['seq_len'])
-    model = build(dit, unet, text, vae, empty)
-    return run, tok, model.eval()
+    empty = tokenizers.clip_row(tok, '', settings['seq_len'])
+    model = build(dit, unet, text, vae, empty).to(device).eval()
+    task = tasks.load('t2i')
+    processor = processors.build(settings, tok, task, 0)
+    return Run(task, settings, tok, model, processor, device, folder)
 
 
 def has_match(regexes, name):
@@ -546,4 +551,31 @@ def export_run(settings, model, folder, dtype=torch.float32):
     # a tower that ends with its feature_layer is not whole: the folder's own is copied
     if len(model.text.blocks) < model.text.config.depth:
         del parts['text_encoder']
-    export(parts, folder, source, dtype)
+    export_parts(parts, folder, source, dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# what hub.py asks a family
+
+
+def knows(path):
+    return is_folder(path)
+
+
+def settings(path):
+    """Flat settings of train.py, `task` and paths among them. Raises ValueError."""
+    return dict(init_from=path, tokenizer=os.path.join(path, 'tokenizer')) | settings_of(path)
+
+
+def open_model(path, dtype=torch.float32, image_size=0):
+    """The TextToImage of a folder. Raises ValueError."""
+    return open_run(path).model.to(dtype)
+
+
+def writes(run_settings, model):
+    return run_settings['task'] == 't2i'
+
+
+def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
+    """A run as a folder of diffusers. Raises ValueError."""
+    export_run(run_settings, model, folder, dtype)

@@ -4,7 +4,6 @@ shapes, copied into a model, written.
 Nothing that comes with a model is run or unpickled: .safetensors and .json alone are read here.
 Axes: P patches, D width.
 """
-import json
 import os
 import re
 
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from checkpoint import write_json
 from tokenizer import read_json
 
 REPOSITORY = r'[\w.-]+/[\w.-]+'
@@ -179,10 +179,3 @@ def write_tensors(tensors, folder, stem='model', max_shard_size='5GB'):
     if plan.is_sharded:
         write_json(os.path.join(folder, f'{stem}.safetensors.index.json'),
                    dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename))
-
-
-def write_json(path, value):
-    """A .json file, whole or not at all."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        json.dump(value, f, indent=1)
-    os.replace(path + '.tmp', path)

@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 
 import torch
 
+from checkpoint import write_json
 from families import files, processors
 from families.huggingface_config import read_config, to_theirs
 from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig, VLMConfig
@@ -185,8 +186,8 @@ def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
         theirs.update(ids)
         if 'text_config' in theirs:
             theirs['text_config'].update(ids)
-        files.write_json(os.path.join(folder, 'config.json'), theirs)
-        files.write_json(os.path.join(folder, 'generation_config.json'), ids)
+        write_json(os.path.join(folder, 'config.json'), theirs)
+        write_json(os.path.join(folder, 'generation_config.json'), ids)
         processors.write_tokenizer(tokenizer, folder)
 
     if not isinstance(model, Decoder):
@@ -223,7 +224,7 @@ def export_model(model, folder, dtype=torch.float32, max_shard_size='5GB'):
         out[written_name(key, theirs['model_type'])] = tensor
 
     files.write_tensors(out, folder, max_shard_size=max_shard_size)
-    files.write_json(os.path.join(folder, 'config.json'), theirs)
+    write_json(os.path.join(folder, 'config.json'), theirs)
     return theirs
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 import tokenizer as tokenizers
 from chat import CHATS, read_template
-from families.files import write_json
+from checkpoint import write_json
 from tokenizer import read_json
 
 # How the class of a processor or image processor begins -> our form.

@@ -22,20 +22,15 @@ from model import Decoder, make_attn_masks, positions_of
 # opening
 
 
-def towers(vit, decoder, vocab_size, weights=True, task='vlm'):
-    """{'vit': module, 'decoder': module} of those that the settings ask for. vocab_size: ids that
-    the tokenizer has. weights=False: not loaded, for a checkpoint that has them. Raises
-    ValueError."""
-    opened = {}
-    if vit.hf:
-        opened['vit'] = HFViT(vit, weights)
-
-    # Text to image is also told what to draw by an encoder, which can not speak.
-    if decoder.hf and task == 't2i' and not is_causal(decoder.hf):
-        opened['decoder'] = HFText(decoder, vocab_size, weights)
-    elif decoder.hf:
-        opened['decoder'] = HFDecoder(decoder, vocab_size, weights)
-    return opened
+def open_tower(part, config, vocab_size, load_weights=True):
+    """The model of transformers that config.hf names, as our part: vit, decoder, or text (what
+    text to image is told by, which need not speak). vocab_size: ids that the tokenizer has.
+    load_weights=False: random ones, for a checkpoint that has its own. Raises ValueError."""
+    if part == 'vit':
+        return HFViT(config, load_weights)
+    if part == 'text' and not is_causal(config.hf):
+        return HFText(config, vocab_size, load_weights)
+    return HFDecoder(config, vocab_size, load_weights)
 
 
 def is_causal(name):
@@ -224,7 +219,7 @@ class HFDecoder(nn.Module):
             logits = (logits / cap).tanh() * cap
         return logits
 
-    logits, loss, forward = Decoder.logits, Decoder.loss, Decoder.loss
+    logits, loss, forward = Decoder.logits, Decoder.loss, Decoder.forward
 
 
 # ------------------------------------------------------------------------------------------------

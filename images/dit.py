@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from diffusion import DenoiserBlock, JointBlock, normal, schedule_of, sincos, uniform
-from model import Decoder, positions_where, run_block, sized
+from model import Learned, run_block
 
 
 @dataclass
@@ -172,6 +172,8 @@ class TextToImage(nn.Module):
         super().__init__()
         self.config = config
         self.schedule = schedule_of(config)
+        # the part that a language model begins
+        self.reader = 'text'
         self.text = text
         self.vae = vae
         # no gradient would reach an output layer
@@ -200,34 +202,40 @@ class TextToImage(nn.Module):
         rows = rows[:, None]
         return torch.where(rows, empty, tokens), torch.where(rows, empty_segments, segments)
 
-    def loss(self, tokens, targets=None, pixels=None, blocks=None, segments=None, keys=None, noise=None, time=None,
-             reduction='sum', num_targets=None):
-        """Sum over pictures of the mean squared errors, and the number of pictures. pixels (I, C, H, W) are of those
-        rows that have a target (`targets` None: of all).
+    def forward(self, tokens, segments, pixels, rows, keys=None, noise=None, time=None):
+        """{'pictures': their mean squared errors}. pixels (I, C, H, W), of the rows of tokens (I,).
 
-        keys int64 (B,) give noise, times and who learns without a sentence; noise (I, C, H, W) and time (I,) may be
-        given instead. Outside of training no sentence is dropped. `blocks` are not read: sentences are causal."""
-        c = self.config
-        pictured = torch.ones_like(tokens[:, 0], dtype=torch.bool) if targets is None else (targets != -100).any(1)
-        segments = torch.ones_like(tokens) if segments is None else segments
-        here, count = positions_where(pictured, num_targets), pictured.sum()
-        n = len(here)
-        if pixels is None:              # no row has one: one that counts nothing goes through, as on all ranks
-            here = torch.zeros(1, dtype=torch.long, device=tokens.device)
+        keys int64 (B,) give noise, times and who learns without a sentence; noise (I, C, H, W) and
+        time (I,) may be given instead. Outside of training no sentence is dropped."""
+        c, n = self.config, len(rows)
+        if not n:               # no row has a picture: one that counts nothing goes through
+            rows = torch.zeros(1, dtype=torch.long, device=tokens.device)
             pixels = torch.zeros(1, c.channels, c.image_size, c.image_size, device=tokens.device)
-        tokens, segments, keys = tokens[here], segments[here], None if keys is None else keys[here]
-        with torch.no_grad():
-            x = self.vae.encode(pixels, keys) if self.vae and pixels.shape[1] != c.channels else pixels
-        noise = normal(keys, x.shape[1:]) if noise is None else noise
-        time = self.schedule.times(uniform(keys, 1, 1)[:, 0]) if time is None else time
+        T, tokens, segments = tokens.shape[1], tokens[rows], segments[rows]
+        if keys is not None:
+            keys = keys[rows]
+        x = pixels
+        if self.vae and pixels.shape[1] != c.channels:
+            with torch.no_grad():
+                x = self.vae.encode(pixels, keys)
+        if noise is None:
+            noise = normal(keys, x.shape[1:])
+        if time is None:
+            time = self.schedule.times(uniform(keys, 1, 1)[:, 0])
         if self.training and c.drop and keys is not None:
-            tokens, segments = self.dropped(tokens, segments, uniform(keys, 1, 2)[:, 0] < c.drop)
-        output = self.denoiser(self.schedule.add_noise(x, noise, time), time, *self.encode(tokens, segments))
-        losses = F.mse_loss(output.float(), self.schedule.target(x, noise, time), reduction='none')[:n]
-        losses = losses.flatten(1).mean(1)
-        return losses.sum() if reduction == 'sum' else losses, count
+            is_dropped = uniform(keys, 1, 2)[:, 0] < c.drop
+            tokens, segments = self.dropped(tokens, segments, is_dropped)
 
-    forward = loss              # DistributedDataParallel wraps `forward`
+        noisy = self.schedule.add_noise(x, noise, time)
+        output = self.denoiser(noisy, time, *self.encode(tokens, segments))
+        target = self.schedule.target(x, noise, time)
+        losses = F.mse_loss(output.float(), target, reduction='none')[:n].flatten(1).mean(1)
+        return {'pictures': Learned(losses, torch.ones_like(losses), rows[:n] * T)}
+
+    def loss(self, **inputs):
+        """(sum of the losses, how many pictures they are of); inputs: as of `forward`."""
+        learned = self(**inputs)['pictures']
+        return learned.losses.sum(), learned.counts.sum()
 
     @torch.no_grad()
     def sample(self, tokens, segments=None, keys=None, noise=None, steps=50, sampler='',
@@ -304,18 +312,3 @@ class TextToImage(nn.Module):
             return untold + guidance * (told - untold)
 
         return predict
-
-
-def build(config, decoder, vocab_size, empty, text=None, vae=None):
-    """A TextToImage from a DiTConfig and a DecoderConfig, or a text tower that is taken as it is;
-    vae: an autoencoder, which is not trained. Raises ValueError."""
-    config.check()
-    if vae:
-        latent_channels = vae.config.latent_channels
-        if latent_channels != config.channels:
-            raise ValueError(f'dit.channels={config.channels}: latents of {config.vae!r} have '
-                             f'{latent_channels}')
-        vae.requires_grad_(False)
-    if not text:
-        text = Decoder(sized(decoder, vocab_size))
-    return TextToImage(config, text, vae=vae, empty=empty)

@@ -429,5 +429,7 @@ def build(dit, unet, text, vae, empty):
     dit = replace(dit, objective='ddpm', channels=unet.config.out_channels)
     model = TextToImage(dit, text, unet, vae, empty)
     model.schedule = schedule_of(unet.config)
+    # what convolutions are fastest with
+    model.memory_format = torch.channels_last
     vae.requires_grad_(False)
     return model

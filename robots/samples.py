@@ -7,7 +7,6 @@ import json
 
 import fsspec
 import numpy as np
-import torch
 
 from diffusion import random_keys
 from processor import BESIDE, HIDDEN, LEARNED, SEEN, document, is_document, question

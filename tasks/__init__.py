@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 
-from configurator import settings_in
+from configurator import flatten, settings_in
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -150,6 +150,11 @@ def sample_settings(name):
 
 def body_of(settings):
     return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
+
+
+def defaults(name):
+    """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
+    return flatten(train_settings(name))
 
 
 def that_have(key):

@@ -12,16 +12,20 @@ Axes: B rows, S tokens of a sentence, N pictures, H W rows and columns, C channe
 import io
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import hub
 import pictures
+import tasks
 from configurator import part
 from diffusion import random_keys
 from images import judge, sd
+from images.clip import CLIPText, CLIPTextConfig
 from images.dit import DiTConfig, TextToImage
+from images.vae import AutoencoderKL, VAEConfig
 from model import Decoder, DecoderConfig, sized
 from processor import READ, padded, question
 from shards import BadSample
@@ -36,8 +40,8 @@ class TrainSettings:
     denoiser = 'dit'            # dit | unet (Stable Diffusion: unet, clip and vae; of dit
     #                             image_size, the rows of a latent, and drop)
     unet = sd.UNetConfig()
-    clip = sd.CLIPTextConfig()  # the text tower of unet
-    vae = sd.VAEConfig()        # of unet, and of dit with dit.vae
+    clip = CLIPTextConfig()  # the text tower of unet
+    vae = VAEConfig()        # of unet, and of dit with dit.vae
     prompt = ''                 # a caption, as '{style}: {text}' of what the sample and its .json
     #                             hold (empty: '{text}')
     image_mean = 0.5            # subtracted from pixels of 0 to 1 (1.0: white is 0)
@@ -129,16 +133,17 @@ def read_latents(data):
 def build(settings, tokenizer, load_weights=True):
     """The TextToImage of the settings. Raises ValueError."""
     config = part(settings, 'dit', DiTConfig)
+    config.check()
     if settings['denoiser'] == 'unet':
         return build_stable_diffusion(settings, config, tokenizer)
 
     vae = None
     if config.vae:
-        vae_config = part(settings, 'vae', sd.VAEConfig)
+        vae_config = part(settings, 'vae', VAEConfig)
         if vae_config.latent_channels != config.channels:
             raise ValueError(f'dit.channels={config.channels}: latents of {config.vae!r} have '
                              f'{vae_config.latent_channels}')
-        vae = sd.AutoencoderKL(vae_config)
+        vae = AutoencoderKL(vae_config)
         if load_weights:
             vae = hub.family('diffusers').autoencoder(config.vae, vae_config)
         vae.requires_grad_(False)
@@ -151,14 +156,14 @@ def build(settings, tokenizer, load_weights=True):
 
 def build_stable_diffusion(settings, config, tokenizer):
     """U-Net, autoencoder and CLIP's text tower as a TextToImage. Raises ValueError."""
-    clip = part(settings, 'clip', sd.CLIPTextConfig)
+    clip = part(settings, 'clip', CLIPTextConfig)
     empty = clip_row(tokenizer, '', clip.max_length)
     if max(empty) >= clip.vocab_size:
         raise ValueError(f'clip.vocab_size={clip.vocab_size}, but the tokenizer has token '
                          f'{max(empty)}: it is not this model\'s')
     unet = sd.UNet2DCondition(part(settings, 'unet', sd.UNetConfig))
-    vae = sd.AutoencoderKL(part(settings, 'vae', sd.VAEConfig))
-    return sd.build(config, unet, sd.CLIPText(clip), vae, empty)
+    vae = AutoencoderKL(part(settings, 'vae', VAEConfig))
+    return sd.build(config, unet, CLIPText(clip), vae, empty)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -303,7 +308,7 @@ def judged(by, name, kind, images, texts, options, far):
     """A line of scores of pictures; far: two sets of features. The judge's answers, and the share
     that is right."""
     prompts = [by.processor.prefix()] * len(texts)
-    sampling = hub.with_defaults(options, vlm.SampleSettings)
+    sampling = SimpleNamespace(**tasks.body_of(vlm.SampleSettings) | vars(options))
     given = vlm.answers(by, prompts, judge.resized(images, by.processor.eyes.size), sampling)
     given = [answer.strip() for answer in given]
     known = sorted(set(texts))
