@@ -470,7 +470,7 @@ def test_help(run):
     assert text.startswith('Trains a toy.\n\nSecond paragraph.')
     lines = {line.split('=')[0]: line for line in text.splitlines() if line.startswith('--')}
     assert list(lines) == [f'--{key}' for key in DEFAULT]
-    assert '0.0006' in lines['--lr'] and lines['--lr'].endswith('# peak learning rate')
+    assert '6e-4' in lines['--lr'] and lines['--lr'].endswith('# peak learning rate')
     assert "'a#b'" in lines['--name'] and lines['--name'].endswith('# what the run is called')
     assert lines['--steps'].rstrip() == '--steps=1000'
     assert lines['--vit.depth'].startswith('--vit.depth=12') and lines['--vit.depth'].endswith('# number of blocks')
