@@ -459,7 +459,8 @@ def settings_of(body, source, given, prefix='', title=''):
         name = ast.unparse(getattr(node, 'target', None) or node.targets[0])
         value, home = given.get(name, (node.value, source))
         value = default_of(value)
-        if value is None or not re.fullmatch(r'[a-z]\w*', name):  # no default, _private, CONSTANT
+        is_name = re.fullmatch(r'[a-z]\w*', name)  # not _private, CONSTANT, a.b
+        if not is_name or value is None or ast.unparse(value) == 'None':
             continue
         above, comment = notes(node, source.lines)
         section = title or above or section
