@@ -15,6 +15,7 @@ A script's `task` names a file that has a class of further settings: tasks/<task
 import ast
 import copy
 import difflib
+import io
 import json
 import os
 import re
@@ -51,7 +52,7 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
     more: task -> {name: value}, the settings that the task adds. Raises ValueError.
     elsewhere: key -> the tasks that have this setting; asked when a key is refused."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    if os.path.isfile(settings.get('__file__') or ''):
+    if os.path.isfile(settings.get('__file__') or ''):  # a shell has none
         answer_help(settings['__file__'], argv)
     scope = {k: v for k, v in settings.items() if k[0] != '_' and is_setting(v)}
 
@@ -61,11 +62,12 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
         scope |= added_by(scope['task'], more, settings)
     defaults = flatten(scope)
     for key, value in defaults.items():
-        assert is_setting(value), f'{key} = {value!r}: a setting is one of {TYPES}'
-    if HELP & set(argv):  # typed into a shell, which has no source to read
-        print_settings([Setting(key, repr(value), '', '') for key, value in defaults.items()])
+        assert isinstance(value, TYPES), f'{key} = {value!r}: a setting is one of {TYPES}'
+    if HELP & set(argv):  # and no source to read
+        print('\n'.join(f'--{key}={value!r}' for key, value in defaults.items()))
         raise SystemExit(0)
 
+    # Left to right, the last one counts; the globals change when all has been read.
     flat = {k: convert(f'the default {k}={v!r}', v, v) for k, v in defaults.items()}
     for place, argument in enumerate(argv):
         is_flag = argument.startswith('-')
@@ -87,9 +89,10 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
             else:
                 refuse_key(key, label, flat, partial and not is_flag, elsewhere)
 
+    # Some file set it where only running it can tell, in an `if` perhaps.
     if more and flat['task'] != scope['task']:
         refuse(f"task={flat['task']} comes too late: write task = '...' on a line of its own")
-    try:  # a dataclass checks its values
+    try:
         settings.update({name: fill(name, value, flat) for name, value in scope.items()})
     except ValueError as error:
         refuse(str(error))
@@ -130,7 +133,7 @@ def refuse_key(key, label, flat, may_skip, elsewhere):
     parts = [known for known in flat if known.startswith(f'{key}.')]
     if parts:
         refuse(f'{label}: {key} is a group of settings, set its parts, such as {parts[0]}')
-    if may_skip:
+    if may_skip:  # it is for another script
         return
     owner = owner_of(key, flat, elsewhere)
     if owner:
@@ -144,10 +147,8 @@ def owner_of(key, flat, elsewhere):
     tasks = elsewhere(key) if elsewhere else []
     if not tasks:
         return ''
-    names = [f'task={task}' for task in tasks]
-    if 'task' in flat:
-        names.append(f'this run is task={flat["task"]}')
-    return f'a setting of {", ".join(names)}'
+    owner = f'a setting of task={", task=".join(tasks)}'
+    return f'{owner}, this run is task={flat["task"]}' if 'task' in flat else owner
 
 
 def nearest(name, keys, cutoff):
@@ -157,8 +158,10 @@ def nearest(name, keys, cutoff):
         if ours in keys and name in theirs.split():
             return ours
 
-    # depth is near to vit.depth, and a key that comes first is met first
-    names = {key.rpartition('.')[2]: key for key in reversed(keys)} | {key: key for key in keys}
+    # `depth` is near to vit.depth, the first that ends so, if no setting is called just that.
+    names = dict(zip(keys, keys))
+    for key in keys:
+        names.setdefault(key.rpartition('.')[2], key)
     match = difflib.get_close_matches(name, names, 1, cutoff)
     return names[match[0]] if match else ''
 
@@ -172,7 +175,7 @@ def read_flag(flag, following, defaults):
     if flag.startswith('--') and equals:
         return {key[2:]: parse(text, defaults.get(key[2:]))}
 
-    # --lr 3: the next argument is what was meant, unless it is a flag itself
+    # --lr 3: the next argument is what was meant, unless it is a flag itself.
     if not equals:
         text = 'VALUE'
         if following and not following[0].startswith('--'):
@@ -187,7 +190,7 @@ def parse(text, default):
     if is_text and not is_quoted:
         return text
 
-    # what Python does not write like this
+    # What Python does not write like this.
     if text.lower() in ('true', 'false'):
         return text.lower() == 'true'
     if isinstance(default, float) and text.lower().lstrip('+-') in ('inf', 'nan'):
@@ -205,6 +208,8 @@ def parse(text, default):
 def convert(label, value, default):
     """`value` in the type of `default`; `label` opens the refusal."""
     kind, got = kind_of(default), kind_of(value)
+
+    # These lose nothing: 3 is 3.0, [1, 2] is (1, 2).
     if kind is float and got is int and abs(value) <= sys.float_info.max:
         value, got = float(value), float
     elif {kind, got} == {list, tuple}:
@@ -230,6 +235,7 @@ def convert(label, value, default):
 
 
 def kind_of(value):
+    # numpy's float64 is a float
     return next((kind for kind in TYPES if isinstance(value, kind)), type(value))
 
 
@@ -252,24 +258,24 @@ def plain(value):
 def fill(key, value, flat, as_group=False):
     """A setting with the values of the flat config: a new instance of a dataclass, or a Group."""
     if is_dataclass(type(value)):
-        old = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
-        new = {name: fill(f'{key}.{name}', old[name], flat, as_group) for name in old}
+        parts = {}
+        for field in fields(value):
+            if field.init:
+                old = getattr(value, field.name)
+                parts[field.name] = fill(f'{key}.{field.name}', old, flat, as_group)
         if as_group:
-            return Group(**new)
-        try:  # a new instance, so that frozen ones work and are checked again
-            return replace(value, **new)
-        except (ValueError, AssertionError) as error:
+            return Group(**parts)
+        try:  # a new instance: frozen ones work, too, and all are checked by their __post_init__
+            return replace(value, **parts)
+        except (ValueError, AssertionError, TypeError) as error:
             raise ValueError(f'{key}: {error!r}') from None
-    if key not in flat:
-        return copy.deepcopy(value)
 
-    # JSON has lists for tuples, also for those inside of a default
-    new = copy.deepcopy(flat[key])
-    if json.dumps(new) == json.dumps(value):
-        new = copy.deepcopy(value)
-    if isinstance(value, tuple) and isinstance(new, list):
-        new = tuple(new)
-    return new
+    # JSON has lists for tuples, also for those inside of a default.
+    if key not in flat or json.dumps(flat[key]) == json.dumps(value):
+        return copy.deepcopy(value)
+    if isinstance(value, tuple) and isinstance(flat[key], list):
+        return tuple(flat[key])
+    return copy.deepcopy(flat[key])
 
 
 def flatten(groups, prefix=''):
@@ -294,7 +300,7 @@ def find(name):
         if (root / path).is_file():
             return root / path
 
-        # beside it, or of its name in a folder beside it; all but scripts
+        # Near is what lies beside it, or has its name in a folder beside its own; but no script.
         folder = (root / path).parent
         paths = [*root.glob('config/**/*.py'), *folder.glob('*.py'), *folder.glob('*.json')]
         paths += [sibling / path.name for sibling in folder.parent.glob('*')]
@@ -310,7 +316,7 @@ def find(name):
 def read_json(path):
     try:
         given = json.loads(path.read_bytes())
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:  # only JSON's knows the line
         refuse(f'{path}:{getattr(error, "lineno", 1)}: {type(error).__name__}: {error}')
     if not isinstance(given, dict):
         refuse(f'{path}:1: expected {{"key": value}}, as in config.json')
@@ -323,7 +329,7 @@ def find_task(argv, default):
     for argument in argv:
         if argument.startswith('--task='):
             task = parse(argument.partition('=')[2], default)
-        elif argument.startswith('-'):
+        elif argument.startswith('-'):  # also --name=a.py
             continue
         elif argument.endswith('.json'):
             value = read_json(find(argument)).get('task', task)
@@ -340,10 +346,9 @@ def task_in(path, task):
     except Exception as error:
         refuse_file(path, error, {})
     for node in body:
-        targets = getattr(node, 'targets', None) or [getattr(node, 'target', None)]
-        if 'task' in [getattr(target, 'id', '') for target in targets]:
-            task = getattr(getattr(node, 'value', None), 'value', None)
-            if isinstance(node, ast.AugAssign) or not isinstance(task, str):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'task':
+            task = getattr(node.value, 'value', None)  # of a constant
+            if not isinstance(task, str):
                 what = "the task is read before the file runs: write task = 'name'"
                 refuse(f'{path}:{node.lineno}: {what}')
     return task
@@ -353,6 +358,8 @@ def run_python(path, scope, flat, partial, elsewhere):
     """Run a config file over a copy of the settings; those, and unknown ones, that it leaves."""
     given = {name: fill(name, value, flat, as_group=True) for name, value in scope.items()}
     names, assigned = {**given, '__file__': str(path)}, set()
+
+    # One statement at a time, so that one can be skipped.
     try:
         for node in ast.parse(path.read_bytes(), str(path)).body:
             nodes = list(ast.walk(node))
@@ -385,14 +392,16 @@ def run_python(path, scope, flat, partial, elsewhere):
 
 def refuse_file(path, error, flat, partial=False, elsewhere=None):
     """Say where in a config file an error was, and what may have been meant."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-    if getattr(error, 'filename', None) == str(path):  # it could not be parsed
-        lines.append(error.lineno)
-    line = lines[-1] if lines else 1
+    # The last line that was run, or the one that could not be read.
+    line = 1
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == str(path):
+            line = frame.lineno
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        line = error.lineno
     message = f'{path}:{line}: {type(error).__name__}: {error}'
 
-    # Python says `dit` where the file has `dit.depth`
+    # Python says `dit` where the file has `dit.depth`.
     if isinstance(error, (NameError, AttributeError)):
         name, text = str(error.name), path.read_text().split('\n')[line - 1]
         key = re.search(rf'\b{name}(\.\w+)*|$', text)[0]
@@ -415,14 +424,17 @@ def roots(nodes):
 
 
 def settings_in(path, class_name):
-    """{flat name: Setting} of a class in a file, its dataclasses included; {} without that class."""
+    """{flat name: Setting} of a class in a file, its dataclasses included; {}: no such class."""
     found = find_class(class_name, read_source(path))
-    return settings_of(found[0].body, found[1]) if found else {}
+    if not found:
+        return {}
+    cls, source = found  # a file may import it
+    return settings_of(cls.body, source, {})
 
 
 def read_source(path):
     text = Path(path).read_text(encoding='utf-8')
-    return Group(text=text, lines=text.split('\n'), tree=ast.parse(text))
+    return Group(tree=ast.parse(text), lines=text.split('\n'))
 
 
 def find_class(name, source):
@@ -430,7 +442,7 @@ def find_class(name, source):
     for node in source.tree.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node, source
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):  # not what `import model` has: model.ViTConfig
             path = HOME / f'{(node.module or "").replace(".", "/")}.py'
             for alias in node.names:
                 if name == (alias.asname or alias.name) and path.is_file():
@@ -438,76 +450,81 @@ def find_class(name, source):
     return None
 
 
-def settings_of(body, source, given=None):
-    """{flat name: Setting} of assignments; given: {name: (value, its source)} instead of theirs."""
-    found, section = {}, ''
+def settings_of(body, source, given, prefix='', title=''):
+    """{flat name: Setting} of assignments; given: {name: (value, source)} instead of theirs."""
+    found, section = {}, title
     for node in body:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
         name = ast.unparse(getattr(node, 'target', None) or node.targets[0])
-        value, home = (given or {}).get(name, (node.value, source))
+        value, home = given.get(name, (node.value, source))
         value = default_of(value)
-        if value is None or not re.fullmatch(r'[a-z]\w*', name):  # _private, a CONSTANT
+        is_name = re.fullmatch(r'[a-z]\w*', name)  # not _private, CONSTANT, a.b
+        if not is_name or value is None or ast.unparse(value) == 'None':
             continue
+        above, comment = notes(node, source.lines)
+        section = title or above or section
+        key = prefix + name
 
-        title, comment = notes(node, source.lines)
-        section = title or section
+        # A dataclass is a section: its fields, with the values that the call gives them.
         cls = isinstance(value, ast.Call) and find_class(ast.unparse(value.func), home)
         if cls:
-            inner = settings_of_call(name, value, home, *cls)
-            title = f'{name}: {comment}'.rstrip(': ')
-            found |= {k: v._replace(name=k, section=title) for k, v in inner.items()}
+            own = [field for field in cls[0].body if isinstance(field, ast.AnnAssign)]
+            arguments = {}
+            for field, argument in zip(own, value.args):
+                arguments[field.target.id] = argument, home
+            for keyword in value.keywords:
+                arguments[keyword.arg] = keyword.value, home
+            group = title or f'{key}: {comment}'.rstrip(': ')
+            found |= settings_of(own, cls[1], arguments, f'{key}.', group)
         else:
-            text = ast.get_source_segment(home.text, value)
-            if not text or '\n' in text:
-                text = ast.unparse(value)
-            found[name] = Setting(name, text, comment, section)
+            found[key] = Setting(key, text_of(value, home.lines), comment, section)
     return found
 
 
-def settings_of_call(name, call, home, cls, source):
-    """{flat name: Setting} of a dataclass, with the values that a call in `home` gives it."""
-    own = [node for node in cls.body if isinstance(node, ast.AnnAssign)]
-    given = {node.target.id: (value, home) for node, value in zip(own, call.args)}
-    for keyword in call.keywords:
-        given[keyword.arg] = keyword.value, home
-    return {f'{name}.{k}': v for k, v in settings_of(own, source, given).items()}
-
-
 def default_of(value):
-    """What a field's default is made by: Rope() of field(default_factory=Rope); None: nothing."""
+    """What makes a field's default: Rope() for field(default_factory=Rope); None: nothing does."""
     if not isinstance(value, ast.Call) or not ast.unparse(value.func).endswith('field'):
         return value
     options = {keyword.arg: keyword.value for keyword in value.keywords}
     factory = options.get('default_factory')
-    if 'init' in options:
+    if 'init' in options:  # no one may set it
         return None
-    if isinstance(factory, ast.Lambda):
+    if isinstance(factory, ast.Lambda):  # lambda: [1, 2]
         return factory.body
     return ast.Call(factory, [], []) if factory else options.get('default')
 
 
+def text_of(value, lines):
+    """A value as its source has it, in one line."""
+    if getattr(value, 'lineno', 0) == getattr(value, 'end_lineno', 1):
+        line = lines[value.lineno - 1].encode()  # ast counts bytes
+        return line[value.col_offset : value.end_col_offset].decode()
+    text = ast.unparse(value)
+    return {'list()': '[]', 'dict()': '{}'}.get(text, text)
+
+
 def notes(node, lines):
-    """(title, comment) of an assignment: the lines that stand alone above it, and those beside it."""
+    """(title, comment) of an assignment: the lines that stand alone above it, those beside it."""
     start, end, indent = node.lineno - 1, node.end_lineno, ' ' * node.col_offset
     while start and re.match(rf'{indent}# ?[^\s-]', lines[start - 1]):
         start -= 1
     title = ' '.join(line.strip(' #') for line in lines[start : node.lineno - 1])
 
-    # a comment goes on in lines that are further in, before or behind their #
+    # A comment goes on in the lines below that are further in, before their # or behind it.
     while end < len(lines) and re.match(rf'{indent}(\s+#|#\s\s)', lines[end]):
         end += 1
-    code = iter([line + '\n' for line in lines[node.lineno - 1 : end]])
-    tokens = tokenize.generate_tokens(code.__next__)
+    code = io.StringIO('\n'.join(lines[node.lineno - 1 : end]))
+    tokens = tokenize.generate_tokens(code.readline)
     return title, ' '.join(t.string.lstrip('# ') for t in tokens if t.type == tokenize.COMMENT)
 
 
 def before_configure(body):
     """The statements before the call of configure(), also in an `if __name__ == '__main__'`."""
     for place, node in enumerate(body):
-        called = [n.func for n in ast.walk(node) if isinstance(n, ast.Call)]
-        if 'configure' in [getattr(func, 'id', '') for func in called]:
-            return body[:place] + before_configure(getattr(node, 'body', []))
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Call) and getattr(inner.func, 'id', '') == 'configure':
+                return body[:place] + before_configure(getattr(node, 'body', []))
     return body
 
 
@@ -516,16 +533,18 @@ def answer_help(script, argv=None, task_class='TrainSettings', task=''):
     argv = sys.argv[1:] if argv is None else argv
     if not HELP & set(argv):
         return
+    # What stands in the script itself.
     source = read_source(script)
-    own = settings_of(before_configure(source.tree.body), source)
+    own = settings_of(before_configure(source.tree.body), source, {})
     print(ast.get_docstring(source.tree) or '')
     print_settings(own.values())
 
+    # What the task adds, if there is one.
     if 'task' in own and not task:
         task = ast.literal_eval(own['task'].default)
         try:
             task = find_task(argv, task)
-        except SystemExit:  # it has said why; the default's are worth to see
+        except SystemExit:  # it has said why; the default task has settings, too
             pass
     if task:
         path = Path(os.path.expanduser(task))
@@ -546,10 +565,13 @@ def print_settings(settings):
         sections.setdefault(setting.section, []).append(setting)
     width = max(80, shutil.get_terminal_size((100, 24)).columns) - 41
     for section, members in sections.items():
-        print(f'\n{section}'.rstrip(' '))
+        print()
+        if section:
+            print(section)
         for name, default, comment, _ in members:
             flag, text = f'--{name}={default}', comment and f'# {comment}'
             lines = textwrap.wrap(text, width, subsequent_indent='  ', break_on_hyphens=False)
+            # A long flag has a line of its own.
             if len(flag) > 40 or not lines:
                 lines.insert(0, '')
             for line in lines:

@@ -1,4 +1,4 @@
-"""configurator.py: every rule with a case that fails when it is broken, mostly through a real script."""
+"""configurator.py: every rule with a case that fails when it is broken."""
 
 import json
 import subprocess
@@ -54,11 +54,13 @@ config = configure(globals(), partial=os.environ.get('PARTIAL') == '1')
 
 if __name__ == '__main__':
     import json
-    print(json.dumps(dict(config=config, types=[type(betas).__name__, type(layers).__name__, type(lr).__name__],
-                          betas=repr(betas), vit=repr(vit), default=repr(ViT()))))
+    types = [type(betas).__name__, type(layers).__name__, type(lr).__name__]
+    print(json.dumps(dict(config=config, types=types, betas=repr(betas), vit=repr(vit),
+                          default=repr(ViT()))))
 '''
 DEFAULT = {
-    'lr': 6e-4, 'steps': 1000, 'name': 'a#b', 'compile': True, 'betas': [0.9, 0.95], 'layers': [1, 2],
+    'lr': 6e-4, 'steps': 1000, 'name': 'a#b', 'compile': True, 'betas': [0.9, 0.95],
+    'layers': [1, 2],
     'mix': {'emoji': 1.0}, 'empty': {}, 'limit': float('inf'),
     'vit.depth': 12, 'vit.width': 768, 'vit.rope.theta': 1e4, 'vit.scales': [1, 2],
 }  # fmt: skip
@@ -66,7 +68,7 @@ DEFAULT = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs the script as a user does, from a folder that is neither the script's nor the configurator's."""
+    """Runs the script as a user does, from a folder that is not the script's."""
     (tmp_path / 'project').mkdir()
     (tmp_path / 'elsewhere').mkdir()
     (tmp_path / 'project/train.py').write_text(SCRIPT)
@@ -76,9 +78,15 @@ def run(tmp_path):
         for path, text in (files or {}).items():
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
-        env = {'PARTIAL': str(int(partial)), 'PATH': '/usr/bin:/bin', 'PYTHONDONTWRITEBYTECODE': '1'}
+        env = {
+            'PARTIAL': str(int(partial)),
+            'PATH': '/usr/bin:/bin',
+            'PYTHONDONTWRITEBYTECODE': '1',
+        }
         command = [sys.executable, str(tmp_path / 'project/train.py'), *argv]
-        return subprocess.run(command, cwd=tmp_path / 'elsewhere', env=env, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=tmp_path / 'elsewhere', env=env, capture_output=True, text=True
+        )
 
     return call
 
@@ -113,7 +121,16 @@ def script(**more):
         def __post_init__(self):
             self.area = self.depth**2
 
-    return dict(lr=6e-4, betas=(0.9, 0.95), layers=[1], name='x', mix={'a': 1.0}, vit=ViT(), _hidden=1, **more)
+    return dict(
+        lr=6e-4,
+        betas=(0.9, 0.95),
+        layers=[1],
+        name='x',
+        mix={'a': 1.0},
+        vit=ViT(),
+        _hidden=1,
+        **more,
+    )
 
 
 def value_of(flag, default):
@@ -145,7 +162,16 @@ def test_defaults_in_order_from_a_script(run):
 
 def test_only_values_are_settings():
     flat = configure(script(json=json, Path=Path, function=good, nothing=None), [])
-    assert list(flat) == ['lr', 'betas', 'layers', 'name', 'mix', 'vit.depth', 'vit.inner.theta', 'vit.sizes']
+    assert list(flat) == [
+        'lr',
+        'betas',
+        'layers',
+        'name',
+        'mix',
+        'vit.depth',
+        'vit.inner.theta',
+        'vit.sizes',
+    ]
 
 
 def test_a_field_without_a_value_is_the_scripts_mistake():
@@ -162,17 +188,27 @@ def test_dataclasses_are_replaced_and_class_defaults_kept():
     old, cls = settings['vit'], type(settings['vit'])
     flat = configure(settings, ['--vit.depth=3', '--vit.inner.theta=5', '--vit.sizes=[4]'])
     new = settings['vit']
-    assert type(new) is cls and (new.depth, new.inner.theta, new.sizes, new.area) == (3, 5.0, (4,), 9)
+    assert type(new) is cls and (new.depth, new.inner.theta, new.sizes, new.area) == (
+        3,
+        5.0,
+        (4,),
+        9,
+    )
     assert (old.depth, cls().depth, cls().inner.theta) == (12, 12, 1e4)
     assert flat['vit.sizes'] == [4] and type(flat['vit.inner.theta']) is float
 
 
 def test_checks_of_a_dataclass_run_on_the_final_values_only(run):
     bad(run('--vit.width=3'), 'vit', 'width 3 is odd')
-    assert good(run('--vit.width=3', 'a.py', '--vit.width=4', files={'elsewhere/a.py': 'lr = 1.0'}))
+    assert good(
+        run('--vit.width=3', 'a.py', '--vit.width=4', files={'elsewhere/a.py': 'lr = 1.0'})
+    )
     # the default list of a field is not shared with what a file does to it
     result = good(run('a.py', files={'elsewhere/a.py': "vit.scales.append(3); mix['noto'] = 2.0"}))
-    assert result['config']['vit.scales'] == [1, 2, 3] and result['config']['mix'] == {'emoji': 1.0, 'noto': 2.0}
+    assert result['config']['vit.scales'] == [1, 2, 3] and result['config']['mix'] == {
+        'emoji': 1.0,
+        'noto': 2.0,
+    }
     assert 'scales=[1, 2])' in result['default']
 
 
@@ -186,10 +222,14 @@ def test_checks_of_a_dataclass_run_on_the_final_values_only(run):
         ('-Inf', 1.0, -float('inf')),
         ('7', 1, 7), ('1_000', 1, 1000),
         ('true', False, True), ('True', False, True), ('FALSE', True, False),
-        ('1e5', 'x', '1e5'), ('None', 'x', 'None'), ('true', 'x', 'true'), ('', 'x', ''), ('a=b', 'x', 'a=b'),
-        ("'a b'", 'x', 'a b'), ('"1"', 'x', '1'), ("'a','b'", 'x', "'a','b'"), ("it's", 'x', "it's"), ("'", 'x', "'"),
-        ('[1,2]', (0,), (1, 2)), ('(1,2)', [0], [1, 2]), ('1,2', (0,), (1, 2)), ('()', (0,), ()), ("['a']", [0], ['a']),
-        ("{'emoji/noto': 2}", {'a': 1.0}, {'emoji/noto': 2}), ('{}', {'a': 1.0}, {}), ("{'b': 1}", {}, {'b': 1}),
+        ('1e5', 'x', '1e5'), ('None', 'x', 'None'), ('true', 'x', 'true'), ('', 'x', ''),
+        ('a=b', 'x', 'a=b'),
+        ("'a b'", 'x', 'a b'), ('"1"', 'x', '1'), ("'a','b'", 'x', "'a','b'"),
+        ("it's", 'x', "it's"), ("'", 'x', "'"),
+        ('[1,2]', (0,), (1, 2)), ('(1,2)', [0], [1, 2]), ('1,2', (0,), (1, 2)), ('()', (0,),
+        ()), ("['a']", [0], ['a']),
+        ("{'emoji/noto': 2}", {'a': 1.0}, {'emoji/noto': 2}), ('{}', {'a': 1.0}, {}),
+        ("{'b': 1}", {}, {'b': 1}),
     ],
 )  # fmt: skip
 def test_flag_values(text, default, value):
@@ -201,14 +241,19 @@ def test_flag_values(text, default, value):
 @pytest.mark.parametrize(
     'text, default, words',
     [
-        ('1e3', 1, ['expected int', 'got float', 'write 1000']), ('1.5', 1, ['expected int', 'got float']),
-        ('true', 1, ['expected int', 'got bool']), ('1', True, ['expected bool', 'got int', 'true or false']),
+        ('1e3', 1, ['expected int', 'got float', 'write 1000']),
+        ('1.5', 1, ['expected int', 'got float']),
+        ('true', 1, ['expected int', 'got bool']),
+        ('1', True, ['expected bool', 'got int', 'true or false']),
         ('true', 1.0, ['expected float', 'got bool']), ('yes', True, ['expected bool', 'got str']),
-        ('nan', 1.0, ['expected float', 'nan']), ('abc', 1.0, ['expected float', 'got str']), ('', 1.0, ['got str']),
+        ('nan', 1.0, ['expected float', 'nan']), ('abc', 1.0, ['expected float', 'got str']),
+        ('', 1.0, ['got str']),
         ('None', 1.0, ['expected float', 'NoneType']), ('inf', 1, ['expected int']),
         ('9' * 400, 1.0, ['expected float']),
-        ('0.9', (0.9, 0.95), ['expected tuple', '(0.9, 0.95)']), ('{1}', [0], ['expected list', 'got set']),
-        ('[1]', {}, ['expected dict', 'got list']), ('{1: 2}', {}, ['string keys']), ('[{1}]', [0], ['JSON']),
+        ('0.9', (0.9, 0.95), ['expected tuple', '(0.9, 0.95)']),
+        ('{1}', [0], ['expected list', 'got set']),
+        ('[1]', {}, ['expected dict', 'got list']), ('{1: 2}', {}, ['string keys']),
+        ('[{1}]', [0], ['JSON']),
         ('[1e999, "a"', [0], ['expected list', 'got str']), ('(' * 5000, [0], ['expected list']),
     ],
 )  # fmt: skip
@@ -218,7 +263,9 @@ def test_flag_values_of_a_wrong_type(capsys, text, default, words):
 
 def test_wrong_values_in_files(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for i, text in enumerate(['lr = None', "lr = float('nan')", 'lr = "1"', 'lr = [1]', 'lr = True', 'lr = print']):
+    for i, text in enumerate(
+        ['lr = None', "lr = float('nan')", 'lr = "1"', 'lr = [1]', 'lr = True', 'lr = print']
+    ):
         Path(f'c{i}.py').write_text(text)
         refusal(capsys, script(), [f'c{i}.py'], 'lr=', f'c{i}.py', 'expected float')
     Path('c.json').write_text('{"lr": NaN}')
@@ -232,7 +279,10 @@ def test_wrong_values_in_files(capsys, tmp_path, monkeypatch):
 
 def test_left_to_right_last_wins(run):
     files = {'elsewhere/a.py': 'lr = 2.0\nsteps = 7', 'elsewhere/b.py': 'lr = lr * 2'}
-    assert good(run('--lr=5', 'a.py', 'b.py', '--steps=8', '--steps=9', files=files))['config']['lr'] == 4.0
+    assert (
+        good(run('--lr=5', 'a.py', 'b.py', '--steps=8', '--steps=9', files=files))['config']['lr']
+        == 4.0
+    )
     result = good(run('a.py', '--lr=5', 'b.py', '--steps=8', '--steps=9'))['config']
     assert (result['lr'], result['steps']) == (10.0, 9)
 
@@ -308,7 +358,8 @@ name = osp.basename(__file__)
 '''
     result = good(run('a.py', files={'elsewhere/a.py': text}))
     expected = {
-        'lr': 1.2e-3, 'vit.depth': 27, 'vit.rope.theta': 10.0, 'vit.width': 54, 'betas': [0.5, 0.6],
+        'lr': 1.2e-3, 'vit.depth': 27, 'vit.rope.theta': 10.0, 'vit.width': 54,
+        'betas': [0.5, 0.6],
         'layers': [1, 2, 3], 'mix': {'emoji/noto': 1.5}, 'limit': 3.0, 'name': 'a.py',
     }  # fmt: skip
     assert result['config'] == DEFAULT | expected and list(result['config']) == list(DEFAULT)
@@ -330,7 +381,10 @@ name = osp.basename(__file__)
         ('from math import pi as lr', ['lr', 'a.py', 'import']),
         ('def lr(): pass', ['lr', 'a.py', 'def']),
         ('lr = 1.0\nlr = (3', ['a.py:2', 'SyntaxError']),
-        ('lr = 1.0\n\nlr = vit.depht * 3', ['a.py:3', 'AttributeError', 'did you mean vit.depth?']),
+        (
+            'lr = 1.0\n\nlr = vit.depht * 3',
+            ['a.py:3', 'AttributeError', 'did you mean vit.depth?'],
+        ),
         ('\nlr = depht * 3', ['a.py:2', 'NameError', 'did you mean vit.depth?']),
         ('def f():\n    return 1 / 0\nlr = f()', ['a.py:2', 'ZeroDivisionError']),
         ('raise ValueError("two\\nlines")', ['a.py:1', 'two lines']),
@@ -367,7 +421,11 @@ def test_files_are_found_from_here_and_from_the_projects_folder(run):
 
 
 def test_missing_files_name_the_nearest(run, tmp_path):
-    files = {'project/config/pali.py': '', 'project/config/gemma.py': '', 'elsewhere/out/run/config.json': '{}'}
+    files = {
+        'project/config/pali.py': '',
+        'project/config/gemma.py': '',
+        'elsewhere/out/run/config.json': '{}',
+    }
     bad(run('config/pally.py', files=files), 'config/pally.py', 'did you mean config/pali.py?')
     bad(run('train.pyy/gemma.py'), 'config/gemma.py')
     bad(run('configuratr.py'), 'did you mean config/')  # a script is no config file
@@ -384,14 +442,34 @@ def test_missing_files_name_the_nearest(run, tmp_path):
 
 
 def test_a_saved_config_reproduces_the_run(run):
-    flags = ['--lr=1.0000000000000002e-5', '--betas=(0.1,)', '--layers=[]', '--vit.rope.theta=3', '--name=1e5']
-    flags += ["--mix={'emoji/noto': 0.1, 'b': [(1, 2), True]}", '--vit.scales=(1, 2.5)', '--compile=false']
+    flags = [
+        '--lr=1.0000000000000002e-5',
+        '--betas=(0.1,)',
+        '--layers=[]',
+        '--vit.rope.theta=3',
+        '--name=1e5',
+    ]
+    flags += [
+        "--mix={'emoji/noto': 0.1, 'b': [(1, 2), True]}",
+        '--vit.scales=(1, 2.5)',
+        '--compile=false',
+    ]
     first = good(run(*flags))
     assert first['config']['mix'] == {'emoji/noto': 0.1, 'b': [[1, 2], True]}
-    second = good(run('out/run/config.json', files={'elsewhere/out/run/config.json': json.dumps(first['config'])}))
+    second = good(
+        run(
+            'out/run/config.json',
+            files={'elsewhere/out/run/config.json': json.dumps(first['config'])},
+        )
+    )
     assert second == first and json.dumps(second) == json.dumps(first)
     default = good(run())
-    again = good(run('out/d/config.json', files={'elsewhere/out/d/config.json': json.dumps(default['config'])}))
+    again = good(
+        run(
+            'out/d/config.json',
+            files={'elsewhere/out/d/config.json': json.dumps(default['config'])},
+        )
+    )
     assert again == default and json.dumps(again) == json.dumps(default)
 
 
@@ -450,13 +528,21 @@ steps = batch_size * 2
 )
 def test_partial_never_guesses_a_setting_of_its_own(run, text):
     line = 1 if text.startswith('if') else len(text.splitlines())
-    bad(run('a.py', partial=True, files={'elsewhere/a.py': text}), f'a.py:{line}:', 'saved config.json')
+    bad(
+        run('a.py', partial=True, files={'elsewhere/a.py': text}),
+        f'a.py:{line}:',
+        'saved config.json',
+    )
 
 
 def test_partial_still_refuses_flags_values_and_errors(run):
     bad(run('--decoder.depth=3', partial=True), '--decoder.depth=3')
     bad(run('a.py', partial=True, files={'elsewhere/a.py': 'lr = "x"'}), 'expected float')
-    bad(run('a.py', partial=True, files={'elsewhere/a.py': 'other = 1 / 0'}), 'a.py:1', 'ZeroDivisionError')
+    bad(
+        run('a.py', partial=True, files={'elsewhere/a.py': 'other = 1 / 0'}),
+        'a.py:1',
+        'ZeroDivisionError',
+    )
     bad(run('a.py', partial=True, files={'elsewhere/a.py': 'vit = 3'}), 'vit.depth')
 
 
@@ -470,12 +556,40 @@ def test_help(run):
     assert text.startswith('Trains a toy.\n\nSecond paragraph.')
     lines = {line.split('=')[0]: line for line in text.splitlines() if line.startswith('--')}
     assert list(lines) == [f'--{key}' for key in DEFAULT]
-    assert '0.0006' in lines['--lr'] and lines['--lr'].endswith('# peak learning rate')
+    assert '6e-4' in lines['--lr'] and lines['--lr'].endswith('# peak learning rate')
     assert "'a#b'" in lines['--name'] and lines['--name'].endswith('# what the run is called')
     assert lines['--steps'].rstrip() == '--steps=1000'
-    assert lines['--vit.depth'].startswith('--vit.depth=12') and lines['--vit.depth'].endswith('# number of blocks')
+    assert lines['--vit.depth'].startswith('--vit.depth=12') and lines['--vit.depth'].endswith(
+        '# number of blocks'
+    )
     assert lines['--vit.rope.theta'].endswith('# base wavelength')
     assert run('-h').stdout == text
+
+
+def test_help_of_a_script_that_is_imported_too(run):
+    """As data.py: its settings stand under `if __name__`, beside constants and functions."""
+    text = '''"""Reads."""
+from configurator import configure
+SIZE = 4096                     # a constant
+def work(seed=3): pass
+if __name__ == '__main__':
+    import math
+    # what is read
+    data = ''                   # data sets,
+    #                             separated by commas
+    _hidden = 3
+    nothing = None
+    found = configure(globals(), partial=True)
+    after = 5
+'''
+    result = run('x.py', '--help', files={'project/train.py': text})
+    expected = [
+        'Reads.',
+        '',
+        'what is read',
+        "--data=''" + 32 * ' ' + '# data sets, separated by commas',
+    ]
+    assert result.returncode == 0 and result.stdout.splitlines() == expected
 
 
 def test_help_without_source(capsys):
