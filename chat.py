@@ -11,6 +11,8 @@ import re
 
 import numpy as np
 
+from processor import LEARNED, READ, document, is_document, question
+from shards import BadSample
 from tokenizer import BREAK, any_of, mark_up, read_json
 
 # Chat templates of forms. Those whose content is text get a picture as its token and a newline.
@@ -352,3 +354,46 @@ class Chat:
         for begin, end in spans:
             learned |= (begins < end) & (ends > begin)
         return ids, learned
+
+
+# -------------------------------------------------------------------------------------------------
+# the form
+
+
+def chat(sample, p):
+    """A conversation: `messages` (see `read_messages`), or one question and its answer, as the chat
+    template writes it. Answers alone are learned, with the token that ends them."""
+    if is_document(sample):
+        return document(sample, p)
+    pictures, asking = sample['pictures'], sample.get('asking', False)
+    try:
+        if 'messages' in sample:
+            turns = read_messages(sample['messages'], len(pictures))
+        else:
+            prefix, suffix = question(sample, p)
+            turns = [('user', [None] * len(pictures) + [prefix]), ('assistant', [suffix])]
+        ids, learned = p.chat.encode(turns[:-1] if asking else turns, asking)
+    except ValueError as error:
+        raise BadSample(str(error)) from None
+
+    is_picture = ids == p.tokenizer.image_id
+    if is_picture.sum() != len(pictures):
+        raise BadSample(f'its messages place {is_picture.sum()} pictures, there are '
+                        f'{len(pictures)}')
+    return chat_parts(ids, learned, is_picture, pictures, p)
+
+
+def chat_parts(ids, learned, is_picture, pictures, p):
+    """The ids of a conversation cut where learning begins or ends and around its pictures."""
+    parts = []
+    if ids[:1].tolist() != [p.tokenizer.bos_id]:
+        parts.append((p.opening, READ))
+    changes = np.diff(learned) | is_picture[1:] | is_picture[:-1]
+    cuts = (np.flatnonzero(changes) + 1).tolist()
+    left = iter(pictures)
+    for a, b in zip([0, *cuts], [*cuts, len(ids)]):
+        if is_picture[a]:
+            parts.append((next(left), READ))
+        else:
+            parts.append((ids[a:b].tolist(), LEARNED if learned[a] else READ))
+    return parts

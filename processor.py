@@ -31,7 +31,6 @@ from itertools import takewhile
 import numpy as np
 
 import tasks
-from chat import CHATS, Chat, read_messages
 from shards import BadSample
 
 SEEN, READ, LEARNED, HIDDEN, BESIDE = range(5)
@@ -148,46 +147,9 @@ def text(sample, p):
             (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
-def chat(sample, p):
-    """A conversation: `messages` (see `read_messages`), or one question and its answer, as the chat
-    template writes it. Answers alone are learned, with the token that ends them."""
-    if is_document(sample):
-        return document(sample, p)
-    pictures, asking = sample['pictures'], sample.get('asking', False)
-    try:
-        if 'messages' in sample:
-            turns = read_messages(sample['messages'], len(pictures))
-        else:
-            prefix, suffix = question(sample, p)
-            turns = [('user', [None] * len(pictures) + [prefix]), ('assistant', [suffix])]
-        ids, learned = p.chat.encode(turns[:-1] if asking else turns, asking)
-    except ValueError as error:
-        raise BadSample(str(error)) from None
-
-    is_picture = ids == p.tokenizer.image_id
-    if is_picture.sum() != len(pictures):
-        raise BadSample(f'its messages place {is_picture.sum()} pictures, there are '
-                        f'{len(pictures)}')
-    return chat_parts(ids, learned, is_picture, pictures, p)
-
-
-def chat_parts(ids, learned, is_picture, pictures, p):
-    """The ids of a conversation cut where learning begins or ends and around its pictures."""
-    parts = []
-    if ids[:1].tolist() != [p.tokenizer.bos_id]:
-        parts.append((p.opening, READ))
-    changes = np.diff(learned) | is_picture[1:] | is_picture[:-1]
-    cuts = (np.flatnonzero(changes) + 1).tolist()
-    left = iter(pictures)
-    for a, b in zip([0, *cuts], [*cuts, len(ids)]):
-        if is_picture[a]:
-            parts.append((next(left), READ))
-        else:
-            parts.append((ids[a:b].tolist(), LEARNED if learned[a] else READ))
-    return parts
-
-
-FORMS = {'paligemma': paligemma, 'text': text} | dict.fromkeys(CHATS, chat)
+FORMS = {'paligemma': paligemma, 'text': text}
+# those of chat.py, which is imported where one of them is asked for
+CHAT_FORMS = ('chat', 'gemma', 'llava', 'smolvlm', 'idefics3')
 
 # of a model folder, what a processor is made from: every checkpoint keeps them
 FILES = ('preprocessor_config.json', 'processor_config.json', 'chat_template.jinja',
@@ -196,7 +158,7 @@ FILES = ('preprocessor_config.json', 'processor_config.json', 'chat_template.jin
 
 def is_folder(name):
     """Does `processor` name a model folder, not a form?"""
-    return name not in ('auto', *FORMS) and '.py:' not in name
+    return name not in ('auto', *FORMS, *CHAT_FORMS) and '.py:' not in name
 
 
 def load_form(name, task):
@@ -205,13 +167,15 @@ def load_form(name, task):
         return tasks.load(task).form
     if name in FORMS:
         return FORMS[name]
+    if name in CHAT_FORMS:
+        return importlib.import_module('chat').chat
     path, _, function = name.rpartition(':')
     path = os.path.expanduser(path)
     if not os.path.isfile(path):
         path = os.path.join(HERE, path)
     if not path.endswith('.py') or not os.path.isfile(path):
-        raise ValueError(f'processor={name!r}: expected one of {", ".join(FORMS)}, a model folder, '
-                         'or file.py:function')
+        raise ValueError(f'processor={name!r}: expected one of {", ".join((*FORMS, *CHAT_FORMS))}, a '
+                         'model folder, or file.py:function')
     found = runpy.run_path(path).get(function)
     if not callable(found):
         raise ValueError(f'processor={name!r}: {path} has no function {function!r}')
@@ -251,8 +215,8 @@ class Processor:
             self.opening = getattr(tokenizer, 'opening', [])
         elif form == 'llava':
             self.opening = [tokenizer.bos_id]
-        if self.function is chat:
-            self.chat = Chat(form, tokenizer, template, where)
+        if form in CHAT_FORMS:
+            self.chat = importlib.import_module('chat').Chat(form, tokenizer, template, where)
             self.end_id = self.chat.markers.get(self.chat.end, self.end_id)
 
     def __getstate__(self):         # a user's function lives in a module that this process has

@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 
-from configurator import flatten, settings_in
+from configurator import flatten
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -159,6 +159,7 @@ def defaults(name):
 
 def that_have(key):
     """The tasks that have a setting, for the one who gave it to another."""
+    from usage import settings_in       # which is for those who ask for help, and here
     return [name for name in names() if key in settings_in(path_of(name), 'TrainSettings')]
 
 
