@@ -90,6 +90,7 @@ def files_of(folder):
 def verify(path):
     """What progress.json of a checkpoint says. Raises OSError and ValueError where a file is not
     as it was written."""
+    # all files that it names; a file more is no fault
     progress = read_json(os.path.join(path, 'progress.json'))
     there = files_of(path)
     for file, (size, crc) in progress['files'].items():
@@ -184,6 +185,7 @@ def load_weights(model, path, skip=()):
     if has_weights(above):
         folders = [above, folder]
 
+    # the folder comes last: its averages are to stand
     loaded, there = set(), set()
     for source in folders:
         # a shape that differs is told before anything is filled
@@ -269,7 +271,7 @@ class Saver:
         calls it."""
         self.wait()
         self.step = step
-        # the next step changes them
+        # training goes on, and the next step changes them
         copies = whole(model, self.rank == 0), whole(ema, self.rank == 0), staged(state)
         self.thread = threading.Thread(
             target=self.write_and_keep_error, args=(step, *copies, jsons, files), daemon=True)
@@ -284,6 +286,7 @@ class Saver:
 
     def check(self):
         """Raise what the thread met."""
+        # once: whoever asks again asks for the next checkpoint
         if self.error:
             error, self.error = self.error, None
             raise error

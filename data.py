@@ -1,9 +1,10 @@
-"""Data: which sample stands at which position of a run, reading it from tar shards near or far, and batches.
+"""Data: which sample stands at which position of a run, reading it from tar shards, and batches.
 
-    python data.py out/vlm_emoji/config.json --show_steps=100:103      which samples steps 100, 101 and 102 saw
+    python data.py out/vlm_emoji/config.json --show_steps=100:103
 
-A data set is a folder of plain .tar shards (webdataset's format), best with a `manifest.jsonl`. `Order` is a pure
-function of the position: nothing is recorded to resume, and nothing depends on the number of ranks or workers.
+prints which samples steps 100, 101 and 102 saw. A data set is a folder of plain .tar shards
+(webdataset's format), best with a `manifest.jsonl`. `Order` is a pure function of the position:
+nothing is recorded to resume, and nothing depends on the number of ranks or workers.
 """
 import fnmatch
 import functools
@@ -20,7 +21,7 @@ import numpy as np
 from processor import BadSample, collate
 from shards import CACHE, Folder
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # hashing: written out here, so that no order ever changes with a release of numpy or torch
 
 
@@ -36,21 +37,27 @@ def hash64(*values):
     """A uint64 hash of integers or integer arrays, which broadcast."""
     h = np.zeros(1, np.uint64)
     for value in values:
-        h = splitmix64(h ^ np.asarray(value).astype(np.int64).view(np.uint64).reshape(np.shape(value) or (1,)))
+        shape = np.shape(value) or (1,)
+        # negative numbers, too, by their bits
+        bits = np.asarray(value).astype(np.int64).view(np.uint64).reshape(shape)
+        h = splitmix64(h ^ bits)
     return h
 
 
 def permute(index, size, key, rounds=32):
-    """Where `index` goes in the permutation of range(size) chosen by `key`; all three are arrays or broadcast.
+    """Where `index` goes in the permutation of range(size) chosen by `key`; all three are arrays
+    or broadcast.
 
-    Swap-or-not (Hoang, Morris, Rogaway 2012): each round pairs every x with key - x and swaps the pair or does not, by
-    a bit that both share. A bijection for any size, point by point, so no permutation is ever held."""
+    Swap-or-not (Hoang, Morris, Rogaway 2012): each round pairs every x with key - x and swaps the
+    pair or does not, by a bit that both share. A bijection for any size, point by point, so no
+    permutation is ever held."""
     x, size = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(size, np.uint64))
     key = hash64(key)
     for i in range(rounds):
         round_key = splitmix64(key ^ np.uint64(i))
+        # modulo size: a difference below 0 has wrapped around 2**64
         partner = round_key % size - x
-        partner += (partner > size) * size          # below 0 it wrapped around
+        partner = np.where(partner > size, partner + size, partner)
         swap = splitmix64(round_key ^ np.maximum(x, partner)) >> np.uint64(63) == 1
         x = np.where(swap, partner, x)
     return x.astype(np.int64)
@@ -64,14 +71,19 @@ class Random:
 
     def uniform(self, low=0.0, high=1.0, size=None):
         """Uniform in [low, high): a float, or an array of `size` numbers."""
-        n = 1 if size is None else int(np.prod(size))
-        bits = splitmix64(self.key + splitmix64(np.arange(self.count, self.count + n, dtype=np.uint64)))
+        if size is None:
+            return float(self.uniform(low, high, 1)[0])
+        n = int(np.prod(size))
+        places = np.arange(self.count, self.count + n, dtype=np.uint64)
+        bits = splitmix64(self.key + splitmix64(places))
         self.count += n
+
+        # the 53 highest bits, as many as a float64 holds exactly
         values = low + (high - low) * (bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
-        return float(values[0]) if size is None else values.reshape(size)
+        return values.reshape(size)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the order of a run
 
 BLOCK = 4096                    # rounds in which the mixing shares are exact
@@ -80,45 +92,57 @@ BLOCK = 4096                    # rounds in which the mixing shares are exact
 class Order:
     """Position n of a run -> (data set, epoch, shard, index in the shard): a pure function.
 
-    datasets: a list of [(shard name, samples), ...] or of arrays of samples; weights: a number for each, of any sum.
-    1. n = round * lanes + slot. Rank r of W takes the positions congruent to r mod W, so what a batch holds does not
-       depend on W; when W divides `lanes`, a rank stays in its own lanes and so in its own shards.
-    2. A round belongs to one data set. Each block of 4096 rounds gives every data set its exact share, by largest
-       remainder, in hashed order.
-    3. Each data set runs through epochs of its own. An epoch permutes the shards; every lane owns a contiguous range
-       of the samples, permuted in windows of `window` samples. Lane sizes differ by one at most, so an epoch holds
-       every sample exactly once and the next begins at the very next position."""
+    datasets: a list of [(shard name, samples), ...] or of arrays of samples; weights: a number for
+    each, of any sum.
+    1. n = round * lanes + slot. Rank r of W takes the positions congruent to r mod W, so what a
+       batch holds does not depend on W; when W divides `lanes`, a rank stays in its own lanes and
+       so in its own shards.
+    2. A round belongs to one data set. Each block of 4096 rounds gives every data set its exact
+       share, by largest remainder, in hashed order.
+    3. Each data set runs through epochs of its own. An epoch permutes the shards; every lane owns
+       a contiguous range of the samples, permuted in windows of `window` samples. Lane sizes
+       differ by one at most, so an epoch holds every sample exactly once and the next begins at
+       the very next position."""
 
     def __init__(self, datasets, weights, seed=0, lanes=64, window=1024):
-        self.sizes = [shards if isinstance(shards, np.ndarray) else np.array([n for _, n in shards], np.int64)
-                      for shards in datasets]
+        self.sizes = [sizes_of(shards) for shards in datasets]
         self.samples = [int(sizes.sum()) for sizes in self.sizes]
         self.weights, self.seed, self.lanes, self.window = list(weights), seed, lanes, window
         if len(weights) != len(datasets) or not datasets:
-            raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one weight a data set')
+            raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one '
+                             'weight a data set')
         if lanes < 1 or window < 1:
             raise ValueError(f'lanes={lanes} and window={window} must be at least 1')
-        if not all(isinstance(w, (int, float)) and 0 <= w < np.inf for w in weights) or sum(weights) <= 0:
-            raise ValueError(f'weights {list(weights)}: they must be numbers, finite, not negative, not all zero')
+        numbers = all(isinstance(w, (int, float)) and 0 <= w < np.inf for w in weights)
+        if not numbers or sum(weights) <= 0:
+            raise ValueError(f'weights {list(weights)}: they must be numbers, finite, not '
+                             'negative, not all zero')
+
+        # largest remainder: each share rounded down, then those that lost most get one more
         exact = np.array(weights, np.float64) / sum(weights) * BLOCK
         self.quotas = np.floor(exact).astype(np.int64)
-        remainder = np.argsort(-(exact - self.quotas), kind='stable')
-        self.quotas[remainder[:BLOCK - self.quotas.sum()]] += 1
-        for i, (quota, weight, samples) in enumerate(zip(self.quotas, weights, self.samples)):
+        most_lost = np.argsort(-(exact - self.quotas), kind='stable')
+        self.quotas[most_lost[:BLOCK - self.quotas.sum()]] += 1
+        for i, (quota, weight) in enumerate(zip(self.quotas, weights)):
             if weight > 0 and quota == 0:
-                raise ValueError(f'data set {i}: weight {weight} of {sum(weights)} is less than one round in {BLOCK}; '
-                                 f'give it at least {sum(weights) / BLOCK:g}')
-            if quota > 0 and samples == 0:
+                raise ValueError(f'data set {i}: weight {weight} of {sum(weights)} is less than '
+                                 f'one round in {BLOCK}; give it at least '
+                                 f'{sum(weights) / BLOCK:g}')
+            if quota > 0 and self.samples[i] == 0:
                 raise ValueError(f'data set {i} is empty: give it weight 0')
+
+        # a place in the permuted block below bounds[i + 1] and from bounds[i] on is of data set i
         self.bounds = np.concatenate([[0], np.cumsum(self.quotas)])
-        self.block = functools.lru_cache(64)(self._block)           # 4096 rounds each
+        self.block = functools.lru_cache(64)(self._block)
         self.shards = functools.lru_cache(2 * len(datasets) + 2)(self._shards)
 
-    def __reduce__(self):       # without its caches, which can not be pickled: workers need not be forked
+    def __reduce__(self):
+        # without its caches, which can not be pickled: workers need not be forked
         return Order, (self.sizes, self.weights, self.seed, self.lanes, self.window)
 
     def _block(self, block):
-        """For each round of the block: its data set, and how many rounds of that data set came before in the block."""
+        """For each round of the block: its data set, and how many rounds of that data set came
+        before in the block."""
         place = permute(np.arange(BLOCK), BLOCK, hash64(self.seed, 1, block))
         dataset = np.searchsorted(self.bounds, place, side='right') - 1
         before = np.zeros(BLOCK, np.int64)
@@ -127,10 +151,12 @@ class Order:
         return dataset, before
 
     def _shards(self, dataset, epoch):
-        """The shards of an epoch in their order, and where each one's samples begin in it (one more: the end)."""
+        """The shards of an epoch in their order, and where each one's samples begin in it (one
+        more: the end)."""
         sizes = self.sizes[dataset]
-        order = np.argsort(hash64(self.seed, 2, dataset, epoch, np.arange(len(sizes))), kind='stable')
-        order = order.astype(np.int32)      # half the memory of a million shards
+        hashes = hash64(self.seed, 2, dataset, epoch, np.arange(len(sizes)))
+        # half the memory of a million shards
+        order = np.argsort(hashes, kind='stable').astype(np.int32)
         return order, np.concatenate([[0], np.cumsum(sizes[order])])
 
     @property
@@ -139,45 +165,59 @@ class Order:
         return sum(n for n, weight in zip(self.samples, self.weights) if weight)
 
     def locate(self, n):
-        """Positions (int64 array) -> four int64 arrays: data set, epoch, shard, index in the shard."""
+        """Positions (int64 array) -> four int64 arrays: data set, epoch, shard, index in the
+        shard."""
         n = np.asarray(n, np.int64)
         if n.size and n.min() < 0:
             raise ValueError(f'position {n.min()}: positions begin at 0')
         flat = n.reshape(-1)
         rounds, slot = flat // self.lanes, flat % self.lanes
-        blocks, in_block = rounds // BLOCK, rounds % BLOCK
-        dataset, local = np.empty_like(flat), np.empty_like(flat)   # local: the round among those of its data set
+
+        # block by block: the data set, and the number of the round among those of its data set
+        blocks, round_in_block = rounds // BLOCK, rounds % BLOCK
+        dataset, own_round = np.empty_like(flat), np.empty_like(flat)
         for block in np.unique(blocks):
-            here = blocks == block
+            inside = blocks == block
             of_round, before = self.block(int(block))
-            dataset[here] = of_round[in_block[here]]
-            local[here] = block * self.quotas[dataset[here]] + before[in_block[here]]
-        epoch, place = self._place(dataset, local * self.lanes + slot)
+            dataset[inside] = of_round[round_in_block[inside]]
+            earlier = block * self.quotas[dataset[inside]]
+            own_round[inside] = earlier + before[round_in_block[inside]]
+        epoch, place = self._place(dataset, own_round * self.lanes + slot)
+
+        # epoch by epoch of each data set: the shard
         shard, index = np.empty_like(flat), np.empty_like(flat)
-        by_epoch = np.lexsort((epoch, dataset))                     # one group for each (data set, epoch)
-        cuts = 1 + np.flatnonzero(np.diff(dataset[by_epoch]) | np.diff(epoch[by_epoch]))
-        for here in np.split(by_epoch, cuts) if len(flat) else ():
-            order, starts = self.shards(int(dataset[here[0]]), int(epoch[here[0]]))
-            k = np.searchsorted(starts, place[here], side='right') - 1
-            shard[here], index[here] = order[k], place[here] - starts[k]
+        by_epoch = np.lexsort((epoch, dataset))
+        changes = np.diff(dataset[by_epoch]) | np.diff(epoch[by_epoch])
+        for group in np.split(by_epoch, 1 + np.flatnonzero(changes)):
+            # no positions are one empty group
+            if not len(group):
+                continue
+            order, starts = self.shards(int(dataset[group[0]]), int(epoch[group[0]]))
+            k = np.searchsorted(starts, place[group], side='right') - 1
+            shard[group], index[group] = order[k], place[group] - starts[k]
         return tuple(x.reshape(n.shape) for x in (dataset, epoch, shard, index))
 
     def _lane(self, dataset, p):
-        """Of the p-th samples of data sets: epoch, where their lane begins in the epoch's row of samples, how many it
-        owns, and how many it gave before in this epoch."""
+        """Of the p-th samples of data sets: epoch, where their lane begins in the epoch's row of
+        samples, how many it owns, and how many it gave before in this epoch."""
         lanes, samples = self.lanes, np.array(self.samples, np.int64)[dataset]
         slot, epoch = p % lanes, p // np.maximum(samples, 1)
         base, extra = samples // lanes, samples % lanes
-        # An epoch begins at slot `first`; the lanes first, first + 1, ... (wrapping) own one sample more.
+
+        # An epoch begins at slot `first`; the lanes first, first + 1, ... own one sample more,
+        # where these wrap around the lanes 0, 1, ..., too.
         first = epoch * samples % lanes
-        more_before = np.where(first + extra <= lanes, np.clip(slot - first, 0, extra),
-                               np.minimum(slot, first + extra - lanes) + np.maximum(slot - first, 0))
+        more_before = np.where(
+            first + extra <= lanes,
+            np.clip(slot - first, 0, extra),
+            np.minimum(slot, first + extra - lanes) + np.maximum(slot - first, 0))
         owned = base + ((slot - first) % lanes < extra)
         return epoch, slot * base + more_before, owned, (p - epoch * samples) // lanes
 
     def _place(self, dataset, p):
         """Epoch, and the place in the epoch's row of samples, of the p-th samples of data sets."""
         epoch, start, owned, turn = self._lane(dataset, p)
+        # the last window of a lane may be smaller
         window = turn // self.window
         size = np.minimum(self.window, owned - window * self.window)
         key = hash64(self.seed, 3, dataset, epoch, p % self.lanes, window)
@@ -186,35 +226,58 @@ class Order:
     def before(self, n, dataset):
         """How many samples of a data set stand before position n."""
         rounds, slot = divmod(int(n), self.lanes)
-        of_round = self.block(rounds // BLOCK)[0]
-        here = rounds % BLOCK
-        local = rounds // BLOCK * int(self.quotas[dataset]) + int((of_round[:here] == dataset).sum())
-        return local * self.lanes + (slot if of_round[here] == dataset else 0)
+        block, in_block = divmod(rounds, BLOCK)
+        of_round = self.block(block)[0]
+        own_rounds = block * int(self.quotas[dataset])
+        own_rounds += int((of_round[:in_block] == dataset).sum())
+        samples = own_rounds * self.lanes
+        # a round that is under way
+        if of_round[in_block] == dataset:
+            samples += slot
+        return samples
 
     def seen(self, dataset, count):
-        """The first `count` samples of a data set: how many whole epochs, and {shard: samples} of the epoch after them.
+        """The first `count` samples of a data set: how many whole epochs, and {shard: samples} of
+        the epoch after them.
 
-        Windows that a lane has finished are ranges of the epoch's row, so this takes no time for each sample."""
+        Windows that a lane has finished are ranges of the epoch's row, so this takes no time for
+        each sample."""
         samples, lanes = self.samples[dataset], self.lanes
         epoch, p = divmod(count, samples)
         order, starts = self.shards(dataset, epoch)
-        first = np.arange(min(p, lanes))                # the first positions of an epoch are each in another lane
-        turns = -(-(p - first) // lanes)
-        whole = turns // self.window * self.window
-        first += epoch * samples
-        late = np.concatenate([f + lanes * np.arange(w, t) for f, w, t in zip(first, whole, turns)] or [first])
-        place = self._place(np.full_like(late, dataset), late)[1]
-        counts = np.bincount(np.searchsorted(starts, place, side='right') - 1, minlength=len(order))
-        if whole.any():
-            begin, whole = self._lane(np.full_like(first, dataset), first)[1][whole > 0], whole[whole > 0]
-            begin, whole = begin[np.argsort(begin)], whole[np.argsort(begin)]
-            knots = np.stack([begin, begin + whole], 1).ravel()             # finished ranges begin and end here
-            level = np.cumsum(np.stack([0 * whole, whole], 1).ravel())      # finished samples up to there
-            counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
-        return epoch, dict(zip(order[counts > 0].tolist(), counts[counts > 0].tolist()))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# batches
+        # The first positions of an epoch are each in another lane. turns: how many samples each
+        # lane gave; finished: how many of those are in windows that are over.
+        first = np.arange(min(p, lanes))
+        turns = -(-(p - first) // lanes)
+        finished = turns // self.window * self.window
+        first += epoch * samples
+
+        # windows under way: sample by sample
+        late = [f + lanes * np.arange(w, t) for f, w, t in zip(first, finished, turns)]
+        late = np.concatenate(late or [first])
+        place = self._place(np.full_like(late, dataset), late)[1]
+        shard = np.searchsorted(starts, place, side='right') - 1
+        counts = np.bincount(shard, minlength=len(order))
+
+        # finished ones: ranges, in which the count grows by one a place; beside them it stays
+        if finished.any():
+            begin = self._lane(np.full_like(first, dataset), first)[1][finished > 0]
+            length = finished[finished > 0]
+            by_place = np.argsort(begin)
+            begin, length = begin[by_place], length[by_place]
+            knots = np.stack([begin, begin + length], 1).ravel()
+            level = np.cumsum(np.stack([0 * length, length], 1).ravel())
+            counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
+        met = counts > 0
+        return epoch, dict(zip(order[met].tolist(), counts[met].tolist()))
+
+
+def sizes_of(shards):
+    """[(shard name, samples), ...] or an array of samples -> the array."""
+    if isinstance(shards, np.ndarray):
+        return shards
+    return np.array([samples for _, samples in shards], np.int64)
 
 
 class InOrder:
@@ -229,104 +292,144 @@ class InOrder:
         return np.zeros_like(n), np.zeros_like(n), shard, n - self.starts[shard]
 
 
-class Batches:
-    """Positions -> the batch they stand for; what DataLoader's workers run. `seed=None`: no augmentation.
+# -------------------------------------------------------------------------------------------------
+# batches
 
-    A sample that can not be used becomes an empty row and a line in the batch's `bad`; a shard that is gone or damaged
-    gives {'error': one line}. pack, multiple: see `collate`. ahead: how many positions ahead remote shards are
-    fetched."""
+
+class Batches:
+    """Positions -> the batch they stand for; what DataLoader's workers run.
+
+    A sample that can not be used becomes an empty row and a line in the batch's `bad`; a shard
+    that is gone or damaged gives {'error': one line}. seed=None: no augmentation; pack, multiple:
+    see `collate`; ahead: how many positions ahead remote shards are fetched."""
 
     def __init__(self, folders, order, processor, seed=None, pack=False, multiple=1, ahead=0):
         self.folders, self.order, self.processor, self.seed = folders, order, processor, seed
         self.pack, self.multiple = pack, multiple
-        self.remote = [part for part, folder in enumerate(folders) if folder.is_remote]
+        self.remote = [number for number, folder in enumerate(folders) if folder.is_remote]
         self.ahead = ahead if self.remote else 0
+        vocab_size = processor.tokenizer.vocab_size
         for folder in folders:
-            folder.horizon = processor.episode_rows        # of an episode no more than a chunk is read
+            # of an episode no more than a chunk is read
+            folder.horizon = processor.episode_rows
             if folder.sequence_length > processor.seq_len + 1:
-                raise ValueError(f'data set {folder.path!r} has sequence_length={folder.sequence_length}: it needs '
-                                 f'seq_len={folder.sequence_length - 1}, not {processor.seq_len}')
-            if folder.vocab_size not in (0, processor.tokenizer.vocab_size):
-                raise ValueError(f'data set {folder.path!r} was made with a tokenizer of {folder.vocab_size} tokens, '
-                                 f'this one has {processor.tokenizer.vocab_size}: give tokenizer the file beside it')
+                raise ValueError(
+                    f'data set {folder.path!r} has sequence_length={folder.sequence_length}: it '
+                    f'needs seq_len={folder.sequence_length - 1}, not {processor.seq_len}')
+            if folder.vocab_size not in (0, vocab_size):
+                raise ValueError(
+                    f'data set {folder.path!r} was made with a tokenizer of {folder.vocab_size} '
+                    f'tokens, this one has {vocab_size}: give tokenizer the file beside it')
 
     def __getitem__(self, positions):
         """An array of positions, or a pair of it and what order.locate says of them."""
-        positions, where = positions if isinstance(positions, tuple) else (positions, self.order.locate(positions))
+        if isinstance(positions, tuple):
+            positions, places = positions
+        else:
+            places = self.order.locate(positions)
         try:
-            return self.read(positions, *where)
-        except (OSError, ValueError) as error:          # a shard that is gone or damaged stops the run, in one line
+            return self.read(positions, *places)
+        except (OSError, ValueError) as error:
+            # a shard that is gone or damaged stops the run, in one line
             return dict(error=str(error))
 
     def read(self, positions, dataset, _, shard, index):
         """The batch. Raises OSError and ValueError."""
         self.fetch(dataset, shard)
         if self.ahead:
-            far = self.order.locate(positions + self.ahead)
-            self.fetch(far[0], far[2])
+            later, _, later_shard, _ = self.order.locate(positions + self.ahead)
+            self.fetch(later, later_shard)
+
+        # data set by data set; pieces: (position, what `collate` makes rows of)
         bad, ready, pieces = [], [], []
-        for part in sorted(set(dataset.tolist())):
-            folder, here = self.folders[part], dataset == part
-            where = shard[here].tolist(), index[here].tolist()
+        for number in sorted(set(dataset.tolist())):
+            folder, own = self.folders[number], dataset == number
+            shards, indexes = shard[own].tolist(), index[own].tolist()
             if folder.sequence_length:
-                ready.append((self.sequences(folder, *where, bad), part))
-                continue
-            for s, i, n in zip(*where, positions[here].tolist()):
-                try:
-                    rng = None if self.seed is None else Random(self.seed, 4, n)
-                    new = self.processor.pieces(folder.read(s, i), rng)
-                    pieces += [(n, piece | {'part': part, 'position': n}) for piece in new]
-                except BadSample as error:
-                    pieces.append((n, None))
-                    bad.append(f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {error}')
-        pieces = [piece for _, piece in sorted(pieces, key=lambda x: x[0])]     # by position
+                ready.append((self.sequences(folder, shards, indexes, bad), number))
+            else:
+                places = zip(positions[own].tolist(), shards, indexes)
+                pieces += self.samples(folder, number, places, bad)
+
+        # a batch is in the order of its positions, whatever data sets they are of
+        pieces.sort(key=lambda piece: piece[0])
+        pieces = [piece for _, piece in pieces]
         return collate(pieces, self.processor, self.pack, self.multiple, ready) | dict(bad=bad)
 
     def fetch(self, dataset, shard):
-        for part in self.remote:
-            self.folders[part].fetch(np.unique(shard[dataset == part]).tolist())
+        for number in self.remote:
+            self.folders[number].fetch(np.unique(shard[dataset == number]).tolist())
+
+    def samples(self, folder, number, places, bad):
+        """(position, piece) of each sample; one that can not be used is (position, None)."""
+        pieces = []
+        for position, shard, index in places:
+            rng = None
+            if self.seed is not None:
+                rng = Random(self.seed, 4, position)
+            try:
+                for piece in self.processor.pieces(folder.read(shard, index), rng):
+                    pieces.append((position, piece | {'part': number, 'position': position}))
+            except BadSample as error:
+                pieces.append((position, None))
+                bad.append(complaint(folder, shard, index, error))
+        return pieces
 
     def sequences(self, folder, shards, indexes, bad):
-        """Tokenized sequences, an array (samples, sequence_length) of the type they are stored in."""
-        p, rows, failed = self.processor, [], {}
-        for s, i in zip(shards, indexes):
+        """Tokenized sequences: (samples, sequence_length), of the type they are stored in."""
+        rows, failed = [], {}
+        for shard, index in zip(shards, indexes):
             try:
-                rows.append(folder.read_sequence(s, i))
+                rows.append(folder.read_sequence(shard, index))
             except BadSample as error:
                 failed[len(rows)] = error
-                rows.append(bytes([255]) * folder.sequence_bytes)       # which is padding
+                # which is padding
+                rows.append(bytes([255]) * folder.sequence_bytes)
         ids = np.frombuffer(bytearray().join(rows), folder.dtype).reshape(len(rows), -1)
-        padding = np.iinfo(folder.dtype).max
-        if ids.max() >= p.tokenizer.vocab_size:         # padding is, too
-            for row in np.flatnonzero(((ids >= p.tokenizer.vocab_size) & (ids != padding)).any(1)).tolist():
+
+        # padding is past the vocabulary, too: most batches that have none are told at once
+        padding, vocab_size = np.iinfo(folder.dtype).max, self.processor.tokenizer.vocab_size
+        if ids.max() >= vocab_size:
+            unknown = (ids >= vocab_size) & (ids != padding)
+            for row in np.flatnonzero(unknown.any(1)).tolist():
                 failed[row] = (f'token {ids[row][ids[row] != padding].max()} of a tokenizer of '
-                               f'{p.tokenizer.vocab_size}: made with another one?')
+                               f'{vocab_size}: made with another one?')
                 ids[row] = padding
-        bad += [f'{folder.base}{folder.name(s)}.tar, {folder.key(s, i)}: {failed[row]}'
-                for row, (s, i) in enumerate(zip(shards, indexes)) if row in failed]
+        for row in sorted(failed):
+            bad.append(complaint(folder, shards[row], indexes[row], failed[row]))
         return ids
 
 
+def complaint(folder, shard, index, error):
+    """The line of a bad sample."""
+    return f'{folder.shard_path(shard)}, {folder.key(shard, index)}: {error}'
+
+
 def positions_of_step(step, batch_size, micro_batch_size, rank=0, world=1):
-    """The micro-batches of a rank in one step: arrays of positions. micro_batch_size * world divides batch_size."""
-    return np.split(np.arange(step * batch_size + rank, (step + 1) * batch_size, world),
-                    batch_size // world // micro_batch_size)
+    """The micro-batches of a rank in one step: arrays of positions. micro_batch_size * world
+    divides batch_size."""
+    own = np.arange(step * batch_size + rank, (step + 1) * batch_size, world)
+    return np.split(own, batch_size // world // micro_batch_size)
 
 
 def located(order, positions, many=64):
-    """Position arrays -> pairs of them and what `order.locate` says, asked for `many` arrays at a time."""
+    """Position arrays -> pairs of them and what `order.locate` says, asked for `many` arrays at a
+    time."""
     positions = iter(positions)
     while chunk := list(itertools.islice(positions, many)):
-        cuts = np.cumsum([len(p) for p in chunk])[:-1]
-        yield from zip(chunk, zip(*(np.split(x, cuts) for x in order.locate(np.concatenate(chunk)))))
+        # one call for many arrays takes hardly longer than for one
+        cuts = np.cumsum([len(array) for array in chunk])[:-1]
+        places = order.locate(np.concatenate(chunk))
+        yield from zip(chunk, zip(*(np.split(each, cuts) for each in places)))
 
 
 def loader(batches, positions, workers=0):
-    """Batches for an iterable of position arrays, in its order, read by `workers` processes (0: in this one)."""
+    """Batches for an iterable of position arrays, in its order, read by `workers` processes (0: in
+    this one)."""
     from torch.utils.data import DataLoader
-    return DataLoader(batches, batch_size=None, sampler=located(batches.order, positions), num_workers=workers,
-                      prefetch_factor=4 if workers else None, worker_init_fn=quiet_worker,
-                      collate_fn=share if workers else as_it_is)
+    return DataLoader(batches, batch_size=None, sampler=located(batches.order, positions),
+                      num_workers=workers, prefetch_factor=4 if workers else None,
+                      worker_init_fn=quiet_worker, collate_fn=share if workers else as_it_is)
 
 
 def as_it_is(batch):
@@ -334,37 +437,51 @@ def as_it_is(batch):
 
 
 def share(batch):
-    """Large arrays as tensors, which travel through shared memory; below 512 KB a pipe is quicker (bench/data.py)."""
+    """Large arrays as tensors, which travel through shared memory; below 512 KB a pipe is quicker
+    (bench/data.py)."""
     import torch
-    return {k: share(v) if isinstance(v, dict) else torch.from_numpy(v) if isinstance(v, np.ndarray) and
-            v.nbytes >= 1 << 19 else v for k, v in batch.items()}
+    shared = {}
+    for key, value in batch.items():
+        if isinstance(value, dict):
+            value = share(value)
+        elif isinstance(value, np.ndarray) and value.nbytes >= 1 << 19:
+            value = torch.from_numpy(value)
+        shared[key] = value
+    return shared
 
 
 def quiet_worker(_):
-    """One thread a worker, in a process group of its own: Ctrl-C and a batch system's SIGTERM reach the main process
-    alone, which finishes its step, saves, and closes the workers."""
+    """One thread a worker, in a process group of its own."""
     import torch
     torch.set_num_threads(1)
+    # Ctrl-C and a batch system's SIGTERM reach the main process alone, which finishes its step,
+    # saves, and closes the workers
     os.setpgid(0, 0)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()
 
 
 def leave_with(parent):
-    """End this worker when its parent is no more: else, after a SIGKILL, it waits for ever to hand over a batch."""
+    """End this worker when its parent is no more."""
+    # else, after a SIGKILL, it waits for ever to hand over a batch
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def provenance(order, folders, n):
-    """What the positions below n saw of each data set: {data set: {samples, whole_epochs, shards_of_next_epoch}}."""
-    out = {}
-    for d, folder in enumerate(folders):
-        count = order.before(n, d)
-        epochs, shards = order.seen(d, count) if count else (0, {})
-        out[folder.path] = dict(samples=count, whole_epochs=epochs,
-                                shards_of_next_epoch={folder.name(s): k for s, k in sorted(shards.items())})
-    return out
+    """What the positions below n saw of each data set: {data set: {samples, whole_epochs,
+    shards_of_next_epoch}}."""
+    seen_of = {}
+    for number, folder in enumerate(folders):
+        count = order.before(n, number)
+        epochs, shards = 0, {}
+        # a data set of weight 0 may be empty: it has no epochs
+        if count:
+            epochs, shards = order.seen(number, count)
+        by_name = {folder.name(shard): samples for shard, samples in sorted(shards.items())}
+        seen_of[folder.path] = dict(
+            samples=count, whole_epochs=epochs, shards_of_next_epoch=by_name)
+    return seen_of
 
 
 def check(settings, world):
@@ -415,19 +532,41 @@ def open_mix(mix, data_dir, seed, lanes, window, cache_dir=CACHE, cache_gb=100.0
     """The folders of a mix {data set: weight} and their order."""
     folders = [Folder(name, data_dir, cache_dir, cache_gb) for name in mix]
     try:
-        return folders, Order([f.sizes for f in folders], list(mix.values()), seed, lanes, window)
+        sizes = [folder.sizes for folder in folders]
+        return folders, Order(sizes, list(mix.values()), seed, lanes, window)
     except ValueError as error:
         raise ValueError(f'mix={mix}: {error}') from None
 
-
-# ----------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # which samples did a step see?
+
+
+def show(first, last):
+    """The samples of steps first to last - 1, one a line. Raises OSError and ValueError."""
+    names = list(mix)
+    for step in range(first, last):
+        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        places = (array.tolist() for array in order.locate(positions))
+        for position, number, epoch, shard, index in zip(positions.tolist(), *places):
+            folder = folders[number]
+            columns = names[number], folder.name(shard), folder.key(shard, index)
+            if not where or any(text == where or fnmatch.fnmatchcase(text, where)
+                                for text in columns):
+                print(step, position, columns[0], epoch, *columns[1:], sep='\t')
+
+
+def leave(code, error):
+    print(f'data.py: {error}', file=sys.stderr)
+    sys.exit(code)
+
 
 if __name__ == '__main__':
     import signal
 
     from configurator import configure
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # ... | head ends in silence
+
+    # ... | head ends in silence
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     # those settings of train.py that the order depends on, with the same defaults
     data_dir = 'datasets'           # where data sets are: here, or there beside the scripts
     mix = {'emoji/noto': 1.0}       # data set -> sampling weight
@@ -438,25 +577,15 @@ if __name__ == '__main__':
     lanes = 64                      # parallel streams of the order
     window = 1024                   # samples among which a lane is shuffled
     show_steps = ''                 # a:b prints the samples of steps a to b - 1
-    where = ''                      # only those whose key, shard or data set is this or matches it: cat-*
+    where = ''                      # only those whose key, shard or data set matches it: cat-*
     configure(globals(), partial=True)
     if not re.fullmatch(r'\d+:\d+', show_steps):
-        print(f'data.py: --show_steps={show_steps}: expected a:b, such as --show_steps=100:103', file=sys.stderr)
-        sys.exit(2)
-    first, last = map(int, show_steps.split(':'))
+        leave(2, f'--show_steps={show_steps}: expected a:b, such as --show_steps=100:103')
     try:
         folders, order = open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
     except (ValueError, OSError) as error:
-        print(f'data.py: {error}', file=sys.stderr)
-        sys.exit(2)
-    for step in range(first, last):
-        n = np.arange(step * batch_size, (step + 1) * batch_size)
-        for position, d, e, s, i in zip(n.tolist(), *(x.tolist() for x in order.locate(n))):
-            try:
-                key = folders[d].key(s, i)
-            except (ValueError, OSError) as error:
-                print(f'data.py: {error}', file=sys.stderr)
-                sys.exit(1)
-            row = list(mix)[d], folders[d].name(s), key
-            if not where or where in row or any(fnmatch.fnmatchcase(x, where) for x in row):
-                print(step, position, row[0], e, *row[1:], sep='\t')
+        leave(2, error)
+    try:
+        show(*map(int, show_steps.split(':')))
+    except (ValueError, OSError) as error:
+        leave(1, error)

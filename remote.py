@@ -58,8 +58,8 @@ class Remote:
     def __init__(self, folder, max_bytes=100 << 30, retries=5):
         self.folder = os.path.join(folder, 'shards')
         self.max_bytes, self.retries = max_bytes, retries
-        self.results = {}           # URL -> path of its copy, or the OSError that came instead
-        self.threads = {}           # URL -> the thread that fetches it
+        self.results = {}       # URL -> path of its copy, or the OSError that came instead
+        self.threads = {}       # URL -> the thread that fetches it
 
     def __getstate__(self):
         # threads mean nothing in another process
@@ -123,6 +123,7 @@ class Remote:
         if size is not None and size > self.max_bytes:
             raise OSError(f'{url} has {size} bytes, more than the whole cache may hold: '
                           'raise cache_gb')
+        # another name for each content of the URL
         name = hashlib.sha256(f'{url} {key}'.encode()).hexdigest()[:32]
         local = os.path.join(self.folder, f'{name}.tar')
         os.makedirs(self.folder, exist_ok=True)
@@ -138,6 +139,7 @@ class Remote:
 
     def download(self, fs, path, local, size):
         fs.get_file(path, local + '.part')
+        # a connection that ends early is no error everywhere
         came = os.path.getsize(local + '.part')
         if size is not None and came != size:
             raise OSError(f'{came} of {size} bytes came')

@@ -1,8 +1,8 @@
 """Shards: data sets of plain .tar files (webdataset's format), on disk or behind a URL.
 
 `Folder('web/{000..099}.tar,s3://bucket/more')` knows its shards and their counts, and gives any
-sample: `read(shard, index)`. What is learned of a shard once (its index, a copy if it is remote) is
-kept in a cache folder that all processes of a node share.
+sample: `read(shard, index)`. What is learned of a shard once (its index, a copy if it is remote)
+is kept in a cache folder that all processes of a node share.
 """
 import difflib
 import functools
@@ -35,8 +35,8 @@ def is_url(path):
 
 
 def find(path, data_dir='', what='data set'):
-    """Where a file or folder of a config is: in data_dir, there beside the scripts, or just where
-    it says. Raises FileNotFoundError."""
+    """Where a file or folder of a config is. Raises FileNotFoundError."""
+    # in data_dir, there beside the scripts, or just where it says
     for candidate in (os.path.join(data_dir, path), os.path.join(HERE, data_dir, path), path):
         if os.path.exists(candidate):
             return candidate
@@ -50,19 +50,20 @@ def find(path, data_dir='', what='data set'):
 
 def nearest(path, data_dir):
     """The folder in data_dir, or one level down, that is most like `path`; '' without one."""
-    folders = set()
+    # without data_dir there is no place that holds data sets alone
+    if not data_dir:
+        return ''
+    folders = []
     for root in (data_dir, os.path.join(HERE, data_dir)):
-        # without data_dir there is no place that holds data sets alone
-        if data_dir:
-            folders.update(glob.glob('*/', root_dir=root), glob.glob('*/*/', root_dir=root))
+        folders += glob.glob('*/', root_dir=root) + glob.glob('*/*/', root_dir=root)
     near = difflib.get_close_matches(path.rstrip('/') + '/', sorted(folders), 1)
     return near[0].rstrip('/') if near else ''
 
 
 def expand(spec):
-    """'a,s3://b/{000..099}.tar' -> the paths and URLs in it, braces expanded; commas inside braces
-    separate nothing else."""
+    """'a,s3://b/{000..099}.tar' -> the paths and URLs in it."""
     from braceexpand import UnbalancedBracesError, braceexpand
+    # commas inside braces separate nothing here
     patterns = re.findall(r'(?:\{[^{}]*\}|[^,])+', spec)
     try:
         return [path for pattern in patterns for path in braceexpand(pattern.strip())]
@@ -75,7 +76,7 @@ def expand(spec):
 
 
 class Stored(NamedTuple):
-    """How tokens are stored; sequence_length 0: not in sequences of one length."""
+    """How tokens are stored. sequence_length 0: not in sequences of one length."""
     sequence_length: int = 0
     dtype: str = 'uint16'
     vocab_size: int = 0
@@ -118,7 +119,7 @@ class Folder:
         self.num_bytes = sum(one.num_bytes for one in listings)
         self.is_remote = any(is_url(one.base) for one in listings)
 
-        # arrays, so that a million shards take little; of several folders each name is a path
+        # of several folders each name is a path; arrays, so that a million shards take little
         if len(listings) > 1:
             self.base, self.sizes = '', np.concatenate([one.sizes for one in listings])
             paths = [np.char.add(one.base.encode(), one.names) for one in listings]
@@ -144,7 +145,7 @@ class Folder:
             if path.endswith('.tar'):
                 tars = [path]
             elif path.endswith('.txt'):
-                tars = self.tars_of_list(path, data_dir)
+                tars = self.tars_of_list(path if is_url(path) else find(path, data_dir))
             else:
                 yield self.whole_folder(path, data_dir)
                 continue
@@ -155,23 +156,22 @@ class Folder:
                 folder = find(folder or '.', data_dir)
             yield self.some_of_folder(folder, files)
 
-    def tars_of_list(self, path, data_dir):
+    def tars_of_list(self, path):
         """Paths and URLs in a .txt, one a line, relative to where it is."""
-        path, tars = path if is_url(path) else find(path, data_dir), []
-        for line in filter(None, map(str.strip, self.read_file(path).decode().splitlines())):
-            tars.append(line if is_url(line) else os.path.join(os.path.dirname(path), line))
-        return tars
+        lines = self.read_file(path).decode().splitlines()
+        tars = [line.strip() for line in lines if line.strip()]
+        return [tar if is_url(tar) else os.path.join(os.path.dirname(path), tar) for tar in tars]
 
     def whole_folder(self, path, data_dir):
         """The Listing of a folder, or of the folder of a manifest."""
         folder = path.rstrip('/') if is_url(path) else find(path, data_dir)
-        manifest = folder
-        if not folder.endswith('.jsonl'):
-            manifest = folder + '/manifest.jsonl'
+        manifest = folder if folder.endswith('.jsonl') else folder + '/manifest.jsonl'
         base = os.path.dirname(manifest) + '/'
         if folder == manifest or self.exists(manifest):
             return self.manifest(manifest)._replace(base=base)
-        names = to_names(name for name in self.names_in(folder) if name.endswith('.tar'))
+        # without one the shards are those that are there
+        files = self.remote.names_in(folder) if is_url(folder) else os.listdir(folder)
+        names = to_names(file for file in files if file.endswith('.tar'))
         return Listing(base, np.sort(names), np.full(len(names), -1))
 
     def some_of_folder(self, folder, files):
@@ -185,9 +185,6 @@ class Folder:
 
     def exists(self, path):
         return self.remote.exists(path) if is_url(path) else os.path.exists(path)
-
-    def names_in(self, folder):
-        return self.remote.names_in(folder) if is_url(folder) else os.listdir(folder)
 
     def read_file(self, path):
         if is_url(path):
@@ -235,8 +232,7 @@ class Folder:
 
     def fetch(self, shards):
         """Begin to copy remote shards to this node."""
-        for shard in shards:
-            path = self.shard_path(shard)
+        for path in map(self.shard_path, shards):
             if is_url(path):
                 self.remote.begin(path)
 
@@ -250,7 +246,7 @@ class Folder:
             if len(self.files) > self.max_open:
                 os.close(self.files.popitem(last=False)[1])
 
-            # a copy has another name for each content, and its time says when it was used
+            # the time of a copy says when it was used; it has another name for each content
             stat = os.fstat(self.files[shard])
             content = f'{path} {stat.st_size} {"" if remote else stat.st_mtime_ns}'
             if self.contents.setdefault(shard, content) != content:
@@ -265,6 +261,7 @@ class Folder:
         if shard not in self.indexes:
             path, fd = self.shard_path(shard), self.open(shard)
             cached = self.cached(self.contents[shard], '.npy')
+            # a file of the cache may be missing or damaged: what it holds can be had again
             try:
                 table = np.load(cached)
             except (OSError, ValueError, EOFError):
@@ -356,18 +353,20 @@ def read_manifest(path, data):
             chunk = []
 
     names = np.concatenate([*names, np.array(chunk, np.bytes_)])
+    # beside each other once they are sorted
     ordered = np.sort(names)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         raise ValueError(f'{path}: shard {twice[0].decode()!r} comes twice')
-    return Listing('', names, np.array(sizes, np.int64), *stored or [Stored()], num_bytes)
+    stored = next(iter(stored), Stored())
+    return Listing('', names, np.array(sizes, np.int64), stored, num_bytes)
 
 
 def write_cache(path, write):
     """A file of the cache, whole or not at all."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        # two processes, or two threads, may write it at once
+        # two processes, or two threads of one, may write it at once
         temporary = f'{path}.{os.getpid()}.{threading.get_ident()}.tmp'
         with open(temporary, 'wb') as f:
             write(f)
@@ -384,8 +383,7 @@ EPISODE = b'lowdim.npy'      # a member whose every row is a sample, an anchor
 
 
 def index_tar(path, fd):
-    """The members of a tar's samples as a table, sample by sample: sample, key, ext, offset, size,
-    repeated."""
+    """The members of a tar's samples as a table: sample, key, ext, offset, size, repeated."""
     rows, latest, count = [], {}, 0         # latest: key -> (its sample, extensions of that)
     for member in read_headers(path, fd):
         # as in webdataset: a name without a dot, or that begins with it, is no sample
@@ -404,7 +402,8 @@ def index_tar(path, fd):
             sample, exts, count = count, set(), count + 1
             latest[key] = sample, exts
         exts.add(ext)
-        rows.append((sample, key.encode(), ext.encode(), member.offset_data, member.size, repeated))
+        place = member.offset_data, member.size
+        rows.append((sample, key.encode(), ext.encode(), *place, repeated))
 
     # sample by sample; inside one they stay as they are in the tar
     rows.sort(key=lambda row: row[0])
@@ -424,20 +423,21 @@ def read_headers(path, fd):
             raise ValueError(f'{path} is no tar or is damaged ({error}): copy it or make the data '
                              'set again') from None
 
-        # tarfile ends in silence where a tar is cut: behind the last member, which is padded to
-        # blocks of 512, must be a block of zeros
+        # tarfile ends in silence where a tar is cut. Behind the last member, which is padded to
+        # blocks of 512 bytes, a block of zeros must be.
         end = 0
         if members:
             end = members[-1].offset_data + (members[-1].size + 511) // 512 * 512
         f.seek(end)
         if f.read(512) != bytes(512):
-            raise ValueError(f'{path} is cut short or damaged at byte {end}: copy it again or make '
-                             'the data set again')
+            raise ValueError(f'{path} is cut short or damaged at byte {end}: copy it again or '
+                             'make the data set again')
     return members
 
 
 def npy_header(fd, at, size, where):
     """(shape, dtype, bytes of the header) of a .npy of so many bytes. Raises ValueError."""
+    # far more than a header has; it is a stranger's
     header = io.BytesIO(os.pread(fd, min(size, 4096), at))
     try:
         read = np.lib.format.read_array_header_2_0
@@ -452,15 +452,15 @@ def npy_header(fd, at, size, where):
 
 
 class Index:
-    """Where the samples of one shard are, from the table of `index_tar`. A key is one sample; or,
-    with a sequence_length, a member holds several, and so does an episode: its rows."""
+    """Where the samples of one shard are, from the table of `index_tar`."""
 
     def __init__(self, table, sequence_length, dtype, fd, path):
         self.table = table
-        num_keys = int(table['sample'][-1]) + 1 if len(table) else 0
         # where each key's rows begin in the table (one more: the end)
+        num_keys = int(table['sample'][-1]) + 1 if len(table) else 0
         self.first = np.searchsorted(table['sample'], np.arange(num_keys + 1)).tolist()
-        # of keys with several samples: the number of each one's first (one more: the count)
+        # A key is one sample; or, with a sequence_length, a member holds several, and so does an
+        # episode: its rows. Then starts: the number of each key's first (one more: the count).
         self.starts, self.keys, self.episodes = [], [], []
         if sequence_length:
             self.read_offsets(sequence_length, np.dtype(dtype), fd, path)
@@ -468,10 +468,11 @@ class Index:
             self.read_episodes(fd, path)
 
     def read_offsets(self, sequence_length, dtype, fd, path):
-        """Where each member's sequences begin, and the number of the first."""
+        """Where each member's sequences begin."""
         self.starts, self.offsets, self.stride = [0], [], sequence_length * dtype.itemsize
         for _, key, ext, offset, size, _ in self.table.tolist():
             where = f'{path}, {key.decode()}'
+            # members of other kinds hold no sequences
             if ext == b'tokens.npy':
                 _, its_dtype, header = npy_header(fd, offset, size, where)
                 if its_dtype != dtype:
@@ -519,8 +520,7 @@ class Index:
         return f'{self.keys[number].decode()}[{inside}]'
 
     def members(self, index, horizon=0):
-        """(extension, offset, size, repeated) of each member of a sample; of an episode `horizon`
-        rows from the sample's own on, 0: all to its end."""
+        """(extension, offset, size, repeated) of each member of a sample."""
         row_type, members = None, []
         if self.episodes:
             index, row = self.place(index)
@@ -528,6 +528,7 @@ class Index:
         table = self.table[self.first[index]:self.first[index + 1]]
         for _, _, ext, offset, size, repeated in table.tolist():
             if row_type is not None and ext == EPISODE:
+                # `horizon` rows from the sample's own on; 0: all to the episode's end
                 begin = header + row * row_type.itemsize
                 offset, size = offset + begin, size - begin
                 if horizon:

@@ -502,6 +502,30 @@ def test_find_looks_in_data_dir_and_beside_the_scripts(emoji, tmp_path, monkeypa
         shards.find('nothing', 'datasets')
 
 
+@pytest.mark.parametrize('typed, meant', [('emoji/nota', 'emoji/noto'), ('emojy/noto', 'emoji/noto'),
+                                          ('shakespear/', 'shakespeare'), ('text', ''), ('a/b/third-levol', '')])
+def test_a_mistyped_data_set_is_told_its_neighbour(tmp_path, typed, meant):
+    for name in ('emoji/noto', 'emoji/fluent', 'shakespeare', 'a/b/third-level'):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / 'texts').write_text('no folder')
+    with pytest.raises(FileNotFoundError) as error:
+        Folder(typed, str(tmp_path))
+    said = str(error.value)
+    assert repr(typed) in said and 'prepare/' in said and '\n' not in said
+    assert f'did you mean {meant!r}?' in said if meant else 'did you mean' not in said
+    with pytest.raises(FileNotFoundError) as error:
+        shards.find('emoji/nota')
+    assert 'did you mean' not in str(error.value), 'no data_dir: nothing to compare with'
+
+
+def test_what_is_local_does_not_import_what_is_remote(emoji):
+    code = ('import sys, checkpoint, data, shards; shards.Folder(sys.argv[1], cache_dir=sys.argv[2]).read(1, 0); '
+            'checkpoint.names(sys.argv[1]); print("remote" in sys.modules, "fsspec" in sys.modules)')
+    out = subprocess.run([sys.executable, '-c', code, str(emoji), str(emoji.parent / 'cache')], cwd=ROOT, text=True,
+                         capture_output=True, timeout=60)
+    assert out.stdout.startswith('False'), out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # samples to rows
 
