@@ -1,13 +1,13 @@
 """What robot policies cost: OMP_NUM_THREADS=1 python bench/policy.py [--batch_size=64]
 
 Medians of calls that take turns, in one process with the same threads; weights are random.
-1. DiffusionPolicy beside diffusers: a chunk of 10 DDIM steps (for 1 robot, for 16), a training step
-   (fused AdamW for both). Our U-Net beside UNet1DModel with the residual temporal blocks of
+1. DiffusionPolicy beside diffusers: a chunk of 10 DDIM steps (for 1 robot, for 16), a training
+   step (fused AdamW for both). Our U-Net beside UNet1DModel with the residual temporal blocks of
    Diffuser, same channels, kernel and convolutions a level: ours has one block more in the middle,
    and reads a state, which theirs does not. Our transformer beside DiTTransformer2DModel of the
    same width, depth and heads, whose picture is the chunk.
-2. VLA: a chunk of 10 Euler steps with the prefix computed once, beside the prefix computed in every
-   step, and beside transformers' PI0 of the same shape.
+2. VLA: a chunk of 10 Euler steps with the prefix computed once, beside the prefix computed in
+   every step, and beside transformers' PI0 of the same shape.
 """
 import os
 import statistics
@@ -39,11 +39,13 @@ configure(globals())
 
 def compare(what, calls):
     """Print the median times of `calls`, {name: function}, which take turns, beside the first."""
+    # By turns, so that what else runs on the machine meets all of them.
     times = {name: [] for name in calls}
     for i in range(repeats + 3):
         for name, call in calls.items():
             began = time.perf_counter()
             call()
+            # The first fill caches, and the state of the optimizer.
             if i >= 3:
                 times[name].append(time.perf_counter() - began)
 
@@ -115,7 +117,7 @@ def unets():
     from diffusers import UNet1DModel
     levels = len(channels)
 
-    # The blocks of Diffuser (arXiv 2205.09991), from whose code our U-Net's descend, too.
+    # The blocks of Diffuser (arXiv 2205.09991).
     theirs = UNet1DModel(
         sample_size=action_steps, in_channels=action_dim, out_channels=action_dim,
         time_embedding_type='positional', use_timestep_embedding=True, flip_sin_to_cos=False,
@@ -177,6 +179,7 @@ def their_vla():
 
 
 def vlas():
+    # Small, so that a CPU takes a second; in the proportions of SigLIP, Gemma and pi0's expert.
     vit = ViTConfig(image_size=96, patch_size=8, width=192, depth=6, mlp_dim=768, num_heads=3)
     text = DecoderConfig(
         vocab_size=512, width=256, depth=6, mlp_dim=1024, num_heads=4, num_kv_heads=1, head_dim=64)
