@@ -1,8 +1,9 @@
-"""What a robot waits for: OMP_NUM_THREADS=1 python bench/serve.py --out_dir=out/policy_metaworld_state
+"""What a robot waits for: OMP_NUM_THREADS=1 python bench/serve.py --out_dir=out/policy_...
 
-Starts `sample.py --serve_policy` and asks it, with the client that README.md prints, from so many robots at once, each
-of which asks again as soon as it has an answer. Prints medians and 99 % quantiles of the time from the call to the
-actions, beside the mean time that the policy took for a batch: the rest is the network, the queue and the wait.
+Starts `sample.py --serve_policy` and asks it, with the client that README.md prints, from so many
+robots at once, each of which asks again as soon as it has an answer. Prints medians and 99 %
+quantiles of the time from the call to the actions, beside the mean time that the policy took for a
+batch: the rest is the network, the queue and the wait.
 """
 import json
 import os
@@ -30,13 +31,16 @@ device = 'auto'
 
 def client():
     """The class Robot of README.md."""
+    # What users copy is what is measured.
     blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
     code, = (block for block in blocks if 'class Robot' in block)
-    exec(code, names := {})
+    names = {}
+    exec(code, names)
     return names['Robot']
 
 
 def free_port():
+    # Port 0: one that the system knows to be free.
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]
@@ -47,58 +51,87 @@ def health(port):
         return json.load(answer)
 
 
-def observation(holds, rng):
+def observation(fields, rng):
     """Random numbers of the shapes that the server wants."""
-    make = {'float32': lambda shape: rng.standard_normal(shape, np.float32), 'str': lambda _: 'open the door',
-            'uint8': lambda shape: rng.integers(0, 256, shape, np.uint8), 'int64': lambda _: int(rng.integers(100))}
-    return {name: make[field['dtype']](field['shape']) for name, field in holds.items()}
+    seen = {}
+    for name, field in fields.items():
+        if field['dtype'] == 'float32':
+            seen[name] = rng.standard_normal(field['shape'], np.float32)
+        elif field['dtype'] == 'uint8':
+            seen[name] = rng.integers(0, 256, field['shape'], np.uint8)
+        elif field['dtype'] == 'int64':
+            seen[name] = int(rng.integers(100))
+        # An instruction.
+        else:
+            seen[name] = 'open the door'
+    return seen
 
 
 def measure(port, count):
     """Seconds of each request, (count, requests)."""
-    holds, times, Robot = health(port)['observation'], np.zeros((count, requests + 10)), client()
+    fields = health(port)['observation']
+    Robot = client()
+    times = np.zeros((count, requests))
     start = threading.Barrier(count)
 
-    def ask(i):
-        robot, rng = Robot('127.0.0.1', port), np.random.default_rng(i)
-        for k in range(-10, requests):
-            seen = observation(holds, rng)
-            if k in (-10, 0):
+    def ask(number):
+        robot, rng = Robot('127.0.0.1', port), np.random.default_rng(number)
+        for i in range(-10, requests):
+            seen = observation(fields, rng)
+            # Robots connect at different times, so they wait for each other, before and after
+            # those that warm up.
+            if i in (-10, 0):
                 start.wait()
             began = time.perf_counter()
             robot.act(**seen)
-            times[i, k] = time.perf_counter() - began
+            if i >= 0:
+                times[number, i] = time.perf_counter() - began
         robot.http.close()
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(count)]
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return times[:, :requests]
+    return times
+
+
+def report(port, count):
+    """Print what `count` robots at once wait for."""
+    before = health(port)
+    began = time.perf_counter()
+    milliseconds = 1e3 * measure(port, count)
+    rate = (requests + 10) * count / (time.perf_counter() - began)
+    # What the slowest see, as a robot waits for each of its chunks.
+    p50, p99 = np.quantile(milliseconds, [0.5, 0.99])
+
+    # The server's own counts, of these requests alone.
+    after = health(port)
+    batches, answered, busy = (
+        after[key] - before[key] for key in ('batches', 'answered', 'policy_seconds'))
+    robots_said = '1 robot' if count == 1 else f'{count} robots'
+    print(f'{robots_said}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; {rate:.0f} chunks a second; '
+          f'batches of {answered / batches:.1f}, the policy takes {1e3 * busy / batches:.1f} ms '
+          'for one', flush=True)
 
 
 def main():
     port = free_port()
-    args = f'--out_dir={out_dir}', f'--device={device}', f'--serve_policy={port}', f'--sample_steps={sample_steps}'
-    server = subprocess.Popen([sys.executable, str(ROOT / 'sample.py'), *args], stdout=subprocess.PIPE, text=True)
+    command = [
+        sys.executable, str(ROOT / 'sample.py'), f'--out_dir={out_dir}', f'--device={device}',
+        f'--serve_policy={port}', f'--sample_steps={sample_steps}']
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
+        # It says where it listens once it does.
         print(server.stdout.readline().strip())
         for count in robots:
-            before = health(port)
-            began = time.perf_counter()
-            ms = 1e3 * np.sort(measure(port, count).flatten())
-            rate, after = (requests + 10) * count / (time.perf_counter() - began), health(port)
-            batches, answered, busy = (after[k] - before[k] for k in ('batches', 'answered', 'policy_seconds'))
-            p50, p99 = np.quantile(ms, [0.5, 0.99])
-            print(f'{count} robot{"s" * (count > 1)}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; {rate:.0f} chunks a second; '
-                  f'batches of {answered / batches:.1f}, the policy takes {1e3 * busy / batches:.1f} ms for one',
-                  flush=True)
+            report(port, count)
     finally:
         server.terminate()
     sys.exit(server.wait(20))
 
 
 if __name__ == '__main__':
+    # The server may be started in another folder.
     out_dir = os.path.abspath(configure(globals())['out_dir'])
     main()
