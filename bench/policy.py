@@ -22,7 +22,8 @@ sys.path.insert(0, os.path.dirname(HERE))
 from configurator import configure  # noqa: E402
 from diffusion import random_keys  # noqa: E402
 from model import DecoderConfig, ViTConfig, VLMConfig  # noqa: E402
-from policies import VLA, DiffusionPolicy, PolicyConfig, VLAConfig  # noqa: E402
+from tasks.policy import DiffusionPolicy, PolicyConfig  # noqa: E402
+from tasks.vla import VLA, VLAConfig  # noqa: E402
 
 action_dim = 8
 action_steps = 16
