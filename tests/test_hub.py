@@ -593,6 +593,15 @@ def test_runs_of_ours_need_no_families(saved, tmp_path):
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_a_run_that_no_family_writes_says_so(tmp_path, monkeypatch):
+    """Such as a policy's, or a task's of one's own."""
+    run = dict(task='mine.py'), None, torch.nn.Linear(2, 2)
+    monkeypatch.setattr(hub, 'open_run', lambda path: run)
+    with pytest.raises(ValueError, match=r"out/mine.*task='mine.py' trains a Linear.*huggingface"):
+        hub.export_run('out/mine', str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists()
+
+
 def test_the_settings_of_a_model_are_a_config_file(saved):
     """What hub.py config prints runs as Python and makes the same model."""
     folder = saved('paligemma')[1]
