@@ -34,8 +34,8 @@ from tokenizer import read_json
 # The families are found beside this file, in the order in which they are asked.
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = ('huggingface', 'big_vision')
-MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others are '
-           'fetched, opened or written')
+MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others '
+           'are fetched, opened or written')
 
 # ------------------------------------------------------------------------------------------------
 # families
