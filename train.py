@@ -1,5 +1,4 @@
-"""Train a language model, a vision-language model, a robot's policy, text to image, or a task of
-your own.
+"""Train a language model, a vision-language model, a robot's policy, text to image, or your task.
 
     python train.py config/vlm_emoji.py --lr=1e-3
     torchrun --nproc_per_node=2 train.py config/vlm_emoji.py [--fsdp=0]     (DDP, or FSDP2)
@@ -44,11 +43,9 @@ from parallel import all_ranks, say
 # what is trained, and where it goes
 task = 'vlm'                # llm | vlm | siglip | policy | vla | t2i, or a file: mine.py
 out_dir = 'out/run'         # config.json, log.jsonl, loss.png, checkpoints/
-resume = 'auto'             # auto: from the newest checkpoint in out_dir | never: refuse if there
-#                             is one
-init_from = ''              # weights to start from: a run's out_dir or one of its checkpoints,
-#                             also as a URL; a folder of transformers or diffusers, or a name on
-#                             the Hugging Face hub
+resume = 'auto'             # auto: from the newest checkpoint in out_dir | never: refuse to
+init_from = ''              # weights to start from: a run or one of its checkpoints, also as a URL;
+#                             a folder of transformers or diffusers, a name on the Hugging Face hub
 init_skip = []              # regexes of parameters that init_from leaves as they are
 
 # data
@@ -58,12 +55,11 @@ mix = {'emoji/noto': 1.0}   # data set -> sampling weight; a folder, .tar, list 
 val = {}                    # name -> data set that is validated on, whole
 cache_dir = shards.CACHE    # indexes of shards, and copies of remote ones
 cache_gb = 100.0            # of copies
-tokenizer = 'bytes'         # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file
-#                             or a folder of one, in data_dir or as a path | a model on the
-#                             Hugging Face hub
-processor = 'auto'          # how a sample is written as tokens: auto (as the task does) |
-#                             paligemma | text | chat | gemma | llava | smolvlm | a model folder,
-#                             or one on the Hugging Face hub | file.py:function
+tokenizer = 'bytes'         # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file or
+#                             a folder of one, in data_dir or as a path | a model on the hub
+processor = 'auto'          # how a sample becomes tokens: auto (as the task has it) | paligemma |
+#                             text | chat | gemma | llava | smolvlm | a model folder, or one on
+#                             the hub | file.py:function
 seq_len = 96                # tokens a row, patches and padding included
 workers = 2                 # processes that read data (0: none but this one)
 lanes = 64                  # parallel streams of the order; fixed for a run
@@ -73,8 +69,8 @@ max_bad_fraction = 0.001    # more unusable samples than this stop the run
 # length: one of the three
 max_steps = 0
 max_samples = 0
-epochs = 0.0                # times the samples that the data sets of the mix hold together; each
-#                             of them goes through epochs of its own, at the pace of its weight
+epochs = 0.0                # 1: as many samples as all data sets of the mix hold together; each of
+#                             them goes through epochs of its own, at the pace of its weight
 allow_repeat = True         # False: refuse a run that would see a sample twice
 
 # batch
@@ -82,8 +78,7 @@ batch_size = 128            # samples a step, over all ranks
 micro_batch_size = 0        # samples a rank takes at once (0: its whole share)
 
 # optimizer
-optimizer = 'adamw'         # adamw | muon (torch.optim.Muon for the matrices of the layers, adamw
-#                             for the rest)
+optimizer = 'adamw'         # adamw | muon (for the matrices of the layers, adamw for the rest)
 lr = 1e-3                   # peak learning rate
 schedule = 'cosine'         # cosine | linear | constant | wsd (warm-up, stable, decay)
 min_lr = 0.0                # at the end of the schedule, as a fraction of lr
@@ -95,21 +90,16 @@ grad_clip = 1.0             # 0: none
 groups = [(r'norm|bias|scale|pos_embed|embedding', {'weight_decay': 0.0}), (r'.*', {})]
 #                             the first regex found in a parameter's name sets its lr_scale,
 #                             weight_decay, freeze; --parameters lists the names
-ema = 0.0                   # decay of a moving average of the weights, kept and saved beside them
-#                             (0: none)
+ema = 0.0                   # decay of a moving average of the weights, saved beside them (0: none)
 loss_weights = {}           # data set of the mix -> what its targets weigh (1.0)
-skip_bad_steps = 0          # so many steps in a row may have a loss or gradient that is not
-#                             finite
+skip_bad_steps = 0          # steps in a row that may have a loss or gradient that is not finite
 
 # precision and devices
-dtype = 'float32'           # float32 | bfloat16 | float16: of the compute; weights and optimizer
-#                             stay float32
-matmul = 'highest'          # highest: float32 means float32 | high: TensorFloat-32 | medium:
-#                             bfloat16
+dtype = 'float32'           # of the compute: float32 | bfloat16 | float16; weights stay float32
+matmul = 'highest'          # highest: float32 means float32 | high: TensorFloat-32 | medium: bf16
 compile = False             # torch.compile the layers
 fsdp = 1                    # ranks that share one copy of weights and optimizer: 1: each has its
-#                             own (DDP) | 0: all share one (FSDP2) | between: several copies
-#                             (HSDP)
+#                             own (DDP) | 0: all share one (FSDP2) | between: several (HSDP)
 deterministic = False       # only operations that give the same bits every time
 device = 'auto'             # auto: cuda if there is one, else cpu
 seed = 0
@@ -119,8 +109,8 @@ log_every = 10              # steps
 eval_every = 0              # steps (0: only at the end)
 num_checkpoints = 1         # exactly so many, evenly spaced, the last at the end
 keep_last = 0               # checkpoints kept on disk (0: all)
-remote = ''                 # URL (s3://..., any fsspec) that gets a copy of checkpoints and logs,
-#                             and fills an out_dir that has none
+remote = ''                 # URL (any fsspec) that gets a copy of checkpoints and logs, and fills
+#                             an out_dir that has none
 wandb_project = ''          # empty: no wandb; WANDB_MODE=offline needs no network
 
 show_parameters = '--parameters' in sys.argv
@@ -146,55 +136,58 @@ def fail(message, code):
     parallel.leave(code)
 
 
-try:
-    for check in (data.check, optim.check, checkpoint.check, task.check):
-        check(config, world)
-except ValueError as error:
-    fail(error, 2)
-if lr == 0:
-    say('lr=0: nothing will change but what is measured')
-micro_batch = micro_batch_size or batch_size // world
-pack = config.get('pack', False)
-
 torch.set_float32_matmul_precision(matmul)
 torch.backends.cudnn.allow_tf32 = matmul != 'highest'
 if deterministic:
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True)
-autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype),
+autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype, None),
                           enabled=dtype != 'float32')
 
 # -----------------------------------------------------------------------------------------------
 # data, tokenizer, model
 
 try:
+    for check in (data.check, optim.check, checkpoint.check, task.check):
+        check(config, world)
+    micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
     folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
     val_folders = {name: shards.Folder(path, data_dir, cache_dir, cache_gb)
                    for name, path in val.items()}
+    steps, checkpoint_steps = data.length(config, order)
+    lr_at = optim.learning_rate(config, steps)
+
     tok = hub.open_tokenizer(tokenizer, data_dir)
-    torch.manual_seed(seed)                         # the same weights on every rank
     if processors.is_folder(processor):
         processor = hub.locate(processor, data_dir, 'processor')
+    torch.manual_seed(seed)                         # the same weights on every rank
     run = checkpoint.make_run(config, tok, processor, device)
     run.kept = task.statistics(config, folders)
     task.prepare(run)
     raw_model = run.model
-    augmenting = seed if config.get('augment') else None
-    train_data = data.Batches(folders, order, run.processor, augmenting, pack,
-                              micro_batch if pack else 1, window * lanes)
+    options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
+
+    train_data = data.Batches(folders, order, run.processor, seed if config.get('augment') else None,
+                              pack, micro_batch if pack else 1, window * lanes)
     # answers can be told apart only where each has a row of its own
     count_right = task.scorer(config)
     val_data = {name: data.Batches([folder], data.InOrder(folder.sizes), run.processor,
                                    pack=pack and not count_right)
                 for name, folder in val_folders.items()}
     constants = task.constants(run, folders)
-    steps, checkpoint_steps = data.length(config, order)
-    lr_at = optim.learning_rate(config, steps)
 except (ValueError, OSError) as error:
     fail(error, 2)
-dataset_samples = order.samples_in_use
+if show_parameters:
+    say('\n'.join(optim.describe(groups, dict(raw_model.named_parameters()))))
+    sys.exit(0)
+if lr == 0:
+    say('lr=0: nothing will change but what is measured')
 
 # what is learned: kinds of targets, each a mean of its own, and what that weighs
+dataset_samples = order.samples_in_use
+empty_batch = processors.collate([], run.processor) | dict(bad=[])
+kinds = list(task.count(empty_batch))
+weights, arguments = task.weights(config), task.arguments(config)
 
 
 def checked(batch):
@@ -202,12 +195,6 @@ def checked(batch):
     if 'error' in batch:
         fail(batch['error'], 1)
     return batch
-
-
-empty_batch = processors.collate([], run.processor) | dict(bad=[])
-kinds = list(task.count(empty_batch))
-weights = task.weights(config)
-arguments = task.arguments(config)
 
 
 def total(sums, counts):
@@ -221,16 +208,8 @@ def total(sums, counts):
 # -----------------------------------------------------------------------------------------------
 # what is trained, over the ranks: DDP, or FSDP2 layer by layer; compiled layer by layer
 
-try:
-    options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
-except ValueError as error:
-    fail(error, 2)
-if show_parameters:
-    say('\n'.join(optim.describe(groups, dict(raw_model.named_parameters()))))
-    sys.exit(0)
 for name, parameter in raw_model.named_parameters():
     parameter.requires_grad_(parameter.requires_grad and not options[name].get('freeze'))
-
 
 # before layers are compiled, whose operations are not counted
 first_batch = checked(train_data[np.arange(micro_batch)])
@@ -253,7 +232,6 @@ trained = {name: p for name, p in raw_model.named_parameters() if p.requires_gra
 averages = {name: p.detach().clone() for name, p in trained.items()} if ema else {}
 optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 
-
 # -----------------------------------------------------------------------------------------------
 # begin, or go on: checkpoint.py holds how they are written and read
 
@@ -266,10 +244,7 @@ progress = dict(step=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0,
 def load_checkpoint(path, saved):
     """Weights, averages, optimizer and progress of a checkpoint, whatever number of ranks wrote
     it."""
-    changed, refused = checkpoint.changes(path, config, tasks.kept(task))
-    if refused:
-        fail(refused, 2)
-    for line in changed:
+    for line in checkpoint.changes(path, config, tasks.kept(task)):
         say(line)
     checkpoint.load(raw_model.state_dict(), path)
     if ema:
@@ -281,9 +256,7 @@ def load_checkpoint(path, saved):
 try:
     if master:
         os.makedirs(checkpoints, exist_ok=True)
-    newest = None
-    if master:
-        newest = checkpoint.find(out_dir, remote, say)
+    newest = checkpoint.find(out_dir, remote, say) if master else None
     resumed, saved, problem = parallel.from_master(newest)
     if problem:
         fail(problem, 2)
@@ -339,18 +312,16 @@ def log(row):
             wandb_run.log(row, step=row['step'])
 
 
-wandb_run = None
+wandb_run = copy = None
 if wandb_project and master:
     wandb_run = logs.open_wandb(wandb_project, out_dir, config)
-copy = None
 if remote and master:
     from remote import Mirror
     copy = Mirror(remote, out_dir, say)
+    copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
 peak = logs.peak_flops(device, dtype, world)
 saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,
                          lambda: logs.plot(out_dir, val))
-if copy:
-    copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
 
 # -----------------------------------------------------------------------------------------------
 # validation: every sample of a data set once, whatever the number of ranks
@@ -412,11 +383,10 @@ feed = iter(data.loader(train_data, todo, workers))
 set_weights = np.array([float(loss_weights.get(name, 1.0)) for name in mix])
 set_weights_there = torch.tensor(set_weights, dtype=torch.float32, device=device)
 if master:
-    parameters = sum(p.numel() for p in trained.values()) / 1e6
-    print(f'{config["task"]}: {parameters:.2f} M parameters trained, {steps} steps of {batch_size} '
-          f'samples = {world} ranks x {batch_size // world // micro_batch} x {micro_batch}; '
-          f'{len(mix)} data sets of {dataset_samples} samples, '
-          f'{steps * batch_size / dataset_samples:.1f} epochs')
+    print(f'{config["task"]}: {sum(p.numel() for p in trained.values()) / 1e6:.2f} M parameters '
+          f'trained, {steps} steps of {batch_size} samples = {world} ranks x '
+          f'{batch_size // world // micro_batch} x {micro_batch}; {len(mix)} data sets of '
+          f'{dataset_samples} samples, {steps * batch_size / dataset_samples:.1f} epochs')
     bar = tqdm(total=steps, initial=first, desc=os.path.basename(out_dir), mininterval=1,
                dynamic_ncols=True)
 
@@ -426,32 +396,28 @@ class Counted:
     """What a step holds, over all ranks."""
     learned: list               # targets of each kind
     tokens: int
-    bad: int                    # samples that could not be used
-    stopping: float             # not 0: a rank was told to stop
+    stopping: bool              # a rank was told to stop
     passes: int                 # micro-batches of the rank that has most
 
 
 def count_step(batches, num_micro):
     """The Counted of every rank's batches, before the backward pass: the gradient is of one mean,
-    however the batch is cut."""
+    however the batch is cut. Ends a run that meets too many bad samples, or nothing to learn."""
     learned = [sum(task.count(batch)[kind] for batch in batches) for kind in kinds]
     tokens = sum(batch['num_tokens'] for batch in batches)
     bad = sum(len(batch['bad']) for batch in batches)
     each = all_ranks(*learned, tokens, bad, stop['signal'], num_micro)
     *learned, tokens, bad, stopping, _ = each.sum(0).tolist()
-    return Counted(learned, int(tokens), int(bad), stopping, passes=int(each[:, -1].max()))
 
-
-def check_step(counted):
-    """Ends a run that meets too many bad samples, or nothing to learn."""
-    progress['bad_samples'] += counted.bad
+    progress['bad_samples'] += int(bad)
     bad, seen = progress['bad_samples'], (progress['step'] + 1) * batch_size
     if bad > max(1, max_bad_fraction * max(seen, dataset_samples)):
         fail(f'{bad} bad samples of {seen} are over max_bad_fraction={max_bad_fraction}; they are '
              'named above: mend the data set or raise the bound', 1)
-    if not any(counted.learned):
+    if not any(learned):
         fail(f'no sample of step {progress["step"]} has anything to learn: is seq_len={seq_len} '
              'too short?', 1)
+    return Counted(learned, int(tokens), stopping > 0, passes=int(each[:, -1].max()))
 
 
 def forward_backward(batch, learned_counts, by_set):
@@ -542,7 +508,6 @@ while progress['step'] < steps:
 
     # where texts are long or packed a rank may have fewer rows: it goes through empty ones
     counted = count_step(batches, len(micro))
-    check_step(counted)
     micro += [empty_batch] * (counted.passes - len(micro))
 
     # gradients, which travel once a step
