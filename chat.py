@@ -13,7 +13,8 @@ import numpy as np
 
 from processor import LEARNED, READ, document, is_document, question
 from shards import BadSample
-from tokenizer import BREAK, any_of, mark_up, read_json
+from tokenizer import BREAK, read_json
+from vocabularies.markers import any_of, mark_up
 
 # Chat templates of forms. Those whose content is text get a picture as its token and a newline.
 # 'chat' is ChatML, as SmolLM2 and Qwen have it.

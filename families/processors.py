@@ -12,10 +12,11 @@ import warnings
 
 import numpy as np
 
-import tokenizer as tokenizers
 from chat import CHATS, read_template
 from checkpoint import write_json
-from tokenizer import read_json
+from tokenizer import Bytes, read_json
+from vocabularies.json_file import HuggingFace
+from vocabularies.pieces import SentencePiece
 
 # How the class of a processor or image processor begins -> our form.
 FORMS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
@@ -293,9 +294,9 @@ def write_tokenizer(tokenizer, folder):
 
     # Bytes have no file of their own. A tokenizer.model does not say which class reads it.
     kind = 'PreTrainedTokenizerFast'
-    if isinstance(tokenizer, tokenizers.Bytes):
+    if isinstance(tokenizer, Bytes):
         write_json(os.path.join(folder, 'tokenizer.json'), bytes_tokenizer(added))
-    elif isinstance(tokenizer, tokenizers.SentencePiece):
+    elif isinstance(tokenizer, SentencePiece):
         kind = 'GemmaTokenizer' if names['bos_token'] == '<bos>' else 'LlamaTokenizer'
 
     # What the tokenizer came with is kept, and wins.
@@ -310,9 +311,9 @@ def write_tokenizer(tokenizer, folder):
 
 def piece_of(tokenizer, number):
     """The text of a token in the tokenizer's own file; None or '' of one that it has not."""
-    if isinstance(tokenizer, tokenizers.SentencePiece) and number < tokenizer.size:
+    if isinstance(tokenizer, SentencePiece) and number < tokenizer.size:
         return tokenizer.model.id_to_piece(number)
-    if isinstance(tokenizer, tokenizers.HuggingFace):
+    if isinstance(tokenizer, HuggingFace):
         return tokenizer.model.id_to_token(number)
     return None
 

@@ -30,7 +30,7 @@ from model import Decoder, DecoderConfig, sized
 from processor import READ, padded, question
 from shards import BadSample
 from tasks import vlm
-from tokenizer import clip_row
+from vocabularies.clip import clip_row
 
 
 class TrainSettings:

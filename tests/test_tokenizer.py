@@ -22,6 +22,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import tokenizer
+from vocabularies.markers import mark_up
 
 HERE = pathlib.Path(__file__).parent
 
@@ -329,7 +330,7 @@ def nasty_texts():
     mixed = [''.join(rng.choices(bits, k=rng.randrange(1, 25))) for _ in range(600)]
     unicode = [any_unicode(rng.randrange(1, 60), seed) for seed in range(300)]
     long = [' ' * 3000, '\n' * 3000, 'a' * 3000, '1' * 3000, '!' * 3000, ' \n' * 1500, 'aB' * 1500, '日' * 1500]
-    source = [(HERE / name).read_text() for name in ('test_tokenizer.py', '../tokenizer.py', '../README.md')]
+    source = [(HERE / name).read_text() for name in ('test_tokenizer.py', '../tokenizer.py', '../vocabularies/ranks.py', '../README.md')]
     return NASTY + LOOKS_SPECIAL + TEXTS + mixed + unicode + long + source
 
 
@@ -460,12 +461,12 @@ def test_markers_become_tokens_and_broken_ones_do_not(files, kind):
     markers = {'<mine>': 7, '<eos>': t.eos_id} | t.specials
     name = next((text for text, i in t.specials.items() if i == t.eos_id), '<eos>')
     text = f'one<mine>two {name}<{tokenizer.BREAK}mine>{name[0]}{tokenizer.BREAK}{name[1:]}cat{name}'
-    ids, begins, ends = tokenizer.mark_up(t, text, markers)
+    ids, begins, ends = mark_up(t, text, markers)
     assert [text[a:b] for i, a, b in zip(ids, begins, ends) if i in (7, t.eos_id) and b - a > 1] == [
         '<mine>', name, name] and ids.count(t.eos_id) == 2
     shown = t.decode([i for i in ids if i != 7])
     assert tokenizer.BREAK not in shown and shown.replace(' ', '') == f'onetwo<mine>{name}cat'
-    assert tokenizer.mark_up(t, 'one', markers)[0] == t.encode('one') and tokenizer.mark_up(t, '', markers)[0] == []
+    assert mark_up(t, 'one', markers)[0] == t.encode('one') and mark_up(t, '', markers)[0] == []
 
 
 @pytest.mark.parametrize('kind', KINDS)
