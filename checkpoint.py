@@ -73,6 +73,10 @@ def names(folder):
     return ordered(os.listdir(folder))
 
 
+def newest_name(folder):
+    return (names(folder) or ['none'])[0]
+
+
 def files_of(folder):
     """{path inside the folder: [bytes, CRC-32]} of every file."""
     checksums = {}

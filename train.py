@@ -4,10 +4,10 @@
     torchrun --nproc_per_node=2 train.py config/vlm_emoji.py [--fsdp=0]     (DDP, or FSDP2)
     python train.py config/vlm_emoji.py --parameters    (the names that `groups` match)
 
-What is trained is a task, a file of tasks/ or yours: its settings join those below. The same command
-resumes where the run stopped. The loss of a step is, for each kind of target, one mean over the
-global batch, however it is cut into ranks and micro-batches. `step` counts finished steps: the row
-of log.jsonl with step=101 is of the step that `data.py --show_steps=100:101` shows.
+What is trained is a task, a file of tasks/ or yours: its settings join those below. The same
+command resumes a run that stopped. The loss of a step is, for each kind of target, one mean over
+the global batch, however it is cut into ranks and micro-batches. `step` counts finished steps: the
+row of log.jsonl with step=101 is of the step that `data.py --show_steps=100:101` shows.
 """
 from configurator import answer_help, configure
 
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
@@ -33,7 +32,6 @@ import logs
 import optim
 import parallel
 import processor as processors
-import shards
 import tasks
 from parallel import all_ranks, say
 
@@ -44,7 +42,7 @@ from parallel import all_ranks, say
 task = 'vlm'                # llm | vlm | siglip | policy | vla | t2i, or a file: mine.py
 out_dir = 'out/run'         # config.json, log.jsonl, loss.png, checkpoints/
 resume = 'auto'             # auto: from the newest checkpoint in out_dir | never: refuse to
-init_from = ''              # weights to start from: a run or one of its checkpoints, also as a URL;
+init_from = ''              # weights to start from: a run or a checkpoint of it, also as a URL;
 #                             a folder of transformers or diffusers, a name on the Hugging Face hub
 init_skip = []              # regexes of parameters that init_from leaves as they are
 
@@ -53,7 +51,7 @@ data_dir = 'datasets'       # where data sets are: here, or there beside the scr
 mix = {'emoji/noto': 1.0}   # data set -> sampling weight; a folder, .tar, list of them (.txt),
 #                             with commas and {000..099} between, local or a URL
 val = {}                    # name -> data set that is validated on, whole
-cache_dir = shards.CACHE    # indexes of shards, and copies of remote ones
+cache_dir = data.CACHE      # indexes of shards, and copies of remote ones
 cache_gb = 100.0            # of copies
 tokenizer = 'bytes'         # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file or
 #                             a folder of one, in data_dir or as a path | a model on the hub
@@ -117,7 +115,7 @@ show_parameters = '--parameters' in sys.argv
 config = configure(globals(), [arg for arg in sys.argv[1:] if arg != '--parameters'],
                    more=tasks.train_settings, elsewhere=tasks.that_have)
 task = tasks.load(task)
-warnings.filterwarnings('ignore', 'torch.distributed is disabled')   # one process writes checkpoints
+warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one rank writes checkpoints
 
 # -----------------------------------------------------------------------------------------------
 # processes and devices
@@ -136,14 +134,6 @@ def fail(message, code):
     parallel.leave(code)
 
 
-torch.set_float32_matmul_precision(matmul)
-torch.backends.cudnn.allow_tf32 = matmul != 'highest'
-if deterministic:
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    torch.use_deterministic_algorithms(True)
-autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype, None),
-                          enabled=dtype != 'float32')
-
 # -----------------------------------------------------------------------------------------------
 # data, tokenizer, model
 
@@ -152,8 +142,6 @@ try:
         check(config, world)
     micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
     folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
-    val_folders = {name: shards.Folder(path, data_dir, cache_dir, cache_gb)
-                   for name, path in val.items()}
     steps, checkpoint_steps = data.length(config, order)
     lr_at = optim.learning_rate(config, steps)
 
@@ -167,13 +155,12 @@ try:
     raw_model = run.model
     options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
 
-    train_data = data.Batches(folders, order, run.processor, seed if config.get('augment') else None,
-                              pack, micro_batch if pack else 1, window * lanes)
+    augmenting = seed if config.get('augment') else None
+    train_data = data.Batches(folders, order, run.processor, augmenting, pack,
+                              micro_batch if pack else 1, window * lanes)
     # answers can be told apart only where each has a row of its own
     count_right = task.scorer(config)
-    val_data = {name: data.Batches([folder], data.InOrder(folder.sizes), run.processor,
-                                   pack=pack and not count_right)
-                for name, folder in val_folders.items()}
+    val_sets = data.open_validation(config, run.processor, pack and not count_right)
     constants = task.constants(run, folders)
 except (ValueError, OSError) as error:
     fail(error, 2)
@@ -182,6 +169,14 @@ if show_parameters:
     sys.exit(0)
 if lr == 0:
     say('lr=0: nothing will change but what is measured')
+
+torch.set_float32_matmul_precision(matmul)
+torch.backends.cudnn.allow_tf32 = matmul != 'highest'
+if deterministic:
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+    torch.use_deterministic_algorithms(True)
+autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype),
+                          enabled=dtype != 'float32')
 
 # what is learned: kinds of targets, each a mean of its own, and what that weighs
 dataset_samples = order.samples_in_use
@@ -221,10 +216,7 @@ with autocast:
 step_flops = 3 * flops * batch_size // micro_batch      # the backward pass takes two of three
 
 if compile:
-    # one graph for all layers, whatever their number, inside what FSDP puts around a layer
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    for layer in parallel.layers_of(raw_model):
-        layer.forward = torch.compile(layer.forward)
+    parallel.compile_layers(raw_model)      # inside what FSDP puts around them
 model = parallel.spread(raw_model, fsdp, device)
 run.gathered = lambda: parallel.gathered(raw_model)
 
@@ -233,17 +225,16 @@ averages = {name: p.detach().clone() for name, p in trained.items()} if ema else
 optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 
 # -----------------------------------------------------------------------------------------------
-# begin, or go on: checkpoint.py holds how they are written and read
+# begin, or go on
 
-log_path = os.path.join(out_dir, 'log.jsonl')
-checkpoints = os.path.join(out_dir, 'checkpoints')
-progress = dict(step=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0,
-                loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
+log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
+progress = dict(step=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0, loss_scale=1.0)
+if dtype == 'float16':
+    progress['loss_scale'] = 2.0 ** 16
 
 
 def load_checkpoint(path, saved):
-    """Weights, averages, optimizer and progress of a checkpoint, whatever number of ranks wrote
-    it."""
+    """Weights, averages, optimizer, progress of a checkpoint that any number of ranks wrote."""
     for line in checkpoint.changes(path, config, tasks.kept(task)):
         say(line)
     checkpoint.load(raw_model.state_dict(), path)
@@ -272,9 +263,8 @@ try:
     parallel.barrier()              # all have read before the first writes
     if master:
         checkpoint.remove_leftovers(out_dir)
-        checkpoint.write_json(os.path.join(out_dir, 'config.json'), config)
-        checkpoint.write_json(os.path.join(out_dir, 'environment.json'),
-                              logs.environment(device, world))
+        checkpoint.write_json(f'{out_dir}/config.json', config)
+        checkpoint.write_json(f'{out_dir}/environment.json', logs.environment(device, world))
         logs.cut_log(log_path, progress['step'])
 except checkpoint.ERRORS as error:
     fail(f'out_dir={out_dir!r}: {str(error).strip().splitlines()[-1]}', 2)
@@ -290,15 +280,13 @@ def save():
 
 
 def saving(action):
-    """`action` of the saver; what went wrong while it wrote ends the run, the last good checkpoint
-    stays."""
+    """`action` of the saver; what goes wrong ends the run, the last good checkpoint stays."""
     try:
         action()
     except checkpoint.ERRORS as error:
         reason = str(error).strip().splitlines()[-1]        # DCP puts a traceback before it
-        last = (checkpoint.names(checkpoints) or ['none'])[0]
         fail(f'step {saver.step}: the checkpoint could not be written ({reason}); the last good '
-             f'one is {last}', 1)
+             f'one is {checkpoint.newest_name(checkpoints)}', 1)
 
 
 def log(row):
@@ -327,25 +315,24 @@ saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world
 # validation: every sample of a data set once, whatever the number of ranks
 
 
-def validation_batches(name, folder):
+def validation_batches(name, folder, batches):
     """Micro-batches of this rank's part of a data set, chunk by chunk; each rank gives as many."""
     mine = np.arange(len(folder))[rank::world]
     for chunk in np.array_split(mine, math.ceil(len(folder) / world / micro_batch)):
-        batch = checked(val_data[name][chunk]) if len(chunk) else empty_batch
+        batch = checked(batches[chunk]) if len(chunk) else empty_batch
         if batch['bad']:
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
         cut = processors.split(batch, micro_batch, run.processor)
-        passes = int(all_ranks(len(cut)).max())
-        yield cut + [empty_batch] * (passes - len(cut))
+        yield cut + [empty_batch] * (int(all_ranks(len(cut)).max()) - len(cut))
 
 
 @torch.no_grad()
-def validate(name, folder):
+def validate(name, folder, batches):
     """A row with `val_loss` (means over targets), and what the task measures beyond it."""
     model.eval()
     parallel.swap(trained, averages, raw_model)     # the averages are validated, if there are any
     sums, counts, right = [0.0] * len(kinds), [0] * len(kinds), 0
-    for cut in validation_batches(name, folder):
+    for cut in validation_batches(name, folder, batches):
         cut = [(batch, run.inputs(batch)) for batch in cut]
         for _, tensors in cut:
             with autocast:
@@ -362,7 +349,7 @@ def validate(name, folder):
     row = dict(step=progress['step'], val=name, val_loss=total(sums, counts))
     if count_right:
         row['exact_match'] = right / len(folder)
-    row |= task.summary(run, folder, val_data[name], dict(zip(kinds, sums)))
+    row |= task.summary(run, folder, batches, dict(zip(kinds, sums)))
     parallel.swap(trained, averages, raw_model)
     model.train()
     return row
@@ -381,7 +368,7 @@ todo = (positions for step in range(first, steps)
         for positions in data.positions_of_step(step, batch_size, at_once, rank, world))
 feed = iter(data.loader(train_data, todo, workers))
 set_weights = np.array([float(loss_weights.get(name, 1.0)) for name in mix])
-set_weights_there = torch.tensor(set_weights, dtype=torch.float32, device=device)
+weights_there = torch.tensor(set_weights, dtype=torch.float32, device=device)
 if master:
     print(f'{config["task"]}: {sum(p.numel() for p in trained.values()) / 1e6:.2f} M parameters '
           f'trained, {steps} steps of {batch_size} samples = {world} ranks x '
@@ -421,18 +408,16 @@ def count_step(batches, num_micro):
 
 
 def forward_backward(batch, learned_counts, by_set):
-    """Gradients of a micro-batch; its losses and counts are added to by_set (kinds, 2, data
-    sets)."""
+    """Gradients of a micro-batch; losses and counts are added to by_set (kinds, 2, data sets)."""
     tensors = run.inputs(batch)
     with autocast:
         learned = model(**tensors, **constants, **arguments)
     parts = torch.as_tensor(batch['parts']).to(device, non_blocking=True).int()
-    parts = parts.expand(len(parts), seq_len).flatten()
-    sums = []
+    parts, sums = parts.expand(len(parts), seq_len).flatten(), []
     for k, kind in enumerate(kinds):
         losses, counts, places = learned[kind]
         of_set = parts[places]
-        sums.append((losses * set_weights_there[of_set]).sum())
+        sums.append((losses * weights_there[of_set]).sum())
         by_set[k].index_add_(1, of_set, torch.stack((losses.detach().double(), counts.double())))
     # the mean over the ranks, which DDP and FSDP take, is to be the sum
     (total(sums, learned_counts) * (world * progress['loss_scale'])).backward()
@@ -487,8 +472,7 @@ def update(loss, grad_norm):
              f'{out_dir}/config.json --show_steps={step}:{step + 1}')
     if progress['bad_steps'] > skip_bad_steps:
         saving(saver.wait)
-        last = (checkpoint.names(checkpoints) or ['none'])[0]
-        fail(f'{where}. Last good checkpoint: {last}. Try a lower lr, a longer warmup, '
+        fail(f'{where}. Last good checkpoint: {checkpoint.newest_name(checkpoints)}. Try a lower lr, a longer warmup, '
              'dtype=float32, or skip_bad_steps', 1)
     say(f'\n{where}. The weights stay as they are')
 
@@ -511,8 +495,7 @@ while progress['step'] < steps:
     micro += [empty_batch] * (counted.passes - len(micro))
 
     # gradients, which travel once a step
-    dropout_seed = data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)
-    torch.manual_seed(int(dropout_seed))
+    torch.manual_seed(data.seed_of(seed, progress['step'], rank))       # of dropout
     by_set = torch.zeros(len(kinds), 2, len(mix), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro):
         parallel.synchronize(model, is_last=i == counted.passes - 1)
@@ -520,10 +503,7 @@ while progress['step'] < steps:
     if progress['loss_scale'] != 1:
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / progress['loss_scale'])
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), grad_clip or math.inf)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    grad_norm = grad_norm.item()
+    grad_norm = parallel.clip_gradients(trained.values(), grad_clip)
 
     # the loss, over all ranks, and the step
     by_set = all_ranks(*by_set.flatten().tolist()).sum(0).numpy().reshape(len(kinds), 2, -1)
@@ -544,26 +524,25 @@ while progress['step'] < steps:
         log(log_row(step, loss, grad_norm, by_set, since))
         since = dict.fromkeys(since, 0)
     if master:
-        speed = batch_size / (ended - begun)
-        bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} samples/s', refresh=False)
+        speed = f'{batch_size / (ended - begun):.0f} samples/s'
+        bar.set_postfix_str(f'loss {loss:.4f}, {speed}', refresh=False)
         bar.update()
 
     # validate, save, stop
-    is_due = step == steps or (eval_every > 0 and step % eval_every == 0)
-    for name, folder in val_folders.items():
-        if is_due:
-            row = validate(name, folder)
+    if step == steps or (eval_every > 0 and step % eval_every == 0):
+        for name, (folder, batches) in val_sets.items():
+            row = validate(name, folder, batches)
             log(row)
             if master:
                 bar.write(logs.line_of(row))
     if step in checkpoint_steps or counted.stopping:
         saving(save)
-    if step == steps or counted.stopping:
-        saving(saver.wait)
-    if counted.stopping and step < steps:
-        say(f'\nstopped by a signal after step {step}, saved; the same command goes on')
+    if counted.stopping:
         break
 
+saving(saver.wait)
+if progress['step'] < steps:
+    say(f'\nstopped by a signal after step {step}, saved; the same command goes on')
 if master:
     bar.close()
     if first >= steps:
