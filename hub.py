@@ -19,7 +19,6 @@ have the same plain names, and they are asked in turn:
 They raise ValueError, naming what has no counterpart. Runs of ours need none of them.
 """
 import importlib
-import json
 import os
 import re
 import sys
@@ -29,15 +28,14 @@ import torch
 
 import checkpoint
 import shards
-import tokenizer as tokenizers
 from tokenizer import read_json
 
 # The families are found beside this file, in the order in which they are asked.
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = ('huggingface', 'big_vision', 'diffusers')
 NEEDS = {'diffusers': 'images'}          # the rooms that a family needs
-MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others are '
-           'fetched, opened or written')
+MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others '
+           'are fetched, opened or written')
 
 # ------------------------------------------------------------------------------------------------
 # families
@@ -92,19 +90,6 @@ def fetch(name, revision=None):
     return family('files').fetch(name, revision)
 
 
-def locate(name, data_dir='', what='file'):
-    """A file or folder that a setting names: here, or a repository's folder. Raises ValueError and
-    OSError."""
-    try:
-        return shards.find(name, data_dir, what)
-    except FileNotFoundError:
-        # A file that is missing is not looked for in the internet.
-        is_file = os.path.splitext(name)[1] in ('.model', '.json', '.tiktoken', '.py')
-        if is_file or not is_repository(name):
-            raise
-        return fetch(name)
-
-
 def is_foreign(name):
     """Is it a model of others: a folder with their config.json, or a repository's name where no
     folder is?"""
@@ -146,21 +131,6 @@ def task_of(path):
     return read_json(config)['task']
 
 
-def open_tokenizer(name, data_dir):
-    """The tokenizer of a setting. Raises ValueError and OSError."""
-    if name == 'bytes':
-        return tokenizers.load(name)
-    return tokenizers.load(locate(name, data_dir, 'tokenizer'))
-
-
-def tower(part, config, tokenizer, load_weights):
-    """A model of transformers as a part of ours, where its config names one (`vit.hf`), else None.
-    part: vit | decoder | text. Raises ValueError."""
-    if not config.hf:
-        return None
-    return family('towers').open_tower(part, config, tokenizer.vocab_size, load_weights)
-
-
 def begin(model, path, skip, cache_dir):
     """Weights to begin from, of a run or a checkpoint (every parameter of the same name, a URL,
     too) or of another project's model; what was loaded, new and unused, as a line. Raises
@@ -169,7 +139,10 @@ def begin(model, path, skip, cache_dir):
     A language or vision-language model begins what reads for a denoiser: `model.reader` names
     that part."""
     try:
-        folder = checkpoint.local_copy(path, cache_dir)
+        folder = path
+        if shards.is_url(path):
+            from mirror import local_copy
+            folder = local_copy(path, cache_dir)
         target, prefix, unused = model, '', set()
         reader = getattr(model, 'reader', '')
         if is_foreign(folder):
@@ -178,16 +151,81 @@ def begin(model, path, skip, cache_dir):
                 target, prefix = getattr(model, reader), f'{reader}.'
             loaded = load(target, folder, skip)
         else:
-            if reader and not checkpoint.has_denoiser(folder):
+            if reader and not has_denoiser(folder):
                 target, prefix = getattr(model, reader), f'{reader}.'
-            loaded, unused = checkpoint.load_weights(target, folder, skip)
+            loaded, unused = load_weights(target, folder, skip)
     except checkpoint.ERRORS as error:
         raise ValueError(f'init_from={path!r}: {error}') from None
 
     loaded = {prefix + name for name in loaded}
-    fresh, parts = model.state_dict().keys() - loaded, checkpoint.parts
+    fresh = model.state_dict().keys() - loaded
     return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
             f'{parts(fresh) or "none"} begin anew, {parts(unused) or "none"} left there unused')
+
+
+def has_weights(folder):
+    return os.path.exists(os.path.join(folder, 'model.safetensors'))
+
+
+def weights_folder(path):
+    """The folder with the weights of a run or of a checkpoint; '' where it has none."""
+    for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
+        if has_weights(folder):
+            return folder
+    return ''
+
+
+def has_denoiser(path):
+    """Is it a run of a DiffusionPolicy or TextToImage, or a checkpoint of one?"""
+    folder = weights_folder(path)
+    if not folder:
+        return False
+    return any(name.startswith('denoiser.') for name in checkpoint.shapes(folder))
+
+
+def load_weights(model, path, skip=()):
+    """Fill the parameters that a run, a checkpoint or its ema/ has by the same name, but for those
+    in which a regex of `skip` is found: (names loaded, names there that are not used). Raises
+    ValueError, and ERRORS of a damaged file."""
+    folder = weights_folder(path)
+    if not folder:
+        raise ValueError('no model.safetensors there, nor in checkpoints/latest below it')
+
+    # views of the parameters: loading fills the model
+    wanted = {}
+    for name, tensor in model.state_dict().items():
+        if not any(re.search(regex, name) for regex in skip):
+            wanted[name] = tensor
+
+    # an ema/ has what was trained, the rest is in the folder above it
+    folders = [folder]
+    above = os.path.dirname(os.path.abspath(folder))
+    if has_weights(above):
+        folders = [above, folder]
+
+    # the folder comes last: its averages are to stand
+    loaded, there = set(), set()
+    for source in folders:
+        # a shape that differs is told before anything is filled
+        theirs = checkpoint.shapes(source)
+        shared = theirs.keys() & wanted.keys()
+        for name in sorted(shared):
+            if theirs[name] != tuple(wanted[name].shape):
+                raise ValueError(
+                    f'{name} is {theirs[name]} there and {tuple(wanted[name].shape)} here: change '
+                    'the model\'s settings, or name it in init_skip')
+        filled = {name: tensor for name, tensor in wanted.items() if name in shared}
+        checkpoint.load(filled, source)
+        loaded |= shared
+        there |= theirs.keys()
+    if not loaded:
+        raise ValueError('it holds none of the parameters of this model')
+    return loaded, there - loaded
+
+
+def parts(names):
+    """The first parts of parameter names: vit, decoder."""
+    return ', '.join(sorted({name.partition('.')[0] for name in names}))
 
 
 def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
@@ -252,86 +290,12 @@ def export_run(run, folder, dtype=torch.float32):
                      f'{type(model).__name__}, which none of these knows: {", ".join(FAMILIES)}')
 
 
-def model_card(run, name):
-    """README.md of a pushed run: its command, data, losses and settings."""
-    settings = read_json(os.path.join(run, 'config.json'))
-    rows = read_log(run)
-
-    # A checkpoint alone does not know its command.
-    command = 'train.py'
-    environment = os.path.join(run, 'environment.json')
-    if os.path.exists(environment):
-        command = ' '.join(read_json(environment).get('argv', [command]))
-
-    # The last loss, and the last of each validation set.
-    table = []
-    trained = [row for row in rows if 'loss' in row]
-    if trained:
-        table.append(f'| train | {trained[-1]["step"]} | {trained[-1]["loss"]:.4f} |')
-    validated = {row['val']: row for row in rows if 'val' in row}
-    for key, row in validated.items():
-        table.append(f'| {key} | {row["step"]} | {row["val_loss"]:.4f} |')
-
-    # What the Hub lists it under.
-    tags = {'vlm': 'image-text-to-text', 'llm': 'text-generation',
-            'siglip': 'image-feature-extraction'}
-    mix = ', '.join(f'{key} ({weight:g})' for key, weight in settings['mix'].items())
-    return '\n'.join([
-        '---',
-        'library_name: transformers',
-        f'pipeline_tag: {tags.get(settings["task"], "other")}',
-        'tags:',
-        '- nanofoundry',
-        '---',
-        f'# {name.rpartition("/")[2]}',
-        '',
-        f'Trained with nanofoundry: `python {command}`',
-        '',
-        f'Data (weight in the mix): {mix}',
-        '',
-        '| data | step | loss |',
-        '| --- | --- | --- |',
-        *table,
-        '',
-        '<details><summary>all settings</summary>',
-        '',
-        '```json',
-        json.dumps(settings, indent=1),
-        '```',
-        '</details>',
-        ''])
-
-
-def read_log(run):
-    """The rows of a run's log.jsonl that are whole."""
-    path = os.path.join(run, 'log.jsonl')
-    if not os.path.exists(path):
-        return []
-    # A run that is still going may be writing its last one.
-    with open(path, encoding='utf-8') as f:
-        return [json.loads(line) for line in f if line.endswith('\n')]
-
-
 def push(run, name, dtype=torch.float32):
     """A run to a repository of the Hub, as `export_run` writes it, with a model card: where it is.
     Raises ValueError."""
-    import huggingface_hub
     with tempfile.TemporaryDirectory() as folder:
         export_run(run, folder, dtype)
-        with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(run, name))
-
-        try:
-            api = huggingface_hub.HfApi()
-            api.create_repo(name, exist_ok=True)
-            commit = api.upload_folder(repo_id=name, folder_path=folder,
-                                       commit_message='nanofoundry')
-        except Exception as error:
-            # Of several libraries: not logged in, no such name, no network.
-            reason = ' '.join(str(error).split())[:300]
-            raise ValueError(f'{name!r} could not be written ({reason}): is HF_TOKEN '
-                             'set?') from None
-        return commit.commit_url
+        return family('card').upload(run, name, folder)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -335,12 +335,7 @@ def build(settings, tokenizer, task, image_tokens):
     if not os.path.isdir(form):
         return Processor(settings, tokenizer, form, eyes, image_tokens)
 
-    try:
-        reader = importlib.import_module('families.processors')
-    except ModuleNotFoundError:
-        raise ValueError(f'processor={form!r} is a model folder, and families/, which reads them, '
-                         'is not here') from None
-    files = reader.read_model_folder(form, eyes is not None)
+    files = tasks.family('processors').read_model_folder(form, eyes is not None)
     ours = dict(image_size=eyes.size if eyes else 0, image_tokens=image_tokens)
     for key, value in ours.items():
         theirs = files.pop(key, 0)

@@ -148,7 +148,7 @@ def build(settings, tokenizer, load_weights=True):
             vae = hub.family('diffusers').autoencoder(config.vae, vae_config)
         vae.requires_grad_(False)
     decoder = part(settings, 'decoder', DecoderConfig)
-    text = hub.tower('text', decoder, tokenizer, load_weights)
+    text = tasks.tower('text', decoder, tokenizer, load_weights)
     if text is None:
         text = Decoder(sized(decoder, tokenizer.vocab_size))
     return TextToImage(config, text, vae=vae, empty=[tokenizer.bos_id, tokenizer.eos_id])

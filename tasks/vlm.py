@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 import data
-import hub
 import pictures
 import shards
 from configurator import part
 from model import VLM, DecoderConfig, ViTConfig, VLMConfig, generate, sized
 from processor import paligemma as form  # noqa: F401
+from tasks import tower
 from tasks.llm import answers, arguments, check_sampling, check_text_loss  # noqa: F401
 
 
@@ -72,8 +72,8 @@ def eyes(settings):
 def build(settings, tokenizer, load_weights=True):
     """The VLM of the settings. Raises ValueError."""
     config = config_of(settings, tokenizer)
-    vit = hub.tower('vit', config.vit, tokenizer, load_weights)
-    decoder = hub.tower('decoder', config.decoder, tokenizer, load_weights)
+    vit = tower('vit', config.vit, tokenizer, load_weights)
+    decoder = tower('decoder', config.decoder, tokenizer, load_weights)
     return VLM(config, vit, decoder)
 
 
