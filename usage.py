@@ -1,9 +1,12 @@
-"""Settings as their source has them, for --help and for refusals: nothing is imported or run.
+"""Settings as their source has them, for --help; what was meant by one that does not exist.
+
+Nothing is imported or run.
 
 Of a script the assignments before it calls configure(), of a task those in the body of a class:
 each with its default and its whole comment, in sections.
 """
 import ast
+import difflib
 import io
 import os
 import re
@@ -174,3 +177,61 @@ def print_settings(settings):
             for line in lines:
                 print(f'{flag:40} {line}'.rstrip())
                 flag = ''
+
+
+# What may have been meant, for refusals
+
+OTHER_NAMES = dict(  # ours = what other trainers call it
+    lr='learning_rate', schedule='lr_scheduler_type lr_schedule', weight_decay='wd',
+    warmup='warmup_steps warmup_ratio warmup_iters', grad_clip='max_grad_norm clip_grad',
+    micro_batch_size='gradient_accumulation_steps per_device_train_batch_size device_batch_size',
+    batch_size='batch', max_steps='max_iters total_steps num_steps', dtype='bf16 fp16 precision',
+    epochs='num_epochs num_train_epochs', mix='dataset train_data', seed='random_seed',
+    workers='num_workers', out_dir='output_dir', num_checkpoints='save_steps save_every',
+    log_every='logging_steps log_interval', eval_every='eval_interval eval_steps',
+    resume='resume_from_checkpoint',
+)  # fmt: skip
+
+
+def owner_of(key, flat, elsewhere):
+    """'a setting of task=t2i, this run is task=vlm'; '' where no other task has the key."""
+    tasks = elsewhere(key) if elsewhere else []
+    if not tasks:
+        return ''
+    owner = f'a setting of task={", task=".join(tasks)}'
+    if 'task' in flat:
+        owner += f', this run is task={flat["task"]}'
+    return owner
+
+
+def nearest(name, keys, cutoff):
+    """The key that others call `name`, else the most like it, whole or its last part; or ''."""
+    # Others' names first: max_iters looks more like max_samples than like max_steps.
+    name = name.lower().replace('-', '_')
+    for ours, theirs in OTHER_NAMES.items():
+        if ours in keys and name in theirs.split():
+            return ours
+
+    # `depth` is near to vit.depth, the first that ends so, if no setting is called just that.
+    names = dict(zip(keys, keys))
+    for key in keys:
+        names.setdefault(key.rpartition('.')[2], key)
+    match = difflib.get_close_matches(name, names, 1, cutoff)
+    return names[match[0]] if match else ''
+
+
+def nearest_file(path):
+    """'did you mean config/pali.py?', of a config file that is not there."""
+    near = []
+    for root in (Path(), HOME):
+        # Near is what lies beside it, or has its name in a folder beside its own; but no script.
+        folder = (root / path).parent
+        paths = [*root.glob('config/**/*.py'), *folder.glob('*.py'), *folder.glob('*.json')]
+        paths += [sibling / path.name for sibling in folder.parent.glob('*')]
+        for other in paths:
+            if other.is_file() and other.resolve().parent != HOME:
+                near.append(str(other) if path.is_absolute() else os.path.relpath(other, root))
+
+    # However little it looks like it.
+    match = difflib.get_close_matches(str(path), near, 1, 0.0)
+    return f'did you mean {match[0]}?' if match else 'and none near it'
