@@ -20,11 +20,10 @@ import threading
 import zlib
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -326,8 +325,8 @@ def check(settings, world):
         if settings[key] not in allowed:
             raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
     if settings['fsdp'] < 0 or world % (settings['fsdp'] or 1):
-        raise ValueError(f'fsdp={settings["fsdp"]} must divide the {world} ranks: 1 (DDP), 0 (all) or '
-                         'a divisor')
+        raise ValueError(f'fsdp={settings["fsdp"]} must divide the {world} ranks: 1 (DDP), 0 (all) '
+                         'or a divisor')
     try:
         if settings['remote']:
             from remote import filesystem
@@ -399,7 +398,7 @@ def remove_leftovers(out_dir):
 
 @dataclass
 class Run:
-    """A model and all that goes with it: one that is trained, or opened from a folder."""
+    """A model and all that goes with it: one that is trained, or that hub.py opened."""
     task: object                # its module
     settings: dict              # flat, as in config.json
     tokenizer: object
@@ -443,45 +442,6 @@ def located(settings, key):
         if is_file or not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
             raise
     return tasks.family('files').fetch(name)
-
-
-def open_run(path, device='cpu', ema=True):
-    """The Run of a run's folder, or of one of its checkpoints, with its weights: with the averages
-    of the weights, where the run kept them. Raises ValueError."""
-    folder = checkpoint_of(path)
-    try:
-        settings = read_json(os.path.join(folder, 'config.json'))
-        task = tasks.load(settings['task'])
-        name = settings['tokenizer']
-        tok = tokenizers.load('bytes' if name == 'bytes' else folder)
-        model = task.build(settings, tok, load_weights=False)
-        weights = load_file(os.path.join(folder, 'model.safetensors'))
-        if ema and settings.get('ema'):
-            weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
-        model.load_state_dict(weights)
-        model.to(device, memory_format=getattr(model, 'memory_format', torch.preserve_format))
-        if processors.is_folder(settings['processor']):
-            settings['processor'] = folder              # its files are kept here
-        processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
-        run = Run(task, settings, tok, model.eval(), processor, device, folder)
-        run.kept = {name: read_json(os.path.join(folder, name)) for name in task.FILES}
-        task.prepare(run)
-        return run
-    except FileNotFoundError as error:
-        raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)'
-                         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
-                         ) from None
-
-
-def checkpoint_of(path):
-    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
-    folder = os.path.abspath(os.path.expanduser(path))
-    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
-    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
-        return folder
-    return os.path.join(folder, 'checkpoints', 'latest')
 
 
 def own_files(run):

@@ -25,9 +25,13 @@ import sys
 import tempfile
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import checkpoint
-import shards
+import processor as processors
+import tasks
+import tokenizer as tokenizers
 from tokenizer import read_json
 
 # The families are found beside this file, in the order in which they are asked.
@@ -111,121 +115,66 @@ def is_foreign(name):
 
 
 def open_run(path, device='cpu', ema=True):
-    """The checkpoint.Run of a run of ours or of one of its checkpoints, or of a folder of others
-    that can be used as it is (of diffusers). Raises ValueError."""
+    """The checkpoint.Run of a run of ours, or of a folder of others that can be used as it is (of
+    diffusers). Raises ValueError."""
     if not is_foreign(path):
-        return checkpoint.open_run(path, device, ema)
+        return open_ours(path, device, ema)
     module = family_of(path)
     if not hasattr(module, 'open_run'):
         raise ValueError(f'{path!r} is a model of others: begin a run with it (init_from)')
     return module.open_run(path, device)
 
 
+def open_ours(path, device='cpu', ema=True):
+    """The checkpoint.Run of a run's folder or of one of its checkpoints; ema: with the averages of
+    the weights, where it kept them. Raises ValueError."""
+    folder = checkpoint_of(path)
+    try:
+        settings = read_json(os.path.join(folder, 'config.json'))
+        task = tasks.load(settings['task'])
+        is_bytes = settings['tokenizer'] == 'bytes'
+        tok = tokenizers.load('bytes' if is_bytes else folder)
+
+        model = task.build(settings, tok, load_weights=False)
+        weights = load_file(os.path.join(folder, 'model.safetensors'))
+        if ema and settings.get('ema'):
+            weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
+        model.load_state_dict(weights)
+        model.to(device, memory_format=getattr(model, 'memory_format', torch.preserve_format))
+
+        # the files of a model folder are kept here
+        if processors.is_folder(settings['processor']):
+            settings['processor'] = folder
+        processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
+        run = checkpoint.Run(task, settings, tok, model.eval(), processor, device, folder)
+        run.kept = {name: read_json(os.path.join(folder, name)) for name in task.FILES}
+        task.prepare(run)
+        return run
+    except FileNotFoundError as error:
+        raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)'
+                         ) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
+                         ) from None
+
+
+def checkpoint_of(path):
+    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
+    folder = os.path.abspath(os.path.expanduser(path))
+    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
+    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
+        return folder
+    return os.path.join(folder, 'checkpoints', 'latest')
+
+
 def task_of(path):
     """The name of the task that a run, or a folder of others, is of. Raises ValueError."""
     if is_foreign(path):
         return family_of(path).settings(path)['task']
-    config = os.path.join(checkpoint.checkpoint_of(path), 'config.json')
+    config = os.path.join(checkpoint_of(path), 'config.json')
     if not os.path.exists(config):
         raise ValueError(f'{path!r} is no checkpoint ({config} is missing)')
     return read_json(config)['task']
-
-
-def begin(model, path, skip, cache_dir):
-    """Weights to begin from, of a run or a checkpoint (every parameter of the same name, a URL,
-    too) or of another project's model; what was loaded, new and unused, as a line. Raises
-    ValueError.
-
-    A language or vision-language model begins what reads for a denoiser: `model.reader` names
-    that part."""
-    try:
-        folder = path
-        if shards.is_url(path):
-            from mirror import local_copy
-            folder = local_copy(path, cache_dir)
-        target, prefix, unused = model, '', set()
-        reader = getattr(model, 'reader', '')
-        if is_foreign(folder):
-            folder = fetch(folder)
-            if reader and not hasattr(family_of(folder), 'open_run'):
-                target, prefix = getattr(model, reader), f'{reader}.'
-            loaded = load(target, folder, skip)
-        else:
-            if reader and not has_denoiser(folder):
-                target, prefix = getattr(model, reader), f'{reader}.'
-            loaded, unused = load_weights(target, folder, skip)
-    except checkpoint.ERRORS as error:
-        raise ValueError(f'init_from={path!r}: {error}') from None
-
-    loaded = {prefix + name for name in loaded}
-    fresh = model.state_dict().keys() - loaded
-    return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
-            f'{parts(fresh) or "none"} begin anew, {parts(unused) or "none"} left there unused')
-
-
-def has_weights(folder):
-    return os.path.exists(os.path.join(folder, 'model.safetensors'))
-
-
-def weights_folder(path):
-    """The folder with the weights of a run or of a checkpoint; '' where it has none."""
-    for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
-        if has_weights(folder):
-            return folder
-    return ''
-
-
-def has_denoiser(path):
-    """Is it a run of a DiffusionPolicy or TextToImage, or a checkpoint of one?"""
-    folder = weights_folder(path)
-    if not folder:
-        return False
-    return any(name.startswith('denoiser.') for name in checkpoint.shapes(folder))
-
-
-def load_weights(model, path, skip=()):
-    """Fill the parameters that a run, a checkpoint or its ema/ has by the same name, but for those
-    in which a regex of `skip` is found: (names loaded, names there that are not used). Raises
-    ValueError, and ERRORS of a damaged file."""
-    folder = weights_folder(path)
-    if not folder:
-        raise ValueError('no model.safetensors there, nor in checkpoints/latest below it')
-
-    # views of the parameters: loading fills the model
-    wanted = {}
-    for name, tensor in model.state_dict().items():
-        if not any(re.search(regex, name) for regex in skip):
-            wanted[name] = tensor
-
-    # an ema/ has what was trained, the rest is in the folder above it
-    folders = [folder]
-    above = os.path.dirname(os.path.abspath(folder))
-    if has_weights(above):
-        folders = [above, folder]
-
-    # the folder comes last: its averages are to stand
-    loaded, there = set(), set()
-    for source in folders:
-        # a shape that differs is told before anything is filled
-        theirs = checkpoint.shapes(source)
-        shared = theirs.keys() & wanted.keys()
-        for name in sorted(shared):
-            if theirs[name] != tuple(wanted[name].shape):
-                raise ValueError(
-                    f'{name} is {theirs[name]} there and {tuple(wanted[name].shape)} here: change '
-                    'the model\'s settings, or name it in init_skip')
-        filled = {name: tensor for name, tensor in wanted.items() if name in shared}
-        checkpoint.load(filled, source)
-        loaded |= shared
-        there |= theirs.keys()
-    if not loaded:
-        raise ValueError('it holds none of the parameters of this model')
-    return loaded, there - loaded
-
-
-def parts(names):
-    """The first parts of parameter names: vit, decoder."""
-    return ', '.join(sorted({name.partition('.')[0] for name in names}))
 
 
 def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
@@ -235,7 +184,7 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
     folder = fetch(name, revision)
     if is_foreign(folder):
         return family_of(folder).open_model(folder, dtype, image_size)
-    return checkpoint.open_run(folder).model.to(dtype).eval()
+    return open_ours(folder).model.to(dtype).eval()
 
 
 def load(model, folder, skip=()):
@@ -279,7 +228,7 @@ def export(model, folder, dtype=torch.float32, max_shard_size='5GB'):
 def export_run(run, folder, dtype=torch.float32):
     """A run, or one of its checkpoints, as a folder of others: of transformers, or of diffusers.
     Raises ValueError."""
-    run_of = checkpoint.open_run(run)
+    run_of = open_ours(run)
     settings, tokenizer, model = run_of.settings, run_of.tokenizer, run_of.model
 
     # The first that writes such models writes this one, or says what has no counterpart.

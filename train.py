@@ -258,8 +258,8 @@ try:
         load_checkpoint(resumed, saved)
         say(f'resumed from {resumed}')
     elif init_from:
-        import hub
-        say(hub.begin(raw_model, init_from, init_skip, cache_dir))
+        import initial
+        say(initial.begin(raw_model, init_from, init_skip, cache_dir))
         for name, average in averages.items():
             average.copy_(trained[name].detach())
     parallel.barrier()              # all have read before the first writes
