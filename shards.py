@@ -4,9 +4,7 @@
 sample: `read(shard, index)`. What is learned of a shard once (its index, a copy if it is remote)
 is kept in a cache folder that all processes of a node share.
 """
-import difflib
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -41,23 +39,12 @@ def find(path, data_dir='', what='data set'):
         if os.path.exists(candidate):
             return candidate
     remedy = 'make it with a script of prepare/ (the config names it) or correct it'
-    near = nearest(path, data_dir)
+    from usage import nearest_folder
+    near = nearest_folder(path, data_dir)
     if near:
         remedy = f'did you mean {near!r}? If not, {remedy}'
     raise FileNotFoundError(f'{what} {path!r} does not exist, in data_dir={data_dir!r} or as a '
                             f'path: {remedy}')
-
-
-def nearest(path, data_dir):
-    """The folder in data_dir, or one level down, that is most like `path`; '' without one."""
-    # without data_dir there is no place that holds data sets alone
-    if not data_dir:
-        return ''
-    folders = []
-    for root in (data_dir, os.path.join(HERE, data_dir)):
-        folders += glob.glob('*/', root_dir=root) + glob.glob('*/*/', root_dir=root)
-    near = difflib.get_close_matches(path.rstrip('/') + '/', sorted(folders), 1)
-    return near[0].rstrip('/') if near else ''
 
 
 def expand(spec):

@@ -7,6 +7,7 @@ each with its default and its whole comment, in sections.
 """
 import ast
 import difflib
+import glob
 import io
 import os
 import re
@@ -235,3 +236,15 @@ def nearest_file(path):
     # However little it looks like it.
     match = difflib.get_close_matches(str(path), near, 1, 0.0)
     return f'did you mean {match[0]}?' if match else 'and none near it'
+
+
+def nearest_folder(path, data_dir):
+    """The folder in data_dir, or one level down, that is most like `path`; '' without one."""
+    # without data_dir there is no place that holds data sets alone
+    if not data_dir:
+        return ''
+    folders = []
+    for root in (data_dir, HOME / data_dir):
+        folders += glob.glob('*/', root_dir=root) + glob.glob('*/*/', root_dir=root)
+    near = difflib.get_close_matches(path.rstrip('/') + '/', sorted(folders), 1)
+    return near[0].rstrip('/') if near else ''
