@@ -18,7 +18,6 @@ import json
 import os
 import re
 import sys
-import traceback
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace as Group  # what stands for a dataclass while a config file runs
@@ -69,8 +68,11 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
             label = argument if is_flag else f'{key}={value!r:.60} in {argument}'
             if key in flat:
                 flat[key] = convert(label, value, defaults[key])
-            else:
-                refuse_key(key, label, flat, partial and not is_flag, elsewhere)
+                continue
+            from usage import unknown_key
+            message = unknown_key(key, label, flat, partial and not is_flag, elsewhere)
+            if message:
+                refuse(message)
 
     # Some file set it where only running it can tell, in an `if` perhaps.
     if more and flat['task'] != scope['task']:
@@ -102,29 +104,10 @@ def part(flat, name, cls):
     return fill(name, cls(), flat)
 
 
-# Refusals
-
-
 def refuse(message):
     """One line on stderr, exit code 2."""
     print('configurator:', ' '.join(message.split()), file=sys.stderr)
     raise SystemExit(2) from None
-
-
-def refuse_key(key, label, flat, may_skip, elsewhere):
-    """Say what may have been meant by a key that is no setting."""
-    parts = [known for known in flat if known.startswith(f'{key}.')]
-    if parts:
-        refuse(f'{label}: {key} is a group of settings, set its parts, such as {parts[0]}')
-    if may_skip:  # it is for another script
-        return
-
-    from usage import nearest, owner_of
-    owner = owner_of(key, flat, elsewhere)
-    if owner:
-        refuse(f'unknown setting {label}: {owner}')
-    tip = 'start the names of helpers with _' if label.endswith('.py') else '--help lists all'
-    refuse(f'unknown setting {label}: did you mean {nearest(key, flat, 0.0)}? ({tip})')
 
 
 # Values
@@ -295,7 +278,8 @@ def task_in(path, task):
     try:
         body = ast.parse(path.read_bytes(), str(path)).body
     except Exception as error:
-        refuse_file(path, error, {})
+        from usage import fault_in_file
+        refuse(fault_in_file(path, error, {}))
     for node in body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'task':
             task = getattr(node.value, 'value', None)  # of a constant
@@ -326,7 +310,8 @@ def run_python(path, scope, flat, partial, elsewhere):
                 if not partial or given.keys() & (targets | objects):
                     raise
     except Exception as error:
-        refuse_file(path, error, flat, partial, elsewhere)
+        from usage import fault_in_file
+        refuse(fault_in_file(path, error, flat, partial, elsewhere))
 
     # Imports, functions and classes are no settings, and may not hide one.
     for name in given.keys() - assigned:
@@ -339,32 +324,6 @@ def run_python(path, scope, flat, partial, elsewhere):
         if name in given or (name in assigned and not is_helper):
             left[name] = value
     return flatten(left)
-
-
-def refuse_file(path, error, flat, partial=False, elsewhere=None):
-    """Say where in a config file an error was, and what may have been meant."""
-    # The last line that was run, or the one that could not be read.
-    line = 1
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == str(path):
-            line = frame.lineno
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        line = error.lineno
-    message = f'{path}:{line}: {type(error).__name__}: {error}'
-
-    # Python says `dit` where the file has `dit.depth`.
-    if isinstance(error, (NameError, AttributeError)):
-        from usage import nearest, owner_of
-        name, text = str(error.name), path.read_text().split('\n')[line - 1]
-        key = re.search(rf'\b{name}(\.\w+)*|$', text)[0]
-        owner, near = owner_of(key, flat, elsewhere), nearest(name, flat, 0.6)
-        if owner:
-            message += f': {key} is {owner}'
-        elif near:
-            message += f': did you mean {near}?'
-    if partial:
-        message += ' (if it is a setting of another script: pass the saved config.json of the run)'
-    refuse(message)
 
 
 def roots(nodes):

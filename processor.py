@@ -25,7 +25,6 @@ import io
 import json
 import os
 import runpy
-from dataclasses import replace
 from itertools import takewhile
 
 import numpy as np
@@ -88,12 +87,6 @@ def check_text(key, value):
         raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
 
 
-def nothing_there(sample):
-    """The BadSample of one that has neither text nor pictures."""
-    names = ', '.join(sorted(sample.get('members', ()))) or 'none'
-    return BadSample(f'neither text nor pictures among its members ({names})')
-
-
 # -----------------------------------------------------------------------------------------------
 # forms
 
@@ -114,7 +107,8 @@ def question(sample, p):
     """(prefix, suffix) of a sample: its own, or the run's prompt and the caption. An instruction
     has no answer. Raises BadSample where nothing is there to answer."""
     if not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages', 'instruction'}:
-        raise nothing_there(sample)
+        members = ', '.join(sorted(sample.get('members', ()))) or 'none'
+        raise BadSample(f'neither text nor pictures among its members ({members})')
     prefix = sample.get('prefix', sample.get('instruction', p.prompt))
     answer = sample.get('suffix')
     if answer is None and 'prefix' not in sample:
@@ -210,11 +204,7 @@ class Processor:
         self.form, self.function = form, load_form(form, settings['task'])
         self.end_id = tokenizer.eos_id
 
-        self.opening = []
-        if opens:
-            self.opening = getattr(tokenizer, 'opening', [])
-        elif form == 'llava':
-            self.opening = [tokenizer.bos_id]
+        self.opens = opens
         if form in CHAT_FORMS:
             self.chat = importlib.import_module('chat').Chat(form, tokenizer, template, where)
             self.end_id = self.chat.markers.get(self.chat.end, self.end_id)
@@ -332,21 +322,10 @@ def build(settings, tokenizer, task, image_tokens):
     `processor` names one. Raises ValueError and OSError."""
     form = settings['processor']
     eyes = task.eyes(settings) if hasattr(task, 'eyes') else None
-    if not os.path.isdir(form):
-        return Processor(settings, tokenizer, form, eyes, image_tokens)
-
-    files = tasks.family('processors').read_model_folder(form, eyes is not None)
-    ours = dict(image_size=eyes.size if eyes else 0, image_tokens=image_tokens)
-    for key, value in ours.items():
-        theirs = files.pop(key, 0)
-        if theirs not in (0, value):
-            raise ValueError(f'processor={form!r} wants {key} {theirs}, the model has {value}: '
-                             'change vit.image_size, vit.patch_size or pixel_shuffle')
-    if 'resize' in files:               # pixels as transformers has them, which decodes whole
-        looks = {key: files.pop(key) for key in ('mean', 'std', 'resample', 'resize')}
-        eyes = replace(eyes, draft=False, **looks)
-    return Processor(settings, tokenizer, eyes=eyes, image_tokens=image_tokens,
-                     where=f'processor={form!r}', **files)
+    if os.path.isdir(form):
+        reader = tasks.family('processors')
+        return reader.open_processor(settings, tokenizer, eyes, image_tokens)
+    return Processor(settings, tokenizer, form, eyes, image_tokens)
 
 
 # -----------------------------------------------------------------------------------------------

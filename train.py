@@ -161,7 +161,8 @@ try:
 except (ValueError, OSError) as error:
     fail(error, 2)
 if show_parameters:
-    say('\n'.join(optim.describe(groups, dict(raw_model.named_parameters()))))
+    from usage import describe
+    say('\n'.join(describe(groups, dict(raw_model.named_parameters()))))
     sys.exit(0)
 if lr == 0:
     say('lr=0: nothing will change but what is measured')

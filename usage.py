@@ -15,6 +15,7 @@ import shutil
 import signal
 import textwrap
 import tokenize
+import traceback
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace as Group
@@ -180,6 +181,28 @@ def print_settings(settings):
                 flag = ''
 
 
+def describe(groups, parameters):
+    """Lines of {name: parameter}: name, shape, its rule, the rule's options, trained or frozen."""
+    from optim import rules_of
+    rows = []
+    for name, (regex, options) in rules_of(groups, parameters).items():
+        parameter = parameters[name]
+        shape = ' x '.join(map(str, parameter.shape)) or 'scalar'
+        said = ', '.join(f'{option}={value}' for option, value in options.items()) or '-'
+
+        # A model freezes some of its own, as the autoencoder of latents.
+        is_frozen = options.get('freeze') or not parameter.requires_grad
+        state = 'frozen' if is_frozen else 'trained'
+        rows.append((name, shape, repr(regex), said, state))
+
+    # Each column as wide as the widest of it.
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        lines.append('  '.join(map(str.ljust, row, widths)).rstrip())
+    return lines
+
+
 # What may have been meant, for refusals
 
 OTHER_NAMES = dict(  # ours = what other trainers call it
@@ -192,6 +215,45 @@ OTHER_NAMES = dict(  # ours = what other trainers call it
     log_every='logging_steps log_interval', eval_every='eval_interval eval_steps',
     resume='resume_from_checkpoint',
 )  # fmt: skip
+
+
+def unknown_key(key, label, flat, may_skip, elsewhere):
+    """What to say of a key that is no setting; '' where it may be another script's."""
+    parts = [known for known in flat if known.startswith(f'{key}.')]
+    if parts:
+        return f'{label}: {key} is a group of settings, set its parts, such as {parts[0]}'
+    if may_skip:
+        return ''
+    owner = owner_of(key, flat, elsewhere)
+    if owner:
+        return f'unknown setting {label}: {owner}'
+    tip = 'start the names of helpers with _' if label.endswith('.py') else '--help lists all'
+    return f'unknown setting {label}: did you mean {nearest(key, flat, 0.0)}? ({tip})'
+
+
+def fault_in_file(path, error, flat, partial=False, elsewhere=None):
+    """Where in a config file an error was, and what may have been meant."""
+    # The last line that was run, or the one that could not be read.
+    line = 1
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == str(path):
+            line = frame.lineno
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        line = error.lineno
+    message = f'{path}:{line}: {type(error).__name__}: {error}'
+
+    # Python says `dit` where the file has `dit.depth`.
+    if isinstance(error, (NameError, AttributeError)):
+        name, text = str(error.name), path.read_text().split('\n')[line - 1]
+        key = re.search(rf'\b{name}(\.\w+)*|$', text)[0]
+        owner, near = owner_of(key, flat, elsewhere), nearest(name, flat, 0.6)
+        if owner:
+            message += f': {key} is {owner}'
+        elif near:
+            message += f': did you mean {near}?'
+    if partial:
+        message += ' (if it is a setting of another script: pass the saved config.json of the run)'
+    return message
 
 
 def owner_of(key, flat, elsewhere):
@@ -218,7 +280,9 @@ def nearest(name, keys, cutoff):
     for key in keys:
         names.setdefault(key.rpartition('.')[2], key)
     match = difflib.get_close_matches(name, names, 1, cutoff)
-    return names[match[0]] if match else ''
+    if not match:
+        return ''
+    return names[match[0]]
 
 
 def nearest_file(path):
@@ -230,8 +294,13 @@ def nearest_file(path):
         paths = [*root.glob('config/**/*.py'), *folder.glob('*.py'), *folder.glob('*.json')]
         paths += [sibling / path.name for sibling in folder.parent.glob('*')]
         for other in paths:
-            if other.is_file() and other.resolve().parent != HOME:
-                near.append(str(other) if path.is_absolute() else os.path.relpath(other, root))
+            if not other.is_file() or other.resolve().parent == HOME:
+                continue
+            # as the one who asks has written it
+            if path.is_absolute():
+                near.append(str(other))
+            else:
+                near.append(os.path.relpath(other, root))
 
     # However little it looks like it.
     match = difflib.get_close_matches(str(path), near, 1, 0.0)

@@ -19,6 +19,7 @@ import processor as processors
 import tasks
 import tokenizer as tokenizers
 from checkpoint import Run, write_json
+from configurator import flatten
 from families.files import copy_into, files_of, layer_of, opened, write_tensors
 from families.huggingface import VIT_BLOCK
 from images.clip import CLIPText, CLIPTextConfig
@@ -468,7 +469,7 @@ def settings_of(folder):
 
 def open_run(folder, device='cpu', ema=True):
     """The Run of a folder, to draw with. Raises ValueError."""
-    defaults = tasks.defaults('t2i')
+    defaults = flatten(tasks.train_settings('t2i'))
     settings = defaults | dict(processor='auto', seed=0) | settings_of(folder)
     tok = tokenizers.load(os.path.join(folder, 'tokenizer'))
     dit = DiTConfig(image_size=settings['dit.image_size'])

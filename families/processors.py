@@ -9,11 +9,13 @@ split.
 import os
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 
 from chat import CHATS, read_template
 from checkpoint import write_json
+from processor import Processor
 from tokenizer import Bytes, read_json
 from vocabularies.json_file import HuggingFace
 from vocabularies.pieces import SentencePiece
@@ -88,6 +90,28 @@ class ProcessorSettings:
         if len(values) != 3 or not are_numbers:
             raise self.wrong(key, values)
         return np.array(values, float)
+
+
+def open_processor(settings, tokenizer, eyes, image_tokens):
+    """The processor.Processor of the model folder that settings['processor'] is. eyes: of the
+    model's pictures, or None; image_tokens: how many it takes a picture. Raises ValueError."""
+    folder = settings['processor']
+    files = read_model_folder(folder, eyes is not None)
+
+    # What the model has must be what the folder wants.
+    ours = dict(image_size=eyes.size if eyes else 0, image_tokens=image_tokens)
+    for key, value in ours.items():
+        theirs = files.pop(key, 0)
+        if theirs not in (0, value):
+            raise ValueError(f'processor={folder!r} wants {key} {theirs}, the model has {value}: '
+                             'change vit.image_size, vit.patch_size or pixel_shuffle')
+
+    # Pixels as transformers has them, which decodes whole.
+    if 'resize' in files:
+        looks = {key: files.pop(key) for key in ('mean', 'std', 'resample', 'resize')}
+        eyes = replace(eyes, draft=False, **looks)
+    return Processor(settings, tokenizer, eyes=eyes, image_tokens=image_tokens,
+                     where=f'processor={folder!r}', **files)
 
 
 def read_model_folder(folder, pictures=True):

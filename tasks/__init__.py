@@ -17,8 +17,6 @@ import importlib.util
 import os
 import sys
 
-from configurator import flatten
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # -----------------------------------------------------------------------------------------------
@@ -150,11 +148,6 @@ def sample_settings(name):
 
 def body_of(settings):
     return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
-
-
-def defaults(name):
-    """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
-    return flatten(train_settings(name))
 
 
 def that_have(key):

@@ -102,7 +102,7 @@ def test_rules_that_do_not_fit_the_model(groups, words):
 def test_a_line_for_each_parameter_in_columns():
     groups = [('^blocks.0', {'freeze': True}), ('bias', {'weight_decay': 0.0, 'lr_scale': 2}),
               ('.*', {})]
-    lines = optim.describe(groups, parameters())
+    lines = describe(groups, parameters())
     assert [line.split()[0] for line in lines] == list(parameters())
 
     told = {}
