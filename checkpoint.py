@@ -325,14 +325,11 @@ def check(settings, world):
         if settings[key] not in allowed:
             raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
     if settings['fsdp'] < 0 or world % (settings['fsdp'] or 1):
-        raise ValueError(f'fsdp={settings["fsdp"]} must divide the {world} ranks: 1 (DDP), 0 (all) '
-                         'or a divisor')
-    try:
-        if settings['remote']:
-            from remote import filesystem
-            filesystem(settings['remote'])
-    except (ValueError, ImportError) as error:
-        raise ValueError(f'remote={settings["remote"]!r}: {error}') from error
+        raise ValueError(f'fsdp={settings["fsdp"]} must divide the {world} ranks: 1 (DDP), '
+                         '0 (all) or a divisor')
+    if settings['remote']:
+        from remote import check_url
+        check_url(settings['remote'])
 
 
 # -----------------------------------------------------------------------------------------------

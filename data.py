@@ -102,7 +102,12 @@ class Order:
        the very next position."""
 
     def __init__(self, datasets, weights, seed=0, lanes=64, window=1024):
-        self.sizes = [sizes_of(shards) for shards in datasets]
+        # samples of each shard
+        self.sizes = []
+        for shards in datasets:
+            if not isinstance(shards, np.ndarray):
+                shards = np.array([samples for _, samples in shards], np.int64)
+            self.sizes.append(shards)
         self.samples = [int(sizes.sum()) for sizes in self.sizes]
         self.weights, self.seed, self.lanes, self.window = list(weights), seed, lanes, window
         if len(weights) != len(datasets) or not datasets:
@@ -268,13 +273,6 @@ class Order:
             counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
         met = counts > 0
         return epoch, dict(zip(order[met].tolist(), counts[met].tolist()))
-
-
-def sizes_of(shards):
-    """[(shard name, samples), ...] or an array of samples -> the array."""
-    if isinstance(shards, np.ndarray):
-        return shards
-    return np.array([samples for _, samples in shards], np.int64)
 
 
 class InOrder:

@@ -24,6 +24,14 @@ def filesystem(url):
     return fs, path
 
 
+def check_url(url):
+    """Raises ValueError for a URL that no run can be copied to."""
+    try:
+        filesystem(url)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f'remote={url!r}: {error}') from error
+
+
 def patiently(url, action, retries=5, what='read'):
     """action(file system, path), again after 0.5, 1, 2 ... seconds where it fails; OSError in the
     end."""

@@ -141,12 +141,8 @@ def train_settings(name):
     return body_of(load(name).TrainSettings)
 
 
-def sample_settings(name):
-    """{name: default} of what a task adds to sample.py. Raises ValueError."""
-    return body_of(load(name).SampleSettings)
-
-
 def body_of(settings):
+    """{name: default} of a class of settings."""
     return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
 
 

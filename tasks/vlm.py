@@ -17,7 +17,7 @@ import pictures
 import shards
 from configurator import part
 from model import VLM, DecoderConfig, ViTConfig, VLMConfig, generate, sized
-from processor import paligemma as form  # noqa: F401
+from processor import LEARNED, SEEN, document, is_document, question
 from tasks import tower
 from tasks.llm import answers, arguments, check_sampling, check_text_loss  # noqa: F401
 
@@ -82,6 +82,17 @@ def config_of(settings, tokenizer):
     decoder = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
     return VLMConfig(part(settings, 'vit', ViTConfig), decoder, tokenizer.image_id,
                      settings['pixel_shuffle'], settings['connector_bias'])
+
+
+def form(sample, p):
+    """<image>..., bos, prefix, newline | suffix, eos: left of the bar seen by all (arXiv
+    2407.07726)."""
+    if is_document(sample):
+        return document(sample, p)
+    prefix, suffix = question(sample, p)
+    pictures = [(picture, SEEN) for picture in sample['pictures']]
+    return [*pictures, (p.tokenizer.bos_id, SEEN), (prefix + '\n', SEEN),
+            (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
 # -----------------------------------------------------------------------------------------------
