@@ -17,8 +17,9 @@ from chat import CHATS, read_template
 from checkpoint import write_json
 from tokenizer import read_json
 
-# How the class of a processor or image processor begins -> our form (auto: the task's own).
-FORMS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
+# How the class of a processor or image processor begins -> our form. (auto: the task's own, which
+# for vlm is PaliGemma's, for policy and vla that and the actions beside it.)
+FORMS = {'PaliGemma': 'auto', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
          'Siglip': 'auto'}
 
 # CLIP's pictures, where a folder leaves them out (CLIPImageProcessor's defaults).
