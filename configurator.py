@@ -422,5 +422,5 @@ def answer_help(script, argv=None, task_class='TrainSettings', task=''):
     argv = sys.argv[1:] if argv is None else argv
     if HELP & set(argv):
         from usage import show
-        show(script, task_class, lambda default: task or find_task(argv, default))
+        show(script, task_class, task, lambda default: find_task(argv, default))
         raise SystemExit(0)

@@ -36,8 +36,8 @@ from tokenizer import read_json
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = ('huggingface', 'big_vision', 'diffusers')
 NEEDS = {'diffusers': 'images'}          # the rooms that a family needs
-MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others are '
-           'fetched, opened or written')
+MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others '
+           'are fetched, opened or written')
 
 # ------------------------------------------------------------------------------------------------
 # families
