@@ -217,15 +217,19 @@ def test_shards_that_can_not_be_exported_are_named(tmp_path):
     """A picture that is none, and a camera that a step lacks."""
     png, low = io.BytesIO(), io.BytesIO()
     Image.new('RGB', (16, 16)).save(png, 'PNG')
-    np.savez(low, proprio=np.zeros(2, 'f4'), actions=np.zeros((1, 2), 'f4'), is_pad=np.zeros(1, bool))
-    whole = {'json': b'{"instruction": "go", "fps": 10}', 'lowdim.npz': low.getvalue()}
-    steps = [whole | {'a.png': png.getvalue(), 'b.png': png.getvalue()}]
-    for name, last in (('broken', steps[0] | {'b.png': b'none'}), ('absent', whole | {'a.png': png.getvalue()})):
-        (tmp_path / name).mkdir()
-        write_tar(tmp_path / name / '0.tar', [(f'e-{t}', members) for t, members in enumerate([*steps, last])])
-        done = run(f'--data={tmp_path}/{name}', f'--out={tmp_path}/v3', '--export=true', f'--cache_dir={tmp_path}/cache')
-        assert done.code == 1 and done.err.count('\n') == 1, done.err
-        assert ('e-1: ' if name == 'broken' else "step 1 has cameras ['a'], those before ['a', 'b']") in done.err
+    np.savez(low, proprio=np.zeros(2, 'f4'), actions=np.zeros((1, 2), 'f4'), is_pad=[False])
+    front = {'json': b'{"fps": 10}', 'lowdim.npz': low.getvalue(), 'a.png': png.getvalue()}
+    whole = front | {'b.png': png.getvalue()}
+
+    lacking = "step 1 has cameras ['a'], those before ['a', 'b']"
+    for name, last, message in (('broken', front | {'b.png': b'none'}, 'e-1: '),
+                                ('absent', front, lacking)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tar(folder / '0.tar', [('e-0', whole), ('e-1', last)])
+        done = run(f'--data={folder}', f'--out={folder}/v3', '--export=true',
+                   f'--cache_dir={folder}/cache')
+        assert done.code == 1 and done.err.count('\n') == 1 and message in done.err, done.err
 
 
 def test_wrong_settings(tmp_path):
