@@ -339,6 +339,5 @@ def answer_help(script, argv=None, task_class='TrainSettings', task=''):
     argv = sys.argv[1:] if argv is None else argv
     if HELP & set(argv):
         from usage import show
-        # a script without a `task` has none
-        show(script, task_class, lambda own: task or own and find_task(argv, own))
+        show(script, task_class, task, lambda default: find_task(argv, default))
         raise SystemExit(0)

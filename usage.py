@@ -129,9 +129,9 @@ def before_configure(body):
     return body
 
 
-def show(script, task_class, choose_task):
-    """Print what a script and its task take. choose_task: the script's own task -> the one that
-    the command line leaves."""
+def show(script, task_class, task, choose_task):
+    """Print what a script and its task take. task: if '', the script's own, if it has one, as the
+    command line leaves it: choose_task(default)."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # ... | head ends in silence
 
     # What stands in the script itself.
@@ -141,13 +141,12 @@ def show(script, task_class, choose_task):
     print_settings(own.values())
 
     # What the task adds, if there is one.
-    task = ''
-    if 'task' in own:
+    if 'task' in own and not task:
         task = ast.literal_eval(own['task'].default)
-    try:
-        task = choose_task(task)
-    except SystemExit:  # it has said why; the default task has settings, too
-        pass
+        try:
+            task = choose_task(task)
+        except SystemExit:  # it has said why; the default task has settings, too
+            pass
     if not task:
         return
     path = Path(os.path.expanduser(task))

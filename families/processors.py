@@ -20,9 +20,10 @@ from tokenizer import Bytes, read_json
 from vocabularies.json_file import HuggingFace
 from vocabularies.pieces import SentencePiece
 
-# How the class of a processor or image processor begins -> our form.
-FORMS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
-         'Siglip': 'pair'}
+# How the class of a processor or image processor begins -> our form. (auto: the task's own, which
+# for vlm is PaliGemma's, for policy and vla that and the actions beside it.)
+FORMS = {'PaliGemma': 'auto', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
+         'Siglip': 'auto'}
 
 # CLIP's pictures, where a folder leaves them out (CLIPImageProcessor's defaults).
 CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073],
@@ -192,7 +193,7 @@ def colours(said, form):
         raise said.wrong('do_resize, do_pad', [said.get('do_resize'), said.get('do_pad')],
                          'expected true, false')
 
-    # to_pixels divides by 255, whatever a folder's rescale_factor says.
+    # Eyes.to_tensor divides by 255, whatever a folder's rescale_factor says.
     factor = said.get('rescale_factor', 1 / 255, NUMBER, 1e-6)
     if not said.get('do_rescale', True, bool):
         factor = 1
@@ -253,7 +254,7 @@ def tokens_of_a_picture(said, form, image_size):
 def text_rule_of(folder, form):
     """What the tokenizer of a SigLIP does to a text first: siglip, siglip2, or nothing."""
     path = os.path.join(folder, 'tokenizer_config.json')
-    if form != 'pair' or not os.path.isfile(path):
+    if form != 'auto' or not os.path.isfile(path):
         return ''
     return TEXT_RULES.get(str(read_json(path).get('tokenizer_class')), '')
 

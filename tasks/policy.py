@@ -120,6 +120,13 @@ def build(settings, tokenizer, load_weights=True):
     """The DiffusionPolicy of the settings. Raises ValueError."""
     config = replace(part(settings, 'policy', PolicyConfig), **samples.sizes(settings))
     config.check()
+
+    # a tower that is asked for by name is never left out in silence
+    for tower, encoders in (('decoder', ('text', 'vlm')), ('vit', ('vlm',))):
+        name = settings[f'{tower}.hf']
+        if name and config.encoder not in encoders:
+            raise ValueError(f'{tower}.hf={name!r}: policy.encoder={config.encoder} has no '
+                             f'{tower}, expected {" or ".join(encoders)}')
     encoder = None
     if config.encoder == 'text':
         decoder = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)

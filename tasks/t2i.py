@@ -156,6 +156,9 @@ def build(settings, tokenizer, load_weights=True):
 
 def build_stable_diffusion(settings, config, tokenizer):
     """U-Net, autoencoder and CLIP's text tower as a TextToImage. Raises ValueError."""
+    if settings['decoder.hf']:
+        raise ValueError(f'decoder.hf={settings["decoder.hf"]!r}: the text tower of denoiser=unet '
+                         'is `clip`, whose weights can begin one (init_from)')
     clip = part(settings, 'clip', CLIPTextConfig)
     empty = clip_row(tokenizer, '', clip.max_length)
     if max(empty) >= clip.vocab_size:
