@@ -59,13 +59,13 @@ import torch
 
 import hub
 from shards import BadSample
-from tasks import sample_settings, that_have
+from tasks import body_of, load, that_have
 
 try:
     if not _task:
         _checkpoint = _folder if hub.is_foreign(_folder) else _checkpoint
         _task = hub.task_of(_checkpoint)
-    globals().update(sample_settings(_task))
+    globals().update(body_of(load(_task).SampleSettings))
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
 options = SimpleNamespace(**configure(

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import hub
 import logs
 import optim
 import parallel
@@ -145,11 +144,8 @@ try:
     steps, checkpoint_steps = data.length(config, order)
     lr_at = optim.learning_rate(config, steps)
 
-    tok = hub.open_tokenizer(tokenizer, data_dir)
-    if processors.is_folder(processor):
-        processor = hub.locate(processor, data_dir, 'processor')
     torch.manual_seed(seed)                         # the same weights on every rank
-    run = checkpoint.make_run(config, tok, processor, device)
+    run = checkpoint.make_run(config, device)
     run.kept = task.statistics(config, folders)
     task.prepare(run)
     raw_model = run.model
@@ -165,7 +161,8 @@ try:
 except (ValueError, OSError) as error:
     fail(error, 2)
 if show_parameters:
-    say('\n'.join(optim.describe(groups, dict(raw_model.named_parameters()))))
+    from usage import describe
+    say('\n'.join(describe(groups, dict(raw_model.named_parameters()))))
     sys.exit(0)
 if lr == 0:
     say('lr=0: nothing will change but what is measured')
@@ -247,7 +244,12 @@ def load_checkpoint(path, saved):
 try:
     if master:
         os.makedirs(checkpoints, exist_ok=True)
-    newest = checkpoint.find(out_dir, remote, say) if master else None
+    newest = None
+    if master and remote:
+        import mirror
+        newest = mirror.find(out_dir, remote, say)
+    elif master:
+        newest = checkpoint.find(out_dir, say)
     resumed, saved, problem = parallel.from_master(newest)
     if problem:
         fail(problem, 2)
@@ -257,7 +259,8 @@ try:
         load_checkpoint(resumed, saved)
         say(f'resumed from {resumed}')
     elif init_from:
-        say(hub.begin(raw_model, init_from, init_skip, cache_dir))
+        import initial
+        say(initial.begin(raw_model, init_from, init_skip, cache_dir))
         for name, average in averages.items():
             average.copy_(trained[name].detach())
     parallel.barrier()              # all have read before the first writes
@@ -304,8 +307,7 @@ wandb_run = copy = None
 if wandb_project and master:
     wandb_run = logs.open_wandb(wandb_project, out_dir, config)
 if remote and master:
-    from remote import Mirror
-    copy = Mirror(remote, out_dir, say)
+    copy = mirror.Mirror(remote, out_dir, say)
     copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
 peak = logs.peak_flops(device, dtype, world)
 saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,

@@ -30,7 +30,7 @@ from model import Decoder, DecoderConfig, sized
 from processor import READ, padded, question
 from shards import BadSample
 from tasks import vlm
-from tokenizer import clip_row
+from vocabularies.clip import clip_row
 
 
 class TrainSettings:
@@ -148,7 +148,7 @@ def build(settings, tokenizer, load_weights=True):
             vae = hub.family('diffusers').autoencoder(config.vae, vae_config)
         vae.requires_grad_(False)
     decoder = part(settings, 'decoder', DecoderConfig)
-    text = hub.tower('text', decoder, tokenizer, load_weights)
+    text = tasks.tower('text', decoder, tokenizer, load_weights)
     if text is None:
         text = Decoder(sized(decoder, tokenizer.vocab_size))
     return TextToImage(config, text, vae=vae, empty=[tokenizer.bos_id, tokenizer.eos_id])
@@ -156,6 +156,9 @@ def build(settings, tokenizer, load_weights=True):
 
 def build_stable_diffusion(settings, config, tokenizer):
     """U-Net, autoencoder and CLIP's text tower as a TextToImage. Raises ValueError."""
+    if settings['decoder.hf']:
+        raise ValueError(f'decoder.hf={settings["decoder.hf"]!r}: the text tower of denoiser=unet '
+                         'is `clip`, whose weights can begin one (init_from)')
     clip = part(settings, 'clip', CLIPTextConfig)
     empty = clip_row(tokenizer, '', clip.max_length)
     if max(empty) >= clip.vocab_size:

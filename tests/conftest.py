@@ -55,7 +55,8 @@ collect_ignore = [path.name for path in sorted((ROOT / 'tests').glob('test_*.py'
 
 
 def picture(number, size=16):
-    """An RGBA picture (size, size, 4) of its own for every number: noise with a transparent rim."""
+    """An RGBA picture (size, size, 4) of its own for every number: noise with a transparent
+    rim."""
     rgba = np.random.default_rng(number).integers(0, 256, (size, size, 4), dtype=np.uint8)
     rgba[..., 3] = 255
     rgba[0], rgba[-1] = 0, 0
@@ -84,7 +85,8 @@ def write_tar(path, samples):
 
 
 def write_set(folder, shards, manifest=True):
-    """A data set of shards, each a list of samples or a number of samples to be made; the folder."""
+    """A data set of shards, each a list of samples or a number of samples to be made; the
+    folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows, count = [], 0
@@ -97,3 +99,17 @@ def write_set(folder, shards, manifest=True):
     if manifest:
         (folder / 'manifest.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return folder
+
+
+def make_processor(seq_len, size=0, image_tokens=0, prompt='', tokenizer=None, form='auto',
+                   task='vlm', draft=True, mean=0.5, std=0.5, **settings):
+    """The Processor of a run whose settings are these and the defaults of its task; of bytes,
+    where no tokenizer is given. size: of its pictures; 0: it leaves pictures out."""
+    import tasks
+    from pictures import Eyes
+    from processor import Processor
+    from tokenizer import Bytes
+    said = dict(task=task, processor=form, seq_len=seq_len, prompt=prompt)
+    eyes = Eyes(size, mean, std, draft) if size else None
+    return Processor(tasks.defaults(task) | said | settings, tokenizer or Bytes(), form, eyes,
+                     image_tokens)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -556,7 +557,8 @@ def write_checkpoint(folder, model):
     """A checkpoint of a language model of ours, as far as it is opened again."""
     folder.mkdir()
     settings = {f'decoder.{f.name}': getattr(model.config, f.name) for f in fields(model.config)}
-    (folder / 'config.json').write_text(json.dumps(dict(task='llm', tokenizer='bytes') | settings))
+    settings |= dict(task='llm', tokenizer='bytes', processor='auto', seq_len=32)
+    (folder / 'config.json').write_text(json.dumps(settings))
     save_file(model.state_dict(), folder / 'model.safetensors')
 
 
@@ -577,6 +579,7 @@ def test_runs_of_ours_need_no_families(saved, tmp_path):
     line."""
     for path in ROOT.glob('*.py'):
         shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / 'tasks', tmp_path / 'tasks')
     shutil.copytree(saved('llama')[1], tmp_path / 'theirs')
     model = Decoder(replace(SMALL_DECODER, vocab_size=320))
     write_checkpoint(tmp_path / 'ours', model)
@@ -595,8 +598,9 @@ def test_runs_of_ours_need_no_families(saved, tmp_path):
 
 def test_a_run_that_no_family_writes_says_so(tmp_path, monkeypatch):
     """Such as a policy's, or a task's of one's own."""
-    run = dict(task='mine.py'), None, torch.nn.Linear(2, 2)
-    monkeypatch.setattr(hub, 'open_run', lambda path: run)
+    run = SimpleNamespace(settings=dict(task='mine.py'), tokenizer=None,
+                          model=torch.nn.Linear(2, 2))
+    monkeypatch.setattr(hub.checkpoint, 'open_run', lambda path: run)
     with pytest.raises(ValueError, match=r"out/mine.*task='mine.py' trains a Linear.*huggingface"):
         hub.export_run('out/mine', str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()

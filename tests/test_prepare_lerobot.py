@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from conftest import write_tar
+from PIL import Image
 
 import processor
 from processor import open_picture
@@ -209,6 +211,25 @@ def test_broken_episodes_are_named_and_left_out(tmp_path):
     (root / 'data/chunk-001/episode_000002.parquet').unlink()
     done = run(*args)
     assert done.code == 1 and all(f'episode {i}: ' in done.err for i in range(3))
+
+
+def test_shards_that_can_not_be_exported_are_named(tmp_path):
+    """A picture that is none, and a camera that a step lacks."""
+    png, low = io.BytesIO(), io.BytesIO()
+    Image.new('RGB', (16, 16)).save(png, 'PNG')
+    np.savez(low, proprio=np.zeros(2, 'f4'), actions=np.zeros((1, 2), 'f4'), is_pad=[False])
+    front = {'json': b'{"fps": 10}', 'lowdim.npz': low.getvalue(), 'a.png': png.getvalue()}
+    whole = front | {'b.png': png.getvalue()}
+
+    lacking = "step 1 has cameras ['a'], those before ['a', 'b']"
+    for name, last, message in (('broken', front | {'b.png': b'none'}, 'e-1: '),
+                                ('absent', front, lacking)):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tar(folder / '0.tar', [('e-0', whole), ('e-1', last)])
+        done = run(f'--data={folder}', f'--out={folder}/v3', '--export=true',
+                   f'--cache_dir={folder}/cache')
+        assert done.code == 1 and done.err.count('\n') == 1 and message in done.err, done.err
 
 
 def test_wrong_settings(tmp_path):

@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
-import torch
-from conftest import encode, picture
+from conftest import encode, make_processor, picture
 from PIL import Image
 
 import processor as processors
@@ -59,7 +58,7 @@ def pictures():
 
 
 def pixels(p, data):
-    ours = processors.to_pixels(p.pixels(data)[None], 'cpu', p.mean, p.std)[0].numpy()
+    ours = p.eyes.to_tensor(p.eyes.pixels(data)[None], 'cpu')[0].numpy()
     return ours, Image.open(io.BytesIO(data))
 
 
@@ -102,7 +101,7 @@ def test_pixels_are_those_of_transformers(tmp_path, name):
         ours, opened = pixels(p, data)
         wanted = theirs(images=[opened], return_tensors='np')['pixel_values']
         wanted = wanted.reshape(3, size, size)
-        scale = np.array(p.std).reshape(3, 1, 1) * 255
+        scale = np.array(p.eyes.std).reshape(3, 1, 1) * 255
         assert abs((ours - wanted) * scale).max() <= 1e-3, 'the very bytes'
         assert ours.dtype == np.float32
 
@@ -148,7 +147,7 @@ def test_a_picture_that_would_not_fit(tmp_path):
     (tmp_path / 'preprocessor_config.json').write_text(
         json.dumps(config | {'processor_class': 'LlavaProcessor'}))
     with pytest.raises(BadSample, match='narrow'):
-        load(tmp_path, 'vlm', 224, tok=tokenizer.Bytes()).pixels(
+        load(tmp_path, 'vlm', 224, tok=tokenizer.Bytes()).eyes.pixels(
             encode(np.zeros((1, 60000, 3), np.uint8)))
 
 
@@ -192,7 +191,7 @@ PROMPTS = [('detect cat', '<loc0012><loc1023><loc0000><loc0500> cat'),
 def test_paligemma(paligemma, which, count):
     theirs = transformers.AutoProcessor.from_pretrained(paligemma[0])
     p = load(paligemma[which], 'vlm', tokens=4)
-    assert p.form == 'paligemma' and p.tokenizer.image_id == theirs.image_token_id
+    assert p.function is processors.paligemma and p.tokenizer.image_id == theirs.image_token_id
     data = [encode(picture(i, 30)) for i in range(count)]
     opened = [Image.open(io.BytesIO(x)) for x in data]
     for prefix, suffix in PROMPTS:
@@ -357,8 +356,7 @@ def test_conversations_with_pictures(tmp_path, name, talk):
     out = theirs.apply_chat_template(messages_of(talk, opened), tokenize=True, return_dict=True,
                                      return_tensors='np')
     assert piece['tokens'].tolist() == out['input_ids'][0].tolist()
-    got = torch.tensor(np.array(piece['pictures']))
-    got = processors.to_pixels(got, 'cpu', p.mean, p.std).numpy()
+    got = p.eyes.to_tensor(np.array(piece['pictures']), 'cpu').numpy()
     np.testing.assert_allclose(got, out['pixel_values'].reshape(got.shape), atol=1e-5)
 
     # What is learned: of a Llava what its {% generation %} blocks hold, which have no end.
@@ -380,7 +378,7 @@ def test_conversations_with_pictures(tmp_path, name, talk):
     assert p.prefix('What is this?', 1) == asked['input_ids'][0]
 
     # The form of ours, without the folder.
-    form = processors.Processor(p.tokenizer, 16, 4, seq_len=4000, form=p.form)
+    form = make_processor(4000, 16, 4, tokenizer=p.tokenizer, form=p.form)
     if not name.startswith('idefics3'):
         assert form.prefix('What is this?', 1) == p.prefix('What is this?', 1)
     if name.startswith('smolvlm'):
