@@ -211,7 +211,7 @@ def test_find_looks_in_data_dir_and_beside_the_scripts(emoji, tmp_path, monkeypa
     assert shards.find('here') == 'here'
     assert shards.find('toy', str(emoji.parent)) == str(emoji)
     assert shards.find(str(emoji), 'elsewhere') == str(emoji)
-    assert os.path.samefile(shards.find('test_data.py', 'tests'), __file__), (
+    assert os.path.samefile(shards.find('test_shards.py', 'tests'), __file__), (
         'beside the scripts, from any folder')
     with pytest.raises(FileNotFoundError, match='nothing'):
         shards.find('nothing', 'datasets')
