@@ -1,30 +1,24 @@
-"""data.py: the order of a run, reading of shards, bad samples, rows, batches and --show_steps."""
-import gzip
+"""data.py: the order of a run, rows, bad samples, batches and --show_steps."""
 import hashlib
 import json
 import os
 import pickle
-import shutil
-import struct
 import subprocess
 import sys
-import tarfile
 import time
 import tracemalloc
-import zlib
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-import webdataset
-from conftest import ROOT, encode, make_processor, picture, sample, write_set, write_tar
+from conftest import ROOT, encode, make_processor, picture, sample, write_set
+from test_pictures import bomb
 
 import data
 import processor as processors
-import shards
 from data import Batches, InOrder, Order, Random, hash64, permute
-from pictures import Eyes, augment, on_background, open_picture
+from pictures import Eyes, on_background
 from processor import collate
 from shards import BadSample, Folder
 from tokenizer import Bytes
@@ -33,10 +27,6 @@ BOS, EOS, PAD, IMAGE = 256, 257, 258, 259
 
 
 GOLDEN = '2d9e3accdd8410e33fffe867cc649faa1e5189eae0a846b8b03639f9c2055c76'
-
-
-def list_of(folder):
-    return list(zip([name.decode() for name in folder.names.tolist()], folder.sizes.tolist()))
 
 
 def shards_of(sizes):
@@ -345,377 +335,13 @@ def test_the_order_never_changes():
 
 
 # -----------------------------------------------------------------------------------------------
-# reading
+# samples to rows
 
 
 @pytest.fixture(scope='module')
 def emoji(tmp_path_factory):
     """A data set of 5 + 7 + 3 samples."""
     return write_set(tmp_path_factory.mktemp('sets') / 'toy', [5, 7, 3])
-
-
-def test_a_folder_reads_what_webdataset_reads(emoji, tmp_path):
-    bare = tmp_path / 'bare'
-    shutil.copytree(emoji, bare)
-    (bare / 'manifest.jsonl').unlink()
-    (bare / 'notes.md').write_text('not a shard')
-    for path in (emoji, bare):
-        folder = Folder(str(path))
-        assert list_of(folder) == shards_of([5, 7, 3]) and len(folder) == 15
-        for s, (name, count) in enumerate(list_of(folder)):
-            theirs = list(webdataset.WebDataset(str(path / f'{name}.tar'), shardshuffle=False))
-            ours = [(folder.key(s, i), folder.read(s, i)) for i in range(count)]
-            assert [key for key, _ in ours] == [row['__key__'] for row in theirs]
-            assert [members for _, members in ours] == [{k: row[k] for k in ('png', 'txt')}
-                                                        for row in theirs]
-
-
-def test_names_that_webdataset_groups_in_its_own_way(tmp_path):
-    write_tar(tmp_path / '0.tar',
-              [('./a/b.c/key', {'left.png': b'1', 'txt': b'2'}), ('x' * 150, {'json': b'{}'}),
-               ('sub/key', {'txt': b'3'}), ('sub/näme', {'TXT': b'4'})])
-    with tarfile.open(tmp_path / '0.tar', 'a') as tar:
-        tar.addfile(tarfile.TarInfo('README'))
-        tar.addfile(tarfile.TarInfo('.DS_Store'))
-        folder = tarfile.TarInfo('a.folder')
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-    theirs = [{k: v for k, v in row.items() if k not in ('__url__', '__local_path__')}
-              for row in webdataset.WebDataset(str(tmp_path / '0.tar'), shardshuffle=False)]
-    folder = Folder(str(tmp_path))
-    ours = [(folder.key(0, i), folder.read(0, i)) for i in range(len(folder))]
-    assert [{'__key__': key, **members} for key, members in ours] == theirs
-
-
-def test_few_open_files_and_indexes_are_enough(emoji):
-    whole, narrow = Folder(str(emoji)), Folder(str(emoji), max_open=1, max_index_bytes=1)
-    before = len(os.listdir('/proc/self/fd'))
-    for i in range(12):
-        assert narrow.read(i % 3, i % 3) == whole.read(i % 3, i % 3)
-        assert len(narrow.files) == len(narrow.indexes) == 1
-    assert len(os.listdir('/proc/self/fd')) <= before + 4, 'descriptors leak'
-
-
-def refused(path, *words):
-    """Opening the set and reading its first shard is refused, by an error that holds the words."""
-    with pytest.raises((ValueError, OSError)) as error:
-        folder = Folder(str(path))
-        for s in range(len(folder.names)):
-            folder.index(s)
-    assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path):
-    whole = write_set(tmp_path / 'whole',
-                      [[('a', sample(1)), ('b' * 120, sample(2)), ('c', sample(3))]])
-    content = (whole / '00000000.tar').read_bytes()
-    with tarfile.open(whole / '00000000.tar') as tar:
-        members = tar.getmembers()
-    last = members[-1]
-    end = last.offset_data + (last.size + 511) // 512 * 512
-    cuts = {'nothing left': 0, 'in the first header': 100, 'in the end blocks': end + 100,
-            'no end blocks': end}
-    for i, m in enumerate(members):
-        cuts |= {f'data {i}': m.offset_data + 1, f'before data {i}': m.offset_data,
-                 f'header {i}': m.offset + 200}
-        cuts |= {f'edge {i}': m.offset, f'padding {i}': m.offset_data + m.size}
-    cuts |= {f'long name {k}': members[2].offset + k for k in range(0, 1600, 256)}
-    cut = write_set(tmp_path / 'cut', [[]])
-    bare = write_set(tmp_path / 'bare', [[]], manifest=False)
-    (cut / 'manifest.jsonl').write_text('{"shard": "00000000", "num_sequences": 3}')
-    passed = []
-    for name, size in cuts.items():
-        for folder in (cut, bare):      # with a manifest and without
-            (folder / '00000000.tar').write_bytes(content[:size])
-            try:
-                refused(folder, '00000000.tar')
-            except BaseException as error:      # noqa: B036 - pytest's Failed is one, and all cases shall be tried
-                passed.append(f'{name}, {size} bytes, {folder.name}: {error!r:.100}')
-    assert not passed, '\n'.join(passed)
-    (cut / '00000000.tar').write_bytes(content[:end + 512])
-    assert len(Folder(str(cut)).index(0)) == 3, 'nothing is lost with the second end block'
-
-
-@pytest.mark.parametrize('content', [b'', b'no tar at all' * 100, os.urandom(4096)],
-                         ids=['empty', 'text', 'noise'])
-def test_a_file_that_is_no_tar_is_an_error_that_names_it(tmp_path, content):
-    (tmp_path / 'x.tar').write_bytes(content)
-    refused(tmp_path, 'x.tar')
-
-
-def test_a_damaged_header_is_an_error(tmp_path):
-    path = write_set(tmp_path / 'set', [6]) / '00000000.tar'
-    with tarfile.open(path) as tar:
-        offset = tar.getmembers()[5].offset
-    content = bytearray(path.read_bytes())
-    content[offset + 3] ^= 0xFF
-    path.write_bytes(content)
-    refused(path.parent, '00000000.tar', str(offset))
-
-
-def test_a_compressed_tar_is_refused(tmp_path):
-    path = write_set(tmp_path / 'set', [2]) / '00000000.tar'
-    # its offsets are not the file's
-    path.write_bytes(gzip.compress(path.read_bytes() + bytes(100_000)))
-    refused(path.parent, '00000000.tar')
-
-
-def test_repeated_members_are_placeholders_and_interleaved_ones_find_together(tmp_path):
-    again = Folder(str(write_set(tmp_path / 'apart',
-                                 [[('a', sample(1)), ('b', sample(2)), ('a', sample(3))]])))
-    assert again.read(0, 0) == sample(1) and again.read(0, 1) == sample(2)
-    assert again.key(0, 2) == 'a'
-    with pytest.raises(BadSample, match='twice'):
-        again.read(0, 2)
-    beside = Folder(str(write_set(tmp_path / 'beside', [[('b', sample(2)), ('b', sample(3))]],
-                                  manifest=False)))
-    assert len(beside) == 1
-    with pytest.raises(BadSample, match='twice'):
-        beside.read(0, 0)
-    mixed = [('a', {'png': b'1'}), ('b', {'png': b'2'}), ('a', {'txt': b'3'}),
-             ('b', {'txt': b'4'})]
-    mixed = Folder(str(write_set(tmp_path / 'mixed', [mixed], manifest=False)))
-    assert [mixed.read(0, i)
-            for i in range(2)] == [{'png': b'1', 'txt': b'3'}, {'png': b'2', 'txt': b'4'}]
-
-
-@pytest.mark.parametrize(
-    'line', ['{"shard": "00000001"', '{"shard": "00000001"}', '{"num_sequences": 3}', '[1, 2]',
-             '{"shard": "00000001", "num_sequences": -1}', '7', 'null',
-             '{"shard": "00000001", "num_sequences": 1.5}', '\udcff',
-             '{"shard": "00000001", "num_sequences": true}', '{"shard": null, "num_sequences": 3}',
-             '\ufeff{"shard": "00000001"}'])
-def test_a_damaged_manifest_line_is_named(tmp_path, line):
-    text = '{"shard": "00000000", "num_sequences": 5}\n\n' + line + '\n'
-    (tmp_path / 'manifest.jsonl').write_bytes(text.encode('utf-8', errors='surrogateescape'))
-    refused(tmp_path, 'manifest.jsonl', 'line 3')
-
-
-def test_a_shard_stands_in_the_manifest_once(tmp_path):
-    folder = write_set(tmp_path / 'set', [3])
-    row = (folder / 'manifest.jsonl').read_text()
-    (folder / 'manifest.jsonl').write_text(row + row.replace('00000000', '00000000.tar'))
-    refused(folder, 'manifest.jsonl', '00000000')
-
-
-def test_the_manifest_may_say_tar_and_more(tmp_path):
-    folder = write_set(tmp_path / 'set', [4])
-    (folder / 'manifest.jsonl').write_text(
-        '\n{"shard": "00000000.tar", "num_sequences": 4, "more": 9}\n\n')
-    assert list_of(Folder(str(folder))) == [('00000000', 4)]
-
-
-def test_a_wrong_count_a_missing_shard_and_an_empty_folder(tmp_path):
-    folder = write_set(tmp_path / 'set', [4])
-    for count in (3, 5):
-        (folder / 'manifest.jsonl').write_text(
-            json.dumps({'shard': '00000000', 'num_sequences': count}))
-        refused(folder, '00000000.tar', '4 samples', f'says {count}')
-    (folder / '00000000.tar').unlink()
-    refused(folder, '00000000.tar')
-    (folder / 'manifest.jsonl').write_text('\n')
-    refused(folder, str(folder), 'no shards')
-    (folder / 'manifest.jsonl').unlink()
-    refused(folder, str(folder), 'no shards')
-
-
-def test_a_file_cut_short_after_it_was_indexed_gives_bad_samples(tmp_path):
-    path = write_set(tmp_path / 'set', [4])
-    folder = Folder(str(path))
-    members = {ext: offset for ext, offset, _, _ in folder.index(0).members(2)}
-    size = os.path.getsize(path / '00000000.tar')
-    os.truncate(path / '00000000.tar', members['png'] + 5)
-    assert folder.read(0, 1) == sample(1)
-    with pytest.raises(BadSample, match='5 of'):
-        folder.read(0, 2)
-    with pytest.raises(BadSample, match='0 of'):
-        folder.read(0, 3)
-    assert size > members['png']
-
-
-def test_find_looks_in_data_dir_and_beside_the_scripts(emoji, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'here').mkdir()
-    assert shards.find('here') == 'here'
-    assert shards.find('toy', str(emoji.parent)) == str(emoji)
-    assert shards.find(str(emoji), 'elsewhere') == str(emoji)
-    assert os.path.samefile(shards.find('test_data.py', 'tests'), __file__), (
-        'beside the scripts, from any folder')
-    with pytest.raises(FileNotFoundError, match='nothing'):
-        shards.find('nothing', 'datasets')
-
-
-@pytest.mark.parametrize('typed, meant',
-                         [('emoji/nota', 'emoji/noto'), ('emojy/noto', 'emoji/noto'),
-                          ('shakespear/', 'shakespeare'), ('text', ''), ('a/b/third-levol', '')])
-def test_a_mistyped_data_set_is_told_its_neighbour(tmp_path, typed, meant):
-    for name in ('emoji/noto', 'emoji/fluent', 'shakespeare', 'a/b/third-level'):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / 'texts').write_text('no folder')
-    with pytest.raises(FileNotFoundError) as error:
-        Folder(typed, str(tmp_path))
-    said = str(error.value)
-    assert repr(typed) in said and 'prepare/' in said and '\n' not in said
-    assert f'did you mean {meant!r}?' in said if meant else 'did you mean' not in said
-    with pytest.raises(FileNotFoundError) as error:
-        shards.find('emoji/nota')
-    assert 'did you mean' not in str(error.value), 'no data_dir: nothing to compare with'
-
-
-def test_what_is_local_does_not_import_what_is_remote(emoji):
-    code = ('import sys, checkpoint, data, shards; shards.Folder(sys.argv[1], '
-            'cache_dir=sys.argv[2]).read(1, 0); '
-            'checkpoint.names(sys.argv[1]); print("remote" in sys.modules, "fsspec" in '
-            'sys.modules)')
-    out = subprocess.run([sys.executable, '-c', code, str(emoji), str(emoji.parent / 'cache')],
-                         cwd=ROOT, text=True, capture_output=True, timeout=60)
-    assert out.stdout.startswith('False'), out
-
-
-# -----------------------------------------------------------------------------------------------
-# samples to rows
-
-
-def chunk_of(kind, body):
-    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
-
-
-def png(*chunks, size=16):
-    """A PNG of 16 x 16 RGBA pixels, or one that says so."""
-    return (b'\x89PNG\r\n\x1a\n'
-            + chunk_of(b'IHDR', struct.pack('>IIBBBBB', size, size, 8, 6, 0, 0, 0))
-            + b''.join(chunks) + chunk_of(b'IDAT', PIXELS) + chunk_of(b'IEND', b''))
-
-
-PIXELS = zlib.compress(b''.join(b'\0' + np.random.default_rng(0).bytes(64) for _ in range(16)))
-
-
-def bomb(size):
-    """A PNG of a few bytes that says it is size x size pixels."""
-    return png(size=size)
-
-
-def rgba_of(content):
-    return np.array(open_picture(content).convert('RGBA'))
-
-
-def test_pictures_are_decoded_whatever_their_kind():
-    rgba = picture(1)
-    assert (rgba_of(encode(rgba)) == rgba).all() and rgba_of(png()).any()
-    assert (rgba_of(encode(rgba, 'WEBP', lossless=True, exact=True)) == rgba).all()
-    smooth = np.full((16, 16, 3), (200, 100, 50), np.uint8)
-    jpeg = rgba_of(encode(smooth, 'JPEG', quality=95)).astype(int)
-    assert jpeg.shape == (16, 16, 4) and np.abs(jpeg[..., :3] - smooth).max() < 6
-    assert (jpeg[..., 3] == 255).all()
-    grey = rgba_of(encode(rgba[..., 0]))
-    assert (grey[..., :3] == rgba[..., :1]).all() and (grey[..., 3] == 255).all()
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_pictures_that_can_not_be_decoded_are_bad_samples():
-    whole = encode(picture(2))
-    for name, content in {
-        'empty': b'', 'text': b'hello', 'cut': whole[:len(whole) // 2], 'header': whole[:20],
-        'too long a text': png(chunk_of(b'zTXt', b'a\0\0' + zlib.compress(bytes(1 << 23)))),
-        'bad chunk': png(chunk_of(b'IDAT', PIXELS[:50]), chunk_of(b'\0\1\2\3', b'')),
-        'bomb': bomb(30000), 'over the bound': bomb(9000)}.items():
-        with pytest.raises(BadSample) as error:
-            rgba_of(content)
-        assert 'picture' in str(error.value), name
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_a_damaged_picture_is_a_bad_sample_or_a_picture():
-    """Whatever Pillow raises, nothing else may leave decode_picture: it would end the run."""
-    rng = np.random.default_rng(0)
-    forms = [encode(picture(3)), encode(picture(3)[..., :3], 'JPEG'), encode(picture(3), 'WEBP'),
-             encode(picture(3), 'TIFF'), encode(picture(3), 'GIF'), encode(picture(3), 'ICO')]
-    for content in forms:
-        for _ in range(150):
-            damaged = bytearray(content)
-            for _ in range(rng.integers(1, 4)):
-                damaged[rng.integers(0, min(len(damaged), 120))] = rng.integers(0, 256)
-            try:
-                out = rgba_of(bytes(damaged))
-            except BadSample:
-                continue
-            assert out.dtype == np.uint8 and out.shape[2] == 4
-
-
-def test_on_background_blends_by_alpha():
-    rgba = np.zeros((1, 3, 4), np.uint8)
-    rgba[0, :, :3] = (250, 0, 9)
-    rgba[0, :, 3] = (255, 0, 51)
-    assert on_background(rgba).tolist() == [[[250, 0, 9], [255, 255, 255], [254, 204, 206]]]
-    assert on_background(rgba,
-                         (0, 100, 255)).tolist() == [[[250, 0, 9], [0, 100, 255], [50, 80, 206]]]
-    value, alpha = np.meshgrid(np.arange(256), np.arange(256))
-    for colour in (0, 77, 255):
-        blended = on_background(np.stack([value, value, value, alpha], -1).astype(np.uint8),
-                                (colour,) * 3)
-        exact = value / 255 * alpha + colour * (1 - alpha / 255)
-        assert np.abs(blended - exact[..., None]).max() <= 0.5
-
-
-def test_pixels_fill_the_square():
-    wide = np.zeros((10, 40, 3), np.uint8)
-    wide[:, 20:] = 255
-    out = Eyes(8).pixels(encode(wide))
-    assert out.shape == (8, 8, 3) and (out[:, :2] == 0).all() and (out[:, 6:] == 255).all()
-    same = picture(4)
-    assert (Eyes(16).pixels(encode(same)) == on_background(same)).all()
-
-
-def test_a_jpeg_may_be_decoded_small():
-    rgb = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8),
-                  np.ones((40, 40, 1), np.uint8))
-    content = encode(rgb, 'JPEG', quality=95)
-    small, whole = (Eyes(40, draft=draft).pixels(content).astype(int) for draft in (True, False))
-    assert small.shape == whole.shape == (40, 40, 3) and 0 < np.abs(small - whole).mean() < 6
-    assert open_picture(content, 40).size == (40, 40), '1/8 of 320'
-
-
-def test_augmentation_is_keyed_by_seed_and_position():
-    rgba = picture(5, 32)
-    one = augment(rgba, Random(0, 4, 17))
-    assert one.shape == (32, 32, 3) and one.dtype == np.uint8
-    assert (one == augment(rgba, Random(0, 4, 17))).all()
-    assert len({augment(rgba, Random(seed, 4, n)).tobytes() for seed in range(3)
-                for n in range(5)}) == 15
-
-
-def test_augmentation_never_mirrors_or_turns_a_picture_over():
-    rgba = np.zeros((48, 48, 4), np.uint8)
-    rgba[..., 3] = 255
-    rgba[:22, :30, :3] = 255                            # light in the upper left
-    eyes, content = Eyes(48), encode(rgba)
-    plain = rgba[8:40, 8:40, 0].astype(float)
-    views = [plain, plain[:, ::-1], plain[::-1], plain[::-1, ::-1]]
-    seen = []
-    for n in range(300):
-        out = eyes.pixels(content, Random(1, 4, n))[8:40, 8:40].astype(float).mean(-1)
-        seen.append(
-            int(np.argmax([np.corrcoef(out.ravel(), view.ravel())[0, 1] for view in views])))
-    assert seen.count(0) >= 294, np.bincount(seen)      # a hole may hide a corner
-
-
-def test_augmentation_is_not_too_strong_and_not_nothing():
-    rgba = picture(6, 32)
-    rgba[...] = 0
-    rgba[10:22, 10:22] = (200, 60, 30, 255)
-    plain, moved = on_background(rgba), [augment(rgba, Random(2, 4, n)) for n in range(200)]
-    assert 0 < sum((out == plain).all() for out in moved) < 50, 'some are left as they are'
-    assert len({tuple(out[0, 0]) for out in moved}) > 30, 'the ground changes colour'
-    assert len({tuple(out[16, 16]) for out in moved}) > 100, 'and the picture'
-    distance = [np.abs(out.astype(int) - out[0, 0]).sum(-1) for out in moved]
-    # others: a ground like the picture
-    masks = [d > d.max() / 2 for d in distance if d.max() > 100]
-    assert len(masks) > 150
-    centres = np.array([np.argwhere(mask).mean(0) for mask in masks])
-    areas = np.array([mask.sum() for mask in masks]) / 144
-    assert np.quantile(np.abs(centres - 15.5), 0.95) < 5 and centres.std(0).min() > 0.5, (
-        'shifted, and in the frame')
-    assert 0.6 < np.median(areas) < 1.3 and areas.std() > 0.1, 'it is scaled'
 
 
 class PadIsEos(Bytes):
