@@ -1,4 +1,4 @@
-"""What the tests share: the repo's root on sys.path, one thread, tiny pictures and tiny data sets."""
+"""What the tests share: the repo's root on sys.path, one thread, tiny pictures and data sets."""
 import atexit
 import io
 import json
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 
 def picture(number, size=16):
-    """An RGBA picture (size, size, 4) of its own for every number: noise with a transparent rim."""
+    """An RGBA picture (size, size, 4) of its own for every number: noise, a transparent rim."""
     rgba = np.random.default_rng(number).integers(0, 256, (size, size, 4), dtype=np.uint8)
     rgba[..., 3] = 255
     rgba[0], rgba[-1] = 0, 0
@@ -50,7 +50,7 @@ def write_tar(path, samples):
 
 
 def write_set(folder, shards, manifest=True):
-    """A data set of shards, each a list of samples or a number of samples to be made; the folder."""
+    """A data set of shards, each a list of samples or how many are to be made; the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows, count = [], 0
@@ -63,3 +63,16 @@ def write_set(folder, shards, manifest=True):
     if manifest:
         (folder / 'manifest.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return folder
+
+
+def robot_processor(seq_len, sizes, image_size=0, image_tokens=0, cameras=()):
+    """What makes rows of a robot's samples; sizes: action_steps, action_dim, proprio_dim. Without
+    an image_size it is blind."""
+    from pictures import Eyes
+    from processor import Processor
+    from tokenizer import Bytes
+    names = 'action_steps', 'action_dim', 'proprio_dim'
+    settings = dict(zip(names, sizes)) | dict(task='policy', processor='auto', seq_len=seq_len,
+                                              cameras=list(cameras))
+    eyes = Eyes(image_size) if image_size else None
+    return Processor(settings, Bytes(), eyes=eyes, image_tokens=image_tokens)
