@@ -350,13 +350,15 @@ def data_dir(tmp_path_factory):
 
 def train(data_dir, out_dir, mix='pusht', task='policy'):
     """One step, of a policy that sees and reads."""
+    own = ['--vla.width=32']
+    if task == 'policy':
+        own = ['--policy.encoder=vlm', '--policy.width=32', '--policy.mlp_dim=32',
+               '--policy.num_heads=2', '--policy.depth=1']
     return tiny.run(
         'train.py', *tiny.MODEL, '--device=cpu', f'--task={task}', '--lanes=8', '--window=4',
         '--workers=0', '--batch_size=4', '--seq_len=64', '--max_steps=1', '--action_steps=4',
-        '--action_dim=2', '--proprio_dim=5', '--cameras=["top"]', '--policy.encoder=vlm',
-        '--policy.width=32', '--policy.mlp_dim=32', '--policy.num_heads=2', '--policy.depth=1',
-        '--vla.width=32', f'--mix={{"{mix}": 1.0}}', f'--data_dir={data_dir}',
-        f'--out_dir={out_dir}').ok()
+        '--action_dim=2', '--proprio_dim=5', '--cameras=["top"]', *own,
+        f'--mix={{"{mix}": 1.0}}', f'--data_dir={data_dir}', f'--out_dir={out_dir}').ok()
 
 
 @pytest.fixture(scope='module')
