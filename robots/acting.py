@@ -297,7 +297,10 @@ def answer_robots(run, options):
         return policy([each | dict(pictures={name: each[name] for name in cameras})
                        for each in observations])
 
-    server = Server(act, fields, options.serve_policy, options.serve_host, options.batch_size)
+    try:
+        server = Server(act, fields, options.serve_policy, options.serve_host, options.batch_size)
+    except OSError as error:
+        raise OSError(f'--serve_policy={options.serve_policy}: {error.strerror}') from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
     server.run()

@@ -65,6 +65,8 @@ class PolicyConfig:
         for name in ('action_dim', 'action_steps', 'num_noise_draws', 'pool'):
             if getattr(self, name) < 1:
                 raise ValueError(f'policy.{name}={getattr(self, name)} must be at least 1')
+        if self.proprio_dim < 0:
+            raise ValueError(f'policy.proprio_dim={self.proprio_dim} must be at least 0')
         if self.width % (2 * self.num_heads):
             raise ValueError(f'policy.width={self.width} must be a multiple of twice '
                              f'policy.num_heads={self.num_heads}')

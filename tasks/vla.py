@@ -57,6 +57,8 @@ class VLAConfig:
         for name in ('action_dim', 'action_steps', 'num_noise_draws'):
             if getattr(self, name) < 1:
                 raise ValueError(f'vla.{name}={getattr(self, name)} must be at least 1')
+        if self.proprio_dim < 0:
+            raise ValueError(f'vla.proprio_dim={self.proprio_dim} must be at least 0')
         if self.width % 2:
             raise ValueError(f'vla.width={self.width} must be even')
 
@@ -229,6 +231,14 @@ class VLA(VLM):
         text = token_losses(self.decoder, hidden, targets, num_targets, label_smoothing, z_loss)
         return {'text': text,
                 'actions': action_loss(c.loss, output, target, valid, draws, rows * S)}
+
+    def loss(self, **inputs):
+        """((sum of the losses, how many targets they are of) of the text, the same of the actions);
+        inputs: as of `forward`."""
+        learned = self(**inputs)
+        text, actions = learned['text'], learned['actions']
+        return ((text.losses.sum(), text.counts.sum()),
+                (actions.losses.sum(), actions.counts.sum()))
 
     @torch.no_grad()
     def sample(self, tokens, pixels=None, blocks=None, segments=None, lowdim=None, noise=None,

@@ -106,10 +106,25 @@ def make_processor(seq_len, size=0, image_tokens=0, prompt='', tokenizer=None, f
     """The Processor of a run whose settings are these and the defaults of its task; of bytes,
     where no tokenizer is given. size: of its pictures; 0: it leaves pictures out."""
     import tasks
+    from configurator import flatten
     from pictures import Eyes
     from processor import Processor
     from tokenizer import Bytes
     said = dict(task=task, processor=form, seq_len=seq_len, prompt=prompt)
     eyes = Eyes(size, mean, std, draft) if size else None
-    return Processor(tasks.defaults(task) | said | settings, tokenizer or Bytes(), form, eyes,
+    defaults = flatten(tasks.body_of(tasks.load(task).TrainSettings))
+    return Processor(defaults | said | settings, tokenizer or Bytes(), form, eyes,
                      image_tokens)
+
+
+def robot_processor(seq_len, sizes, image_size=0, image_tokens=0, cameras=()):
+    """What makes rows of a robot's samples; sizes: action_steps, action_dim, proprio_dim. Without
+    an image_size it is blind."""
+    from pictures import Eyes
+    from processor import Processor
+    from tokenizer import Bytes
+    names = 'action_steps', 'action_dim', 'proprio_dim'
+    settings = dict(zip(names, sizes)) | dict(task='policy', processor='auto', seq_len=seq_len,
+                                              cameras=list(cameras))
+    eyes = Eyes(image_size) if image_size else None
+    return Processor(settings, Bytes(), eyes=eyes, image_tokens=image_tokens)

@@ -12,7 +12,7 @@ from conftest import write_tar
 from PIL import Image
 
 import processor
-from processor import open_picture
+from pictures import open_picture
 from shards import Folder
 
 lerobot = runpy.run_path(str(tiny.ROOT / 'prepare' / 'lerobot.py'))
