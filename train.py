@@ -474,7 +474,8 @@ def update(loss, grad_norm):
              f'{out_dir}/config.json --show_steps={step}:{step + 1}')
     if progress['bad_steps'] > skip_bad_steps:
         saving(saver.wait)
-        fail(f'{where}. Last good checkpoint: {checkpoint.newest_name(checkpoints)}. Try a lower lr, a longer warmup, '
+        last = checkpoint.newest_name(checkpoints)
+        fail(f'{where}. Last good checkpoint: {last}. Try a lower lr, a longer warmup, '
              'dtype=float32, or skip_bad_steps', 1)
     say(f'\n{where}. The weights stay as they are')
 
