@@ -73,6 +73,10 @@ def names(folder):
     return ordered(os.listdir(folder))
 
 
+def newest_name(folder):
+    return (names(folder) or ['none'])[0]
+
+
 def files_of(folder):
     """{path inside the folder: [bytes, CRC-32]} of every file."""
     checksums = {}
@@ -463,21 +467,21 @@ def find(out_dir, remote, say):
 
 
 def changes(path, settings, kept):
-    """What a resumed run has set otherwise than the checkpoint it goes on from: lines that tell it,
-    and the refusal of the first that can not change ('': none can not).
+    """Lines that tell what a resumed run has set otherwise than the checkpoint it goes on from.
+    Raises ValueError for what can not change.
 
     kept: names of the task's settings that a run keeps, and of groups of them, with a dot."""
-    lines = []
-    old = read_json(os.path.join(path, 'config.json'))
+    lines, old = [], read_json(os.path.join(path, 'config.json'))
+    groups = tuple(name for name in kept if name.endswith('.'))
     for key in old:
         if key not in settings or settings[key] == old[key]:
             continue
-        of_model = key.startswith(tuple(name for name in kept if name.endswith('.')))
-        if key in (*KEPT, *kept) or of_model and not key.endswith('.remat'):
-            return [], (f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a run '
-                        'keeps its model and lanes; give another out_dir')
+        of_model = key.startswith(groups) and not key.endswith('.remat')
+        if of_model or key in (*KEPT, *kept):
+            raise ValueError(f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a '
+                             'run keeps its model and lanes; give another out_dir')
         lines.append(f'changed since {path}: {key} {old[key]!r} -> {settings[key]!r}')
-    return lines, ''
+    return lines
 
 
 def load_averages(averages, path):

@@ -522,9 +522,9 @@ def length(settings, order):
     for number, name in enumerate(settings['mix']):
         taken, there = order.before(steps * batch_size, number), order.samples[number]
         if taken > there and not settings['allow_repeat']:
-            raise ValueError(f'allow_repeat=False, but a run of {steps * batch_size} samples takes '
-                             f'{taken} of {name!r}, which has {there}: make the run shorter or its '
-                             'weight smaller')
+            raise ValueError(
+                f'allow_repeat=False, but a run of {steps * batch_size} samples takes {taken} of '
+                f'{name!r}, which has {there}: make the run shorter or its weight smaller')
     return steps, {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
 
 
@@ -536,6 +536,20 @@ def open_mix(mix, data_dir, seed, lanes, window, cache_dir=CACHE, cache_gb=100.0
         return folders, Order(sizes, list(mix.values()), seed, lanes, window)
     except ValueError as error:
         raise ValueError(f'mix={mix}: {error}') from None
+
+def open_validation(settings, processor, pack):
+    """{name: (folder, its batches in order)} of the data sets that are validated on."""
+    opened = {}
+    for name, path in settings['val'].items():
+        folder = Folder(path, settings['data_dir'], settings['cache_dir'], settings['cache_gb'])
+        opened[name] = folder, Batches([folder], InOrder(folder.sizes), processor, pack=pack)
+    return opened
+
+
+def seed_of(seed, step, rank):
+    """What a rank's dropout of a step follows from."""
+    return int(hash64(seed, 5, step, rank)[0] >> np.uint64(1))
+
 
 # -------------------------------------------------------------------------------------------------
 # which samples did a step see?
