@@ -596,7 +596,7 @@ def test_default_blocks_are_those_of_collate():
               for i, n in enumerate(segments.sum(1).tolist())]
     tok = Bytes()
     tok.pad_id = PAD
-    batch = processor.collate(pieces, make_processor(tokens.shape[1], tokenizer=tok))
+    batch = processor.collate(pieces, make_processor(tokens.shape[1], task='llm', tokenizer=tok))
     assert (torch.tensor(batch['targets']) == targets).all()
     assert (torch.tensor(batch['tokens']) == tokens).all()
     real = segments > 0
