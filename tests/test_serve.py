@@ -1,6 +1,6 @@
-"""serve/server.py: the server with a policy that is known, asked by the client that README.md
-prints; and sample.py, which rolls out a policy in PushT, records it, and serves it: bit for bit
-the same actions."""
+"""serve/server.py: the server with a policy that is known, asked by the client that
+docs/robots.md prints; and sample.py, which rolls out a policy in PushT, records it, and serves it:
+bit for bit the same actions."""
 import http.client
 import io
 import json
@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import tiny
 
+from pictures import open_picture
 from processor import fields as fields_of
-from processor import open_picture
 from robots import record, simulators
 from serve import server
 from shards import Folder
