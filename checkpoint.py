@@ -183,6 +183,14 @@ def staged(tensors):
 # saving
 
 
+def is_asked_for(path):
+    """Was a checkpoint meant to stay by the command that wrote it? A damaged one stays, too."""
+    try:
+        return read_json(os.path.join(path, 'progress.json')).get('scheduled', True)
+    except (OSError, ValueError):
+        return True
+
+
 class Saver:
     """Writes the checkpoints of a run: `save` copies, a thread writes while training goes on,
     `check` and `wait` raise what went wrong there.
@@ -278,10 +286,10 @@ class Saver:
             self.remote.wake(names(self.folder))
 
     def remove_old(self):
+        """Those that nobody asked for (a signal's), and what keep_last leaves no room for."""
         there = names(self.folder)
-        scheduled = [name for name in there if step_of(name) in self.scheduled]
-        # keep_last=0 keeps them all
-        kept = scheduled[:self.keep_last or None]
+        asked_for = [name for name in there if is_asked_for(os.path.join(self.folder, name))]
+        kept = asked_for[:self.keep_last or None]
         for name in there:
             if name not in kept:
                 shutil.rmtree(os.path.join(self.folder, name))
@@ -315,7 +323,7 @@ def sync(folder):
             os.close(fd)
 
 
-CHOICES = {'resume': ('auto', 'never'), 'dtype': ('float32', 'bfloat16', 'float16'),
+CHOICES = {'dtype': ('float32', 'bfloat16', 'float16'),
            'matmul': ('highest', 'high', 'medium')}
 
 
@@ -340,12 +348,37 @@ def check(settings, world):
 KEPT = ('task', 'tokenizer', 'lanes', 'optimizer')
 
 
-def find(out_dir, say):
-    """(path, its progress, '') of the newest checkpoint; or an error, last."""
+def checkpoint_of(path):
+    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
+    folder = os.path.abspath(os.path.expanduser(path))
+    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
+    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
+        return folder
+    return os.path.join(folder, 'checkpoints', 'latest')
+
+
+def find(out_dir, resume, say):
+    """(path, its progress, '') of the newest checkpoint of a run, or where it has none of the one
+    that `resume` names; or an error, last."""
+    folder = os.path.join(out_dir, 'checkpoints')
     try:
-        return *newest(os.path.join(out_dir, 'checkpoints'), say), ''
+        if resume in ('auto', 'never') or names(folder):
+            return *newest(folder, say), ''
+        path = checkpoint_of(resume)
+        return path, verify(path), ''
+    except FileNotFoundError as error:
+        return '', {}, f'resume={resume!r}: {error.filename} is missing'
     except (ValueError, OSError) as error:
         return '', {}, str(error)
+
+
+def read_past(path):
+    """What a checkpoint says of the run until then, {file: value}; '' is none."""
+    said = dict.fromkeys(('config.json', 'chapters.json', 'shards.json'))
+    for name in said:
+        if path:
+            said[name] = read_json(os.path.join(path, name))
+    return said
 
 
 def changes(path, settings, kept):

@@ -6,274 +6,19 @@ prints which samples steps 100, 101 and 102 saw. A data set is a folder of plain
 (webdataset's format), best with a `manifest.jsonl`. `Order` is a pure function of the position:
 nothing is recorded to resume, and nothing depends on the number of ranks or workers.
 """
-import functools
+import hashlib
 import itertools
 import math
 import os
 import threading
 import time
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
+from order import Mixture, Order, Random, hash64  # noqa: F401
 from processor import BadSample, collate
-from shards import CACHE, Folder
-
-# -------------------------------------------------------------------------------------------------
-# hashing: written out here, so that no order ever changes with a release of numpy or torch
-
-
-def splitmix64(x):
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on uint64 arrays."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash64(*values):
-    """A uint64 hash of integers or integer arrays, which broadcast."""
-    h = np.zeros(1, np.uint64)
-    for value in values:
-        shape = np.shape(value) or (1,)
-        # negative numbers, too, by their bits
-        bits = np.asarray(value).astype(np.int64).view(np.uint64).reshape(shape)
-        h = splitmix64(h ^ bits)
-    return h
-
-
-def permute(index, size, key, rounds=32):
-    """Where `index` goes in the permutation of range(size) chosen by `key`; all three are arrays
-    or broadcast.
-
-    Swap-or-not (Hoang, Morris, Rogaway 2012): each round pairs every x with key - x and swaps the
-    pair or does not, by a bit that both share. A bijection for any size, point by point, so no
-    permutation is ever held."""
-    x, size = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(size, np.uint64))
-    key = hash64(key)
-    for i in range(rounds):
-        round_key = splitmix64(key ^ np.uint64(i))
-        # modulo size: a difference below 0 has wrapped around 2**64
-        partner = round_key % size - x
-        partner = np.where(partner > size, partner + size, partner)
-        swap = splitmix64(round_key ^ np.maximum(x, partner)) >> np.uint64(63) == 1
-        x = np.where(swap, partner, x)
-    return x.astype(np.int64)
-
-
-class Random:
-    """A stream of random numbers keyed by integers, the same for ever. Enough for augmentation."""
-
-    def __init__(self, *key):
-        self.key, self.count = hash64(*key), 0
-
-    def uniform(self, low=0.0, high=1.0, size=None):
-        """Uniform in [low, high): a float, or an array of `size` numbers."""
-        if size is None:
-            return float(self.uniform(low, high, 1)[0])
-        n = int(np.prod(size))
-        places = np.arange(self.count, self.count + n, dtype=np.uint64)
-        bits = splitmix64(self.key + splitmix64(places))
-        self.count += n
-
-        # the 53 highest bits, as many as a float64 holds exactly
-        values = low + (high - low) * (bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
-        return values.reshape(size)
-
-
-# -------------------------------------------------------------------------------------------------
-# the order of a run
-
-BLOCK = 4096                    # rounds in which the mixing shares are exact
-
-
-class Order:
-    """Position n of a run -> (data set, epoch, shard, index in the shard): a pure function.
-
-    datasets: a list of [(shard name, samples), ...] or of arrays of samples; weights: a number for
-    each, of any sum.
-    1. n = round * lanes + slot. Rank r of W takes the positions congruent to r mod W, so what a
-       batch holds does not depend on W; when W divides `lanes`, a rank stays in its own lanes and
-       so in its own shards.
-    2. A round belongs to one data set. Each block of 4096 rounds gives every data set its exact
-       share, by largest remainder, in hashed order.
-    3. Each data set runs through epochs of its own. An epoch permutes the shards; every lane owns
-       a contiguous range of the samples, permuted in windows of `window` samples. Lane sizes
-       differ by one at most, so an epoch holds every sample exactly once and the next begins at
-       the very next position."""
-
-    def __init__(self, datasets, weights, seed=0, lanes=64, window=1024):
-        # samples of each shard
-        self.sizes = []
-        for shards in datasets:
-            if not isinstance(shards, np.ndarray):
-                shards = np.array([samples for _, samples in shards], np.int64)
-            self.sizes.append(shards)
-        self.samples = [int(sizes.sum()) for sizes in self.sizes]
-        self.weights, self.seed, self.lanes, self.window = list(weights), seed, lanes, window
-        if len(weights) != len(datasets) or not datasets:
-            raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one '
-                             'weight a data set')
-        if lanes < 1 or window < 1:
-            raise ValueError(f'lanes={lanes} and window={window} must be at least 1')
-        numbers = all(isinstance(w, (int, float)) and 0 <= w < np.inf for w in weights)
-        if not numbers or sum(weights) <= 0:
-            raise ValueError(f'weights {list(weights)}: they must be numbers, finite, not '
-                             'negative, not all zero')
-
-        # largest remainder: each share rounded down, then those that lost most get one more
-        exact = np.array(weights, np.float64) / sum(weights) * BLOCK
-        self.quotas = np.floor(exact).astype(np.int64)
-        most_lost = np.argsort(-(exact - self.quotas), kind='stable')
-        self.quotas[most_lost[:BLOCK - self.quotas.sum()]] += 1
-        for i, (quota, weight) in enumerate(zip(self.quotas, weights)):
-            if weight > 0 and quota == 0:
-                raise ValueError(f'data set {i}: weight {weight} of {sum(weights)} is less than '
-                                 f'one round in {BLOCK}; give it at least '
-                                 f'{sum(weights) / BLOCK:g}')
-            if quota > 0 and self.samples[i] == 0:
-                raise ValueError(f'data set {i} is empty: give it weight 0')
-
-        # a place in the permuted block below bounds[i + 1] and from bounds[i] on is of data set i
-        self.bounds = np.concatenate([[0], np.cumsum(self.quotas)])
-        self.block = functools.lru_cache(64)(self._block)
-        self.shards = functools.lru_cache(2 * len(datasets) + 2)(self._shards)
-
-    def __reduce__(self):
-        # without its caches, which can not be pickled: workers need not be forked
-        return Order, (self.sizes, self.weights, self.seed, self.lanes, self.window)
-
-    def _block(self, block):
-        """For each round of the block: its data set, and how many rounds of that data set came
-        before in the block."""
-        place = permute(np.arange(BLOCK), BLOCK, hash64(self.seed, 1, block))
-        dataset = np.searchsorted(self.bounds, place, side='right') - 1
-        before = np.zeros(BLOCK, np.int64)
-        for i in range(len(self.quotas)):
-            before[dataset == i] = np.arange(self.quotas[i])
-        return dataset, before
-
-    def _shards(self, dataset, epoch):
-        """The shards of an epoch in their order, and where each one's samples begin in it (one
-        more: the end)."""
-        sizes = self.sizes[dataset]
-        hashes = hash64(self.seed, 2, dataset, epoch, np.arange(len(sizes)))
-        # half the memory of a million shards
-        order = np.argsort(hashes, kind='stable').astype(np.int32)
-        return order, np.concatenate([[0], np.cumsum(sizes[order])])
-
-    @property
-    def samples_in_use(self):
-        """Samples of all data sets that have a weight."""
-        return sum(n for n, weight in zip(self.samples, self.weights) if weight)
-
-    def locate(self, n):
-        """Positions (int64 array) -> four int64 arrays: data set, epoch, shard, index in the
-        shard."""
-        n = np.asarray(n, np.int64)
-        if n.size and n.min() < 0:
-            raise ValueError(f'position {n.min()}: positions begin at 0')
-        flat = n.reshape(-1)
-        rounds, slot = flat // self.lanes, flat % self.lanes
-
-        # block by block: the data set, and the number of the round among those of its data set
-        blocks, round_in_block = rounds // BLOCK, rounds % BLOCK
-        dataset, own_round = np.empty_like(flat), np.empty_like(flat)
-        for block in np.unique(blocks):
-            inside = blocks == block
-            of_round, before = self.block(int(block))
-            dataset[inside] = of_round[round_in_block[inside]]
-            earlier = block * self.quotas[dataset[inside]]
-            own_round[inside] = earlier + before[round_in_block[inside]]
-        epoch, place = self._place(dataset, own_round * self.lanes + slot)
-
-        # epoch by epoch of each data set: the shard
-        shard, index = np.empty_like(flat), np.empty_like(flat)
-        by_epoch = np.lexsort((epoch, dataset))
-        changes = np.diff(dataset[by_epoch]) | np.diff(epoch[by_epoch])
-        for group in np.split(by_epoch, 1 + np.flatnonzero(changes)):
-            # no positions are one empty group
-            if not len(group):
-                continue
-            order, starts = self.shards(int(dataset[group[0]]), int(epoch[group[0]]))
-            k = np.searchsorted(starts, place[group], side='right') - 1
-            shard[group], index[group] = order[k], place[group] - starts[k]
-        return tuple(x.reshape(n.shape) for x in (dataset, epoch, shard, index))
-
-    def _lane(self, dataset, p):
-        """Of the p-th samples of data sets: epoch, where their lane begins in the epoch's row of
-        samples, how many it owns, and how many it gave before in this epoch."""
-        lanes, samples = self.lanes, np.array(self.samples, np.int64)[dataset]
-        slot, epoch = p % lanes, p // np.maximum(samples, 1)
-        base, extra = samples // lanes, samples % lanes
-
-        # An epoch begins at slot `first`; the lanes first, first + 1, ... own one sample more,
-        # where these wrap around the lanes 0, 1, ..., too.
-        first = epoch * samples % lanes
-        more_before = np.where(
-            first + extra <= lanes,
-            np.clip(slot - first, 0, extra),
-            np.minimum(slot, first + extra - lanes) + np.maximum(slot - first, 0))
-        owned = base + ((slot - first) % lanes < extra)
-        return epoch, slot * base + more_before, owned, (p - epoch * samples) // lanes
-
-    def _place(self, dataset, p):
-        """Epoch, and the place in the epoch's row of samples, of the p-th samples of data sets."""
-        epoch, start, owned, turn = self._lane(dataset, p)
-        # the last window of a lane may be smaller
-        window = turn // self.window
-        size = np.minimum(self.window, owned - window * self.window)
-        key = hash64(self.seed, 3, dataset, epoch, p % self.lanes, window)
-        return epoch, start + window * self.window + permute(turn % self.window, size, key)
-
-    def before(self, n, dataset):
-        """How many samples of a data set stand before position n."""
-        rounds, slot = divmod(int(n), self.lanes)
-        block, in_block = divmod(rounds, BLOCK)
-        of_round = self.block(block)[0]
-        own_rounds = block * int(self.quotas[dataset])
-        own_rounds += int((of_round[:in_block] == dataset).sum())
-        samples = own_rounds * self.lanes
-        # a round that is under way
-        if of_round[in_block] == dataset:
-            samples += slot
-        return samples
-
-    def seen(self, dataset, count):
-        """The first `count` samples of a data set: how many whole epochs, and {shard: samples} of
-        the epoch after them.
-
-        Windows that a lane has finished are ranges of the epoch's row, so this takes no time for
-        each sample."""
-        samples, lanes = self.samples[dataset], self.lanes
-        epoch, p = divmod(count, samples)
-        order, starts = self.shards(dataset, epoch)
-
-        # The first positions of an epoch are each in another lane. turns: how many samples each
-        # lane gave; finished: how many of those are in windows that are over.
-        first = np.arange(min(p, lanes))
-        turns = -(-(p - first) // lanes)
-        finished = turns // self.window * self.window
-        first += epoch * samples
-
-        # windows under way: sample by sample
-        late = [f + lanes * np.arange(w, t) for f, w, t in zip(first, finished, turns)]
-        late = np.concatenate(late or [first])
-        place = self._place(np.full_like(late, dataset), late)[1]
-        shard = np.searchsorted(starts, place, side='right') - 1
-        counts = np.bincount(shard, minlength=len(order))
-
-        # finished ones: ranges, in which the count grows by one a place; beside them it stays
-        if finished.any():
-            begin = self._lane(np.full_like(first, dataset), first)[1][finished > 0]
-            length = finished[finished > 0]
-            by_place = np.argsort(begin)
-            begin, length = begin[by_place], length[by_place]
-            knots = np.stack([begin, begin + length], 1).ravel()
-            level = np.cumsum(np.stack([0 * length, length], 1).ravel())
-            counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
-        met = counts > 0
-        return epoch, dict(zip(order[met].tolist(), counts[met].tolist()))
-
+from shards import CACHE, Folder  # noqa: F401
 
 class InOrder:
     """The locate of `Order` for a validation pass over one folder: position n is sample n."""
@@ -400,13 +145,6 @@ def complaint(folder, shard, index, error):
     return f'{folder.shard_path(shard)}, {folder.key(shard, index)}: {error}'
 
 
-def positions_of_step(step, batch_size, micro_batch_size, rank=0, world=1):
-    """The micro-batches of a rank in one step: arrays of positions. micro_batch_size * world
-    divides batch_size."""
-    own = np.arange(step * batch_size + rank, (step + 1) * batch_size, world)
-    return np.split(own, batch_size // world // micro_batch_size)
-
-
 def located(order, positions, many=64):
     """Position arrays -> pairs of them and what `order.locate` says, asked for `many` arrays at a
     time."""
@@ -462,21 +200,179 @@ def leave_with(parent):
         time.sleep(1)
     os._exit(1)
 
+# -------------------------------------------------------------------------------------------------
+# a run's past is written down, not recomputed from today's settings
 
-def provenance(order, folders, n):
-    """What the positions below n saw of each data set: {data set: {samples, whole_epochs,
-    shards_of_next_epoch}}."""
-    seen_of = {}
-    for number, folder in enumerate(folders):
-        count = order.before(n, number)
-        epochs, shards = 0, {}
-        # a data set of weight 0 may be empty: it has no epochs
-        if count:
-            epochs, shards = order.seen(number, count)
-        by_name = {folder.name(shard): samples for shard, samples in sorted(shards.items())}
-        seen_of[folder.path] = dict(
-            samples=count, whole_epochs=epochs, shards_of_next_epoch=by_name)
-    return seen_of
+
+@dataclass
+class Chapter:
+    """From which step and position on a run was ordered how; settings as train.py has them."""
+    step: int
+    position: int
+    batch_size: int
+    mix: dict                   # data set -> weight
+    seed: int
+    window: int
+    whole: int
+    drawn: dict = field(default_factory=dict)       # data set -> what each lane drew before
+
+
+class History:
+    """The chapters of a run, and its data sets as they were first met.
+
+    A resume with the settings of the last chapter adds nothing. One with another mix, weight, batch
+    size, seed or window begins a chapter: positions go on where they stopped, and each data set
+    goes on in its own epoch at its own sample. saved: a checkpoint's chapters.json."""
+
+    def __init__(self, lanes, saved=None):
+        saved = saved or dict(lanes=lanes, sets={}, chapters=[])
+        self.lanes, self.sets = saved['lanes'], dict(saved['sets'])
+        self.chapters = [Chapter(**chapter) for chapter in saved['chapters']]
+        self.folders, self.orders, self.end = {}, {}, math.inf
+
+    def to_json(self):
+        chapters = [asdict(chapter) for chapter in self.chapters]
+        return dict(lanes=self.lanes, sets=self.sets, chapters=chapters)
+
+    def go_on(self, settings, folders, step, position):
+        """Make the last chapter one of these settings, from a step and position on. Raises
+        ValueError for a data set that is not what it was."""
+        drawn = {}
+        if self.chapters:
+            # what came after the checkpoint is done again
+            self.chapters = [chapter for chapter in self.chapters if chapter.step <= step]
+            drawn = self.drawn(step, position)
+        for name, folder in folders.items():
+            is_new = self.meet(name, folder, settings.get('adopt', ()))
+            if is_new:
+                drawn.pop(name, None)
+
+        chapter = Chapter(step, position, settings['batch_size'], dict(settings['mix']),
+                          settings['seed'], settings['window'], settings['whole'], drawn)
+        if not self.chapters:
+            self.chapters = [chapter]
+        elif not self.is_continued_by(chapter):
+            self.chapters = [old for old in self.chapters if old.step < step] + [chapter]
+        self.folders, self.orders = dict(folders), {}
+
+    def is_continued_by(self, chapter):
+        """Would the last chapter do just what this one does?"""
+        last = self.chapters[-1]
+        expected = last.position + (chapter.step - last.step) * last.batch_size
+        keys = 'batch_size', 'mix', 'seed', 'window', 'whole'
+        same = all(getattr(last, key) == getattr(chapter, key) for key in keys)
+        return same and expected == chapter.position and list(last.mix) == list(chapter.mix)
+
+    def meet(self, name, folder, adopted):
+        """Keep what a data set is; whether it begins anew. Raises ValueError where it is not what
+        it was, and is not adopted."""
+        names = hashlib.sha256(folder.names.tobytes() + folder.sizes.tobytes()).hexdigest()[:16]
+        now = dict(samples=len(folder), shards=len(folder.sizes), names=names)
+        number = self.sets.get(name, {}).get('number', len(self.sets))
+        before = {key: value for key, value in self.sets.get(name, now).items() if key != 'number'}
+        if before == now:
+            self.sets[name] = dict(now, number=number)
+            return False
+        if name not in adopted:
+            raise ValueError(
+                f'data set {name!r} is not what this run began with ({before["samples"]} samples '
+                f'in {before["shards"]} shards, now {now["samples"]} in {now["shards"]}): bring it '
+                f'back, or begin its epochs anew with --adopt=\'["{name}"]\'')
+        self.sets[name] = dict(now, number=1 + max(each['number'] for each in self.sets.values()))
+        return True
+
+    def order_at(self, step):
+        """The Order of the step after `step` others. Raises ValueError."""
+        chapter = self.chapter_of(step)
+        if chapter.step not in self.orders:
+            self.orders[chapter.step] = self.order_of(chapter)
+        return self.orders[chapter.step]
+
+    def order_of(self, chapter):
+        names, zeros = list(chapter.mix), [0] * self.lanes
+        drawn = np.array([chapter.drawn.get(name, zeros) for name in names], np.int64).T
+        try:
+            return Order([self.folders[name].sizes for name in names],
+                         list(chapter.mix.values()), chapter.seed, self.lanes, chapter.window,
+                         chapter.whole, chapter.position, drawn,
+                         [self.sets[name]['number'] for name in names])
+        except ValueError as error:
+            raise ValueError(f'mix={chapter.mix}: {error}') from None
+
+    @property
+    def order(self):
+        """The Order of the last chapter. Raises ValueError."""
+        return self.order_at(self.chapters[-1].step)
+
+    def chapter_of(self, step):
+        """The chapter that the step after `step` others is of."""
+        return [chapter for chapter in self.chapters if chapter.step <= step][-1]
+
+    def position_of(self, step):
+        """Samples of the run before the step after `step` others."""
+        chapter = self.chapter_of(step)
+        position = chapter.position + (step - chapter.step) * chapter.batch_size
+        # the last batch of a chapter may have been cut short
+        later = [other.position for other in self.chapters if other.step > chapter.step]
+        return min([position, self.end, *later[:1]])
+
+    def positions_of(self, step, at_once, rank=0, world=1):
+        """A rank's positions of the step after `step` others: arrays of at most at_once."""
+        begin, end = self.position_of(step), self.position_of(step + 1)
+        mine = np.arange(begin + (rank - begin) % world, end, world)
+        return np.split(mine, range(at_once, len(mine), at_once)) if len(mine) else []
+
+    def drawn(self, step, position):
+        """{data set: what each lane drew} of all that the run has met, before a position."""
+        chapter, zeros = self.chapter_of(step), [0] * self.lanes
+        mixture = Mixture(list(chapter.mix.values()), self.lanes)
+        met = mixture.drawn(position) - mixture.drawn(chapter.position)
+        drawn = dict(chapter.drawn)
+        for name, new in zip(chapter.mix, met.T):
+            drawn[name] = (np.array(drawn.get(name, zeros)) + new).tolist()
+        return drawn
+
+    def length(self, settings):
+        """(steps, steps that leave a checkpoint) of the run. Raises ValueError."""
+        last, order, batch_size = self.chapters[-1], self.order, settings['batch_size']
+        samples = settings['max_samples'] or round(settings['epochs'] * order.samples_in_use)
+        steps = settings['max_steps']
+        if samples:
+            # the last batch is as short as it must be
+            self.end = max(samples, last.position)
+            steps = last.step + -(-(self.end - last.position) // batch_size)
+        num_checkpoints = settings['num_checkpoints']
+        if num_checkpoints > steps:
+            raise ValueError(f'num_checkpoints={num_checkpoints}, but the run has {steps} steps')
+
+        end = self.position_of(steps)
+        for number, name in enumerate(settings['mix']):
+            taken, there = order.before(end, number), order.samples[number]
+            if taken > there and not settings['allow_repeat']:
+                raise ValueError(
+                    f'allow_repeat=False, but a run of {end} samples takes {taken} of {name!r}, '
+                    f'which has {there}: make the run shorter or its weight smaller')
+        return steps, {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
+
+    def provenance(self, folders, step, before=None):
+        """What the steps before `step` saw of each data set: {data set: {samples, whole_epochs,
+        shards_of_next_epoch}}. before: what a checkpoint said of data sets that are in the mix no
+        more."""
+        seen_of = {name: said for name, said in (before or {}).items() if name not in folders}
+        drawn = self.drawn(step, self.position_of(step))
+        for number, (name, folder) in enumerate(folders.items()):
+            count, whole_epochs, shards = sum(drawn[name]), 0, {}
+            # a data set of weight 0 may be empty: it has no epochs
+            if count:
+                whole_epochs, shards = self.order.seen(number, drawn[name])
+            by_name = {folder.name(shard): samples for shard, samples in sorted(shards.items())}
+            seen_of[name] = dict(samples=count, whole_epochs=whole_epochs,
+                                 shards_of_next_epoch=by_name)
+        return seen_of
+
+
+# -------------------------------------------------------------------------------------------------
+# what train.py asks for
 
 
 def check(settings, world):
@@ -506,38 +402,25 @@ def check(settings, world):
                          'others at 0')
 
 
-def length(settings, order):
-    """(steps, steps that leave a checkpoint) of a run. Raises ValueError."""
-    batch_size, num_checkpoints = settings['batch_size'], settings['num_checkpoints']
-    samples = settings['max_samples'] or settings['epochs'] * order.samples_in_use
-    steps = settings['max_steps'] or math.ceil(samples / batch_size)
-    if num_checkpoints > steps:
-        raise ValueError(f'num_checkpoints={num_checkpoints}, but the run has {steps} steps')
-
-    for number, name in enumerate(settings['mix']):
-        taken, there = order.before(steps * batch_size, number), order.samples[number]
-        if taken > there and not settings['allow_repeat']:
-            raise ValueError(
-                f'allow_repeat=False, but a run of {steps * batch_size} samples takes {taken} of '
-                f'{name!r}, which has {there}: make the run shorter or its weight smaller')
-    return steps, {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
+def open_mix(settings, saved=None, step=0, samples=0):
+    """The folders of a mix, {data set: Folder}, and the History of the run. saved: the
+    chapters.json of a checkpoint that the run goes on from, at a step and a position. Raises
+    ValueError and OSError."""
+    history = History(settings['lanes'], saved)
+    folders = {name: open_folder(name, settings) for name in settings['mix']}
+    history.go_on(settings, folders, step, samples)
+    return folders, history
 
 
-def open_mix(mix, data_dir, seed, lanes, window, cache_dir=CACHE, cache_gb=100.0):
-    """The folders of a mix {data set: weight} and their order."""
-    folders = [Folder(name, data_dir, cache_dir, cache_gb) for name in mix]
-    try:
-        sizes = [folder.sizes for folder in folders]
-        return folders, Order(sizes, list(mix.values()), seed, lanes, window)
-    except ValueError as error:
-        raise ValueError(f'mix={mix}: {error}') from None
+def open_folder(name, settings):
+    return Folder(name, settings['data_dir'], settings['cache_dir'], settings['cache_gb'])
 
 
 def open_validation(settings, processor, pack):
     """{name: (folder, its batches in order)} of the data sets that are validated on."""
     opened = {}
     for name, path in settings['val'].items():
-        folder = Folder(path, settings['data_dir'], settings['cache_dir'], settings['cache_gb'])
+        folder = open_folder(path, settings)
         opened[name] = folder, Batches([folder], InOrder(folder.sizes), processor, pack=pack)
     return opened
 

@@ -128,7 +128,7 @@ def open_run(path, device='cpu', ema=True):
 def open_ours(path, device='cpu', ema=True):
     """The checkpoint.Run of a run's folder or of one of its checkpoints; ema: with the averages of
     the weights, where it kept them. Raises ValueError."""
-    folder = checkpoint_of(path)
+    folder = checkpoint.checkpoint_of(path)
     try:
         settings = read_json(os.path.join(folder, 'config.json'))
         task = tasks.load(settings['task'])
@@ -158,20 +158,11 @@ def open_ours(path, device='cpu', ema=True):
                          ) from None
 
 
-def checkpoint_of(path):
-    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
-    folder = os.path.abspath(os.path.expanduser(path))
-    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
-    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
-        return folder
-    return os.path.join(folder, 'checkpoints', 'latest')
-
-
 def task_of(path):
     """The name of the task that a run, or a folder of others, is of. Raises ValueError."""
     if is_foreign(path):
         return family_of(path).settings(path)['task']
-    config = os.path.join(checkpoint_of(path), 'config.json')
+    config = os.path.join(checkpoint.checkpoint_of(path), 'config.json')
     if not os.path.exists(config):
         raise ValueError(f'{path!r} is no checkpoint ({config} is missing)')
     return read_json(config)['task']

@@ -97,14 +97,14 @@ def remote_names(fs, base):
 # and back
 
 
-def find(out_dir, url, say):
+def find(out_dir, url, resume, say):
     """As checkpoint.find; where out_dir has no checkpoint, the newest at `url` is brought here."""
     try:
         if not checkpoint.names(os.path.join(out_dir, 'checkpoints')):
             restore(url, out_dir)
     except (ValueError, OSError) as error:
         return '', {}, str(error)
-    return checkpoint.find(out_dir, say)
+    return checkpoint.find(out_dir, resume, say)
 
 
 def restore(url, out_dir):

@@ -2,19 +2,22 @@
 
     python data.py out/vlm_emoji/config.json --show_steps=100:103
 
-prints those of steps 100, 101 and 102: step, position, data set, epoch, shard, key.
+prints those of the rows 100, 101 and 102 of log.jsonl: step, position, data set, epoch, shard, key.
 """
 import fnmatch
+import os
 import re
 import signal
 import sys
 
 import numpy as np
 
+import checkpoint
 import data
 from configurator import configure
 
 # those settings of train.py that the order depends on, with the same defaults
+out_dir = 'out/run'             # its checkpoints know what was done before today's settings
 data_dir = 'datasets'           # where data sets are: here, or there beside the scripts
 mix = {'emoji/noto': 1.0}       # data set -> sampling weight
 cache_dir = data.CACHE          # indexes of shards and copies of remote ones
@@ -22,21 +25,42 @@ cache_gb = 100.0                # of copies
 batch_size = 128                # samples a step
 seed = 0
 lanes = 64                      # parallel streams of the order
-window = 1024                   # samples among which a lane is shuffled
+whole = 1 << 20                 # a data set of at most so many samples is shuffled as a whole
+window = 1024                   # of a larger one so many samples of a lane at once
+max_steps = 0                   # the run's length: its last batch may be short
+max_samples = 0
+epochs = 0.0
 
 # what is shown
 show_steps = ''                 # a:b prints the samples of steps a to b - 1
 where = ''                      # only those whose key, shard or data set matches it: cat-*
 
 
-def show(folders, order, first, last):
-    """The samples of steps first to last - 1, one a line. Raises OSError and ValueError."""
-    names = list(mix)
+def open_past(settings, out_dir):
+    """The History of a run, by its newest checkpoint and today's settings, all its data sets open.
+    Raises ValueError and OSError."""
+    path, progress = checkpoint.newest(os.path.join(out_dir, 'checkpoints'), print)
+    saved = checkpoint.read_past(path)['chapters.json']
+    _, history = data.open_mix(settings | dict(adopt=settings['mix']), saved, progress.get('step', 0),
+                          progress.get('samples', 0))
+    for name in history.sets:
+        if name not in history.folders:
+            history.folders[name] = data.open_folder(name, settings)
+    if settings['max_samples'] or settings['epochs']:
+        history.length(settings | dict(num_checkpoints=1, allow_repeat=True))
+    return history
+
+
+def show(history, first, last):
+    """The samples of the rows `first` to `last` - 1 of the log, one a line. Raises OSError and
+    ValueError."""
     for step in range(first, last):
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
+        chapter, order = history.chapter_of(step - 1), history.order_at(step - 1)
+        names = list(chapter.mix)
+        positions = np.arange(history.position_of(step - 1), history.position_of(step))
         places = (array.tolist() for array in order.locate(positions))
         for position, number, epoch, shard, index in zip(positions.tolist(), *places):
-            folder = folders[number]
+            folder = history.folders[names[number]]
             columns = names[number], folder.name(shard), folder.key(shard, index)
             if not where or any(map(is_wanted, columns)):
                 print(step, position, columns[0], epoch, *columns[1:], sep='\t')
@@ -55,14 +79,17 @@ def leave(code, error):
 if __name__ == '__main__':
     # ... | head ends in silence
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    configure(globals(), partial=True)
+    settings = configure(globals(), partial=True)
     if not re.fullmatch(r'\d+:\d+', show_steps):
         leave(2, f'--show_steps={show_steps}: expected a:b, such as --show_steps=100:103')
+    first, last = map(int, show_steps.split(':'))
+    if first < 1:
+        leave(2, f'--show_steps={show_steps}: steps begin at 1, as in log.jsonl')
     try:
-        folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
+        history = open_past(settings, out_dir)
     except (ValueError, OSError) as error:
         leave(2, error)
     try:
-        show(folders, order, *map(int, show_steps.split(':')))
+        show(history, first, last)
     except (ValueError, OSError) as error:
         leave(1, error)

@@ -40,7 +40,8 @@ from parallel import all_ranks, say
 # what is trained, and where it goes
 task = 'vlm'                # llm | vlm | siglip | policy | vla | t2i, or a file: mine.py
 out_dir = 'out/run'         # config.json, log.jsonl, loss.png, checkpoints/
-resume = 'auto'             # auto: from the newest checkpoint in out_dir | never: refuse to
+resume = 'auto'             # auto: from the newest checkpoint in out_dir | never: refuse to | a
+#                             checkpoint: the same, or where out_dir has none from that one
 init_from = ''              # weights to start from: a run or a checkpoint of it, also as a URL;
 #                             a folder of transformers or diffusers, a name on the Hugging Face hub
 init_skip = []              # regexes of parameters that init_from leaves as they are
@@ -60,7 +61,9 @@ processor = 'auto'          # how a sample becomes tokens: auto (as the task has
 seq_len = 96                # tokens a row, patches and padding included
 workers = 2                 # processes that read data (0: none but this one)
 lanes = 64                  # parallel streams of the order; fixed for a run
-window = 1024               # samples among which a lane is shuffled
+whole = 1 << 20             # a data set of at most so many samples is shuffled as a whole,
+window = 1024               # of a larger one so many samples of a lane at once
+adopt = []                  # what may have changed since a run began: data sets, stats.json
 max_bad_fraction = 0.001    # more unusable samples than this stop the run
 
 # length: one of the three
@@ -134,30 +137,54 @@ def fail(message, code):
 
 
 # -----------------------------------------------------------------------------------------------
-# data, tokenizer, model
+# data, tokenizer, model; what an earlier command has left
+
+log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
+
+
+def find_checkpoint():
+    """(path, its progress) of the checkpoint to go on from. Raises ValueError and OSError."""
+    newest = None
+    if master:
+        os.makedirs(checkpoints, exist_ok=True)
+        newest = checkpoint.find(out_dir, resume, say)
+    if master and remote:
+        from mirror import find
+        newest = find(out_dir, remote, resume, say)
+    path, progress, problem = parallel.from_master(newest)
+    if problem:
+        raise ValueError(problem)
+    if path and resume == 'never':
+        raise ValueError(f'resume=never, but {path} exists: give another out_dir')
+    return path, progress
+
 
 try:
     for check in (data.check, optim.check, checkpoint.check, task.check):
         check(config, world)
     micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
-    folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
-    steps, checkpoint_steps = data.length(config, order)
+    resumed, saved = find_checkpoint()
+    past = checkpoint.read_past(resumed)
+    folders, history = data.open_mix(config, past['chapters.json'], saved.get('step', 0),
+                                     saved.get('samples', 0))
+    order = history.order
+    steps, checkpoint_steps = history.length(config)
     lr_at = optim.learning_rate(config, steps)
 
     torch.manual_seed(seed)                         # the same weights on every rank
     run = checkpoint.make_run(config, device)
-    run.kept = task.statistics(config, folders)
+    run.kept = task.statistics(config, list(folders.values()))
     task.prepare(run)
     raw_model = run.model
     options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
 
     augmenting = seed if config.get('augment') else None
-    train_data = data.Batches(folders, order, run.processor, augmenting, pack,
+    train_data = data.Batches(list(folders.values()), order, run.processor, augmenting, pack,
                               micro_batch if pack else 1, window * lanes)
     # answers can be told apart only where each has a row of its own
     count_right = task.scorer(config)
     val_sets = data.open_validation(config, run.processor, pack and not count_right)
-    constants = task.constants(run, folders)
+    constants = task.constants(run, list(folders.values()))
 except (ValueError, OSError) as error:
     fail(error, 2)
 if show_parameters:
@@ -204,7 +231,7 @@ for name, parameter in raw_model.named_parameters():
     parameter.requires_grad_(parameter.requires_grad and not options[name].get('freeze'))
 
 # before layers are compiled, whose operations are not counted
-first_batch = checked(train_data[np.arange(micro_batch)])
+first_batch = checked(train_data[order.start + np.arange(micro_batch)])
 if not any(task.count(first_batch).values()):
     fail(f'task={config["task"]} learns nothing from the first {micro_batch} samples: '
          f'{(first_batch["bad"] or ["?"])[0]}', 2)
@@ -224,8 +251,8 @@ optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 # -----------------------------------------------------------------------------------------------
 # begin, or go on
 
-log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
-progress = dict(step=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0, loss_scale=1.0)
+progress = dict(step=0, samples=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0,
+                loss_scale=1.0)
 if dtype == 'float16':
     progress['loss_scale'] = 2.0 ** 16
 
@@ -238,23 +265,13 @@ def load_checkpoint(path, saved):
     if ema:
         checkpoint.load_averages(averages, path)
     checkpoint.load_state(optim.state_tensors(optimizers, trained), path)
-    progress.update({key: saved[key] for key in progress if key in saved})
+    keys = progress.keys() & saved.keys()
+    if past['config.json']['dtype'] != dtype:       # another precision begins its scale anew
+        keys -= {'loss_scale', 'good_steps'}
+    progress.update({key: saved[key] for key in keys})
 
 
 try:
-    if master:
-        os.makedirs(checkpoints, exist_ok=True)
-    newest = None
-    if master and remote:
-        import mirror
-        newest = mirror.find(out_dir, remote, say)
-    elif master:
-        newest = checkpoint.find(out_dir, say)
-    resumed, saved, problem = parallel.from_master(newest)
-    if problem:
-        fail(problem, 2)
-    if resumed and resume == 'never':
-        fail(f'resume=never, but {resumed} exists: give another out_dir', 2)
     if resumed:
         load_checkpoint(resumed, saved)
         say(f'resumed from {resumed}')
@@ -264,7 +281,7 @@ try:
         for name, average in averages.items():
             average.copy_(trained[name].detach())
     parallel.barrier()              # all have read before the first writes
-    if master:
+    if master and progress['step'] < steps:         # what trains nothing changes nothing
         checkpoint.remove_leftovers(out_dir)
         checkpoint.write_json(f'{out_dir}/config.json', config)
         checkpoint.write_json(f'{out_dir}/environment.json', logs.environment(device, world))
@@ -275,9 +292,10 @@ except checkpoint.ERRORS as error:
 
 def save():
     """Begin to write the checkpoint of this step."""
-    jsons = {'config.json': config, 'progress.json': progress | dict(world=world)} | run.kept
+    jsons = {'config.json': config, 'progress.json': progress | dict(world=world, scheduled=step in checkpoint_steps),
+             'chapters.json': history.to_json()} | run.kept
     if master:
-        jsons['shards.json'] = data.provenance(order, folders, progress['step'] * batch_size)
+        jsons['shards.json'] = history.provenance(folders, progress['step'], past['shards.json'])
     saver.save(progress['step'], raw_model.state_dict(), averages,
                optim.state_tensors(optimizers, trained), jsons, checkpoint.own_files(run))
 
@@ -307,7 +325,8 @@ wandb_run = copy = None
 if wandb_project and master:
     wandb_run = logs.open_wandb(wandb_project, out_dir, config)
 if remote and master:
-    copy = mirror.Mirror(remote, out_dir, say)
+    from mirror import Mirror
+    copy = Mirror(remote, out_dir, say)
     copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
 peak = logs.peak_flops(device, dtype, world)
 saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,
@@ -364,18 +383,18 @@ stop = dict(signal=0)
 for number in (signal.SIGTERM, signal.SIGINT):      # finish the step, save, exit 0
     signal.signal(number, lambda got, frame: stop.update(signal=got))
 
-first = progress['step']
+samples_of, first = history.position_of, progress['step']
 at_once = batch_size // world if pack else micro_batch      # samples that are read together
-todo = (positions for step in range(first, steps)
-        for positions in data.positions_of_step(step, batch_size, at_once, rank, world))
-feed = iter(data.loader(train_data, todo, workers))
+positions = (each for step in range(first, steps)
+             for each in history.positions_of(step, at_once, rank, world))
+feed = iter(data.loader(train_data, positions, workers))
 set_weights = np.array([float(loss_weights.get(name, 1.0)) for name in mix])
 weights_there = torch.tensor(set_weights, dtype=torch.float32, device=device)
 if master:
     print(f'{config["task"]}: {sum(p.numel() for p in trained.values()) / 1e6:.2f} M parameters '
           f'trained, {steps} steps of {batch_size} samples = {world} ranks x '
           f'{batch_size // world // micro_batch} x {micro_batch}; {len(mix)} data sets of '
-          f'{dataset_samples} samples, {steps * batch_size / dataset_samples:.1f} epochs')
+          f'{dataset_samples} samples, {samples_of(steps) / dataset_samples:.1f} epochs')
     bar = tqdm(total=steps, initial=first, desc=os.path.basename(out_dir), mininterval=1,
                dynamic_ncols=True)
 
@@ -399,7 +418,7 @@ def count_step(batches, num_micro):
     *learned, tokens, bad, stopping, _ = each.sum(0).tolist()
 
     progress['bad_samples'] += int(bad)
-    bad, seen = progress['bad_samples'], (progress['step'] + 1) * batch_size
+    bad, seen = progress['bad_samples'], samples_of(progress['step'] + 1)
     if bad > max(1, max_bad_fraction * max(seen, dataset_samples)):
         fail(f'{bad} bad samples of {seen} are over max_bad_fraction={max_bad_fraction}; they are '
              'named above: mend the data set or raise the bound', 1)
@@ -427,8 +446,8 @@ def forward_backward(batch, learned_counts, by_set):
 
 def log_row(step, loss, grad_norm, by_set, since):
     """What log.jsonl and wandb hold of the last `log_every` steps."""
-    row = dict(step=step, samples=step * batch_size, tokens=progress['tokens'],
-               epoch=round(step * batch_size / dataset_samples, 4), loss=loss, lr=lr_at(step - 1),
+    row = dict(step=step, samples=samples_of(step), tokens=progress['tokens'],
+               epoch=round(samples_of(step) / dataset_samples, 4), loss=loss, lr=lr_at(step - 1),
                grad_norm=grad_norm, mem_gb=logs.memory_gb(device),
                bad_samples=progress['bad_samples'])
     row |= logs.speed(since, batch_size, world, step_flops / peak)
@@ -436,7 +455,7 @@ def log_row(step, loss, grad_norm, by_set, since):
     # how each data set does, when there are several; one that was not met just now has no loss
     for number, name in enumerate(mix):
         if len(mix) > 1:
-            seen = order.before(step * batch_size, number) / order.samples[number]
+            seen = order.before(samples_of(step), number) / order.samples[number]
             row[f'epoch/{name}'] = round(seen, 4)
             if by_set[:, 1, number].any():
                 row[f'loss/{name}'] = float(total(by_set[:, 0, number], by_set[:, 1, number]))
@@ -471,7 +490,7 @@ def update(loss, grad_norm):
     progress['bad_steps'] += 1
     step = progress['step']
     where = (f'step {step}: loss {loss}, gradient norm {grad_norm}. Its samples: python data.py '
-             f'{out_dir}/config.json --show_steps={step}:{step + 1}')
+             f'{out_dir}/config.json --show_steps={step + 1}:{step + 2}')
     if progress['bad_steps'] > skip_bad_steps:
         saving(saver.wait)
         last = checkpoint.newest_name(checkpoints)
@@ -485,7 +504,8 @@ model.train()
 while progress['step'] < steps:
     # read the batch, and cut it into micro-batches
     begun = time.perf_counter()
-    batches = [checked(next(feed)) for _ in range(batch_size // world // at_once)]
+    todo = history.positions_of(progress['step'], at_once, rank, world)
+    batches = [checked(next(feed)) for _ in todo]
     for batch in batches:
         for line in batch['bad']:
             print(f'\nbad sample: {line}', file=sys.stderr)
@@ -516,6 +536,7 @@ while progress['step'] < steps:
         opt.zero_grad(set_to_none=True)
     progress['step'] += 1
     progress['tokens'] += counted.tokens
+    progress['samples'] = samples_of(progress['step'])
     step = progress['step']
     saving(saver.check)
 
