@@ -130,27 +130,6 @@ def match(groups, names):
     return {name: options for name, (_, options) in rules_of(groups, names).items()}
 
 
-def describe(groups, parameters):
-    """Lines of {name: parameter}: name, shape, its rule, the rule's options, trained or frozen."""
-    rows = []
-    for name, (regex, options) in rules_of(groups, parameters).items():
-        parameter = parameters[name]
-        shape = ' x '.join(map(str, parameter.shape)) or 'scalar'
-        said = ', '.join(f'{option}={value}' for option, value in options.items()) or '-'
-
-        # A model freezes some of its own, as the autoencoder of latents.
-        is_frozen = options.get('freeze') or not parameter.requires_grad
-        state = 'frozen' if is_frozen else 'trained'
-        rows.append((name, shape, repr(regex), said, state))
-
-    # Each column as wide as the widest of it.
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        lines.append('  '.join(map(str.ljust, row, widths)).rstrip())
-    return lines
-
-
 def build(kind, trained, options, lr, betas, weight_decay):
     """The optimizers of {name: parameter}: AdamW; kind='muon': Muon for the matrices of blocks."""
     # Parameters of equal options share a group, in the order in which the model has them.

@@ -19,6 +19,7 @@ import processor as processors
 import tasks
 import tokenizer as tokenizers
 from checkpoint import Run, write_json
+from configurator import flatten
 from families.files import copy_into, files_of, layer_of, opened, write_tensors
 from families.huggingface import VIT_BLOCK
 from images.clip import CLIPText, CLIPTextConfig
@@ -26,6 +27,7 @@ from images.dit import DiTConfig
 from images.sd import UNet2DCondition, UNetConfig, build, schedule_of
 from images.vae import AutoencoderKL, VAEConfig
 from tokenizer import read_json
+from vocabularies.clip import clip_row
 
 # a folder's parts
 MODELS = {
@@ -467,12 +469,12 @@ def settings_of(folder):
 
 def open_run(folder, device='cpu', ema=True):
     """The Run of a folder, to draw with. Raises ValueError."""
-    defaults = tasks.defaults('t2i')
+    defaults = flatten(tasks.train_settings('t2i'))
     settings = defaults | dict(processor='auto', seed=0) | settings_of(folder)
     tok = tokenizers.load(os.path.join(folder, 'tokenizer'))
     dit = DiTConfig(image_size=settings['dit.image_size'])
     unet, vae, text = (from_folder(folder, part) for part in MODELS)
-    empty = tokenizers.clip_row(tok, '', settings['seq_len'])
+    empty = clip_row(tok, '', settings['seq_len'])
     model = build(dit, unet, text, vae, empty).to(device).eval()
     task = tasks.load('t2i')
     processor = processors.build(settings, tok, task, 0)

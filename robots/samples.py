@@ -135,6 +135,11 @@ def statistics(settings, folders):
 def prepare(run):
     """run.units turns a robot's numbers into the model's, and back. Raises ValueError."""
     settings = run.settings
+
+    # the forms of other tasks know nothing of actions, which would be left out in silence
+    if run.processor.form != 'auto' and '.py:' not in run.processor.form:
+        raise ValueError(f'processor={settings["processor"]!r} writes no actions: take auto, a '
+                         'model folder of PaliGemma, or a function of yours (file.py:function)')
     units = actions.Units(run.kept['stats.json'], settings['normalize'], settings['action_steps'],
                           settings['action_dim'], settings['proprio_dim'])
     run.units = units.to(run.device)

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import hub
 import pictures
 from configurator import part
 from diffusion import schedule_of, sincos
@@ -24,7 +23,7 @@ from robots.acting import SampleSettings, sample  # noqa: F401
 from robots.chunks import LOSSES, action_loss, draws_of, start_of, state_of
 from robots.denoisers import MLPDenoiser, Pool, Transformer, UNet1d
 from robots.samples import FILES, form, prepare, statistics  # noqa: F401
-from tasks import vlm
+from tasks import tower, vlm
 
 
 @dataclass
@@ -128,10 +127,17 @@ def build(settings, tokenizer, load_weights=True):
     """The DiffusionPolicy of the settings. Raises ValueError."""
     config = replace(part(settings, 'policy', PolicyConfig), **samples.sizes(settings))
     config.check()
+
+    # a tower that is asked for by name is never left out in silence
+    for tower, encoders in (('decoder', ('text', 'vlm')), ('vit', ('vlm',))):
+        name = settings[f'{tower}.hf']
+        if name and config.encoder not in encoders:
+            raise ValueError(f'{tower}.hf={name!r}: policy.encoder={config.encoder} has no '
+                             f'{tower}, expected {" or ".join(encoders)}')
     encoder = None
     if config.encoder == 'text':
         decoder = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
-        encoder = hub.tower('decoder', decoder, tokenizer, load_weights) or Decoder(decoder)
+        encoder = tower('decoder', decoder, tokenizer, load_weights) or Decoder(decoder)
     elif config.encoder == 'vlm':
         encoder = vlm.build(settings, tokenizer, load_weights)
     return DiffusionPolicy(config, encoder)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-import hub
 import pictures
 from configurator import part
 from model import Decoder, DecoderConfig, Learned, ViT, ViTConfig, VLMConfig, sized
 from processor import LEARNED, SEEN, question
 from shards import BadSample
+from tasks import tower
 
 
 class TrainSettings:
@@ -83,7 +83,7 @@ def build(settings, tokenizer, load_weights=True):
         raise ValueError(f'decoder.hf={decoder.hf!r}: the text tower of task=siglip is ours, which '
                          'reads texts in both directions')
     config = VLMConfig(part(settings, 'vit', ViTConfig), decoder)
-    vit = hub.tower('vit', config.vit, tokenizer, load_weights)
+    vit = tower('vit', config.vit, tokenizer, load_weights)
     return SigLIP(config, settings['pair_scale'], settings['pair_bias'], vit)
 
 

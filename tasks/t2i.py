@@ -31,7 +31,7 @@ from model import Decoder, DecoderConfig, sized
 from processor import READ, padded, question
 from shards import BadSample
 from tasks import vlm
-from tokenizer import clip_row
+from vocabularies.clip import clip_row
 
 
 class TrainSettings:
@@ -155,7 +155,7 @@ def build(settings, tokenizer, load_weights=True):
 
     # the text tower: ours, or one of transformers
     decoder = part(settings, 'decoder', DecoderConfig)
-    text = hub.tower('text', decoder, tokenizer, load_weights)
+    text = tasks.tower('text', decoder, tokenizer, load_weights)
     if text is None:
         text = Decoder(sized(decoder, tokenizer.vocab_size))
     return TextToImage(config, text, vae=vae, empty=[tokenizer.bos_id, tokenizer.eos_id])
@@ -163,6 +163,9 @@ def build(settings, tokenizer, load_weights=True):
 
 def build_stable_diffusion(settings, config, tokenizer):
     """U-Net, autoencoder and CLIP's text tower as a TextToImage. Raises ValueError."""
+    if settings['decoder.hf']:
+        raise ValueError(f'decoder.hf={settings["decoder.hf"]!r}: the text tower of denoiser=unet '
+                         'is `clip`, whose weights can begin one (init_from)')
     clip = part(settings, 'clip', CLIPTextConfig)
     empty = clip_row(tokenizer, '', clip.max_length)
     if max(empty) >= clip.vocab_size:

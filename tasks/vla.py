@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import hub
 from configurator import part
 from diffusion import FlowSchedule, sincos
 from model import (
@@ -34,7 +33,7 @@ from robots import samples
 from robots.acting import SampleSettings, sample  # noqa: F401
 from robots.chunks import LOSSES, action_loss, draws_of, start_of, state_of
 from robots.samples import FILES, form, prepare, statistics  # noqa: F401
-from tasks import vlm
+from tasks import tower, vlm
 from tasks.llm import arguments, check_text_loss  # noqa: F401
 from tasks.vlm import eyes  # noqa: F401
 
@@ -113,7 +112,7 @@ def build(settings, tokenizer, load_weights=True):
         raise ValueError(f'decoder.hf={of_vlm.decoder.hf!r}: the action expert of task=vla reads '
                          'the keys and values of our own decoder; its weights can begin one '
                          '(init_from)')
-    return VLA(config, of_vlm, hub.tower('vit', of_vlm.vit, tokenizer, load_weights))
+    return VLA(config, of_vlm, tower('vit', of_vlm.vit, tokenizer, load_weights))
 
 
 class Prefix:

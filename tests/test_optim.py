@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import optim
+import usage
 
 SETTINGS = dict(lr=1e-3, min_lr=0.0, weight_decay=0.1, grad_clip=1.0, betas=(0.9, 0.95), ema=0.0,
                 groups=[('bias', {'weight_decay': 0.0}), ('.*', {})], init_skip=['^connector'],
@@ -93,7 +94,7 @@ def test_the_first_rule_found_in_a_name_counts():
     ([('.*', {'lr': 1.0})], ["'lr'", 'lr_scale']),
 ], ids=str)
 def test_rules_that_do_not_fit_the_model(groups, words):
-    for use in (optim.match, optim.describe):
+    for use in (optim.match, usage.describe):
         with pytest.raises(ValueError) as error:
             use(groups, parameters())
         assert all(word in str(error.value) for word in words), error.value
@@ -102,7 +103,7 @@ def test_rules_that_do_not_fit_the_model(groups, words):
 def test_a_line_for_each_parameter_in_columns():
     groups = [('^blocks.0', {'freeze': True}), ('bias', {'weight_decay': 0.0, 'lr_scale': 2}),
               ('.*', {})]
-    lines = optim.describe(groups, parameters())
+    lines = usage.describe(groups, parameters())
     assert [line.split()[0] for line in lines] == list(parameters())
 
     told = {}

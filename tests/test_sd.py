@@ -23,6 +23,7 @@ from images.sd import (  # noqa: E402
     schedule_of,
 )
 from images.vae import VAEConfig  # noqa: E402
+from vocabularies.clip import clip_row  # noqa: E402
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()
@@ -278,7 +279,7 @@ def test_token_ids_are_those_of_cliptokenizer(saved, kind):
     tok = tokenizers.load(os.path.join(folder, 'bpe' if kind == 'merges.txt' else 'tokenizer'))
     assert os.path.basename(tok.files[0]) == kind
     want = pipe.tokenizer(TEXTS, padding='max_length', max_length=77, truncation=True).input_ids
-    assert [tokenizers.clip_row(tok, text) for text in TEXTS] == want
+    assert [clip_row(tok, text) for text in TEXTS] == want
 
     # any letters, with accents that stand alone
     rng = np.random.default_rng(0)
@@ -286,7 +287,7 @@ def test_token_ids_are_those_of_cliptokenizer(saved, kind):
     letters = [chr(code) for code in codes]
     texts = [''.join(rng.choice(letters, 60)) for _ in range(200)]
     want = pipe.tokenizer(texts, padding='max_length', max_length=40, truncation=True).input_ids
-    assert [tokenizers.clip_row(tok, text, 40) for text in texts] == want
+    assert [clip_row(tok, text, 40) for text in texts] == want
     assert tok.pad_id == tok.eos_id == pipe.tokenizer.eos_token_id
 
     # as a worker gets it
@@ -492,7 +493,7 @@ PROMPTS = ['the dog', 'a cat, 2 dogs and THE cat']
 
 
 def tokens_of(tok, texts):
-    return torch.tensor([tokenizers.clip_row(tok, text) for text in texts])
+    return torch.tensor([clip_row(tok, text) for text in texts])
 
 
 @pytest.mark.parametrize('steps,guidance', [(10, 7.5), (7, 7.5), (7, 1.0), (30, 3.0)])

@@ -37,7 +37,7 @@ SEEN = dict(proprio=np.arange(3, dtype=np.float32), near=np.zeros((4, 4, 3), np.
 
 def client():
     """The class Robot of README.md."""
-    text = (tiny.ROOT / 'README.md').read_text()
+    text = (tiny.ROOT / 'docs' / 'robots.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
     code, = (block for block in blocks if 'Robot' in block)
 
