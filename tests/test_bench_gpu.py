@@ -148,7 +148,7 @@ def test_gpu_tests_that_failed_are_named(bench, monkeypatch, tmp_path):
     # a row of the one that failed, and one of them all
     one, whole = bench.run_tests('tests', '', 0)
     assert one == dict(what='tests/test_a.py::test_b[1]', error='assert 1 == 2')
-    assert '1 failed, 1 passed' in whole['error']
+    assert whole['said'] == '1 failed, 1 passed in 2.0s' and 'RuntimeError' in whole['error']
 
 
 @pytest.mark.parametrize('scales, error', [
