@@ -1,4 +1,4 @@
-"""Ranks: the processes that torchrun starts, what they tell each other, and a model on all of them.
+"""Ranks: the processes that torchrun starts, what they tell each other, a model on all of them.
 
 One process is a world of one: everything here works there, too.
 """
