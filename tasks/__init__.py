@@ -17,6 +17,8 @@ import importlib.util
 import os
 import sys
 
+from configurator import flatten
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # -----------------------------------------------------------------------------------------------
@@ -139,6 +141,11 @@ def load_file(path):
 def train_settings(name):
     """{name: default} of what a task adds to train.py. Raises ValueError."""
     return body_of(load(name).TrainSettings)
+
+
+def defaults(name):
+    """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
+    return flatten(train_settings(name))
 
 
 def body_of(settings):
