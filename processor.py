@@ -45,7 +45,12 @@ def fields(members, with_pictures=True):
     list of bytes, in the order of their names) and picture_names. Raises BadSample."""
     sample = {}
     if 'json' in members:
-        sample = read_object(members['json'])
+        try:
+            sample = json.loads(members['json'])
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f'.json can not be read ({error})') from None
+        if not isinstance(sample, dict):
+            raise BadSample('.json is no object')
     if 'txt' in members:
         try:
             sample['text'] = members['txt'].decode('utf-8')
@@ -64,17 +69,6 @@ def fields(members, with_pictures=True):
     sample['picture_names'] = [name for name, _ in pictures]
     sample['pictures'] = [members[ext] for _, ext in pictures]
     sample['members'] = members
-    return sample
-
-
-def read_object(data):
-    """The bytes of a .json -> a dict. Raises BadSample."""
-    try:
-        sample = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f'.json can not be read ({error})') from None
-    if not isinstance(sample, dict):
-        raise BadSample('.json is no object')
     return sample
 
 

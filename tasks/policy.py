@@ -129,11 +129,11 @@ def build(settings, tokenizer, load_weights=True):
     config.check()
 
     # a tower that is asked for by name is never left out in silence
-    for tower, encoders in (('decoder', ('text', 'vlm')), ('vit', ('vlm',))):
-        name = settings[f'{tower}.hf']
+    for key, encoders in (('decoder', ('text', 'vlm')), ('vit', ('vlm',))):
+        name = settings[f'{key}.hf']
         if name and config.encoder not in encoders:
-            raise ValueError(f'{tower}.hf={name!r}: policy.encoder={config.encoder} has no '
-                             f'{tower}, expected {" or ".join(encoders)}')
+            raise ValueError(f'{key}.hf={name!r}: policy.encoder={config.encoder} has no {key}, '
+                             f'expected {" or ".join(encoders)}')
     encoder = None
     if config.encoder == 'text':
         decoder = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
