@@ -11,6 +11,7 @@
 import json as jsons
 import os
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 from configurator import answer_help, configure
@@ -59,7 +60,7 @@ import torch
 
 import hub
 from shards import BadSample
-from tasks import sample_settings
+from tasks import sample_settings, that_have
 
 try:
     if not _task:
@@ -68,7 +69,8 @@ try:
     globals().update(sample_settings(_task))
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
-options = SimpleNamespace(**configure(globals()))
+_elsewhere = partial(that_have, task_class='SampleSettings')
+options = SimpleNamespace(**configure(globals(), elsewhere=_elsewhere))
 if options.batch_size < 1:
     fail(f'batch_size={options.batch_size} must be at least 1')
 if options.device == 'auto':

@@ -157,10 +157,10 @@ def defaults(name):
     return flatten(train_settings(name))
 
 
-def that_have(key):
+def that_have(key, task_class='TrainSettings'):
     """The tasks that have a setting, for the one who gave it to another."""
     from usage import settings_in       # which is for those who ask for help, and here
-    return [name for name in names() if key in settings_in(path_of(name), 'TrainSettings')]
+    return [name for name in names() if key in settings_in(path_of(name), task_class)]
 
 
 def kept(task):

@@ -1,4 +1,5 @@
-"""What the tests share: the repo's root on sys.path, one thread, tiny pictures and tiny data sets."""
+"""What the tests share: the repo's root on sys.path, one thread, tiny pictures and tiny data
+sets."""
 import atexit
 import io
 import json
@@ -21,7 +22,8 @@ torch.set_num_threads(1)
 
 
 def picture(number, size=16):
-    """An RGBA picture (size, size, 4) of its own for every number: noise with a transparent rim."""
+    """An RGBA picture (size, size, 4) of its own for every number: noise with a transparent
+    rim."""
     rgba = np.random.default_rng(number).integers(0, 256, (size, size, 4), dtype=np.uint8)
     rgba[..., 3] = 255
     rgba[0], rgba[-1] = 0, 0
@@ -50,7 +52,8 @@ def write_tar(path, samples):
 
 
 def write_set(folder, shards, manifest=True):
-    """A data set of shards, each a list of samples or a number of samples to be made; the folder."""
+    """A data set of shards, each a list of samples or a number of samples to be made; the
+    folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows, count = [], 0
