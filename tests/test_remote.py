@@ -80,7 +80,8 @@ def s3(proxy, monkeypatch, tmp_path):
     options = {'endpoint_url': f'http://127.0.0.1:{proxy.server_port}', 'key': 'k', 'secret': 's',
                'config_kwargs': {'retries': {'max_attempts': 0}, 'read_timeout': 5}}
     monkeypatch.setitem(fsspec.config.conf, 's3', options)
-    monkeypatch.setenv('FSSPEC_S3', json.dumps(options))            # of other processes
+    env = {'FSSPEC_S3': json.dumps(options)}
+    monkeypatch.setenv('FSSPEC_S3', env['FSSPEC_S3'])       # of other processes
     # s3fs tries again by itself: here we shall
     monkeypatch.setattr(s3fs.S3FileSystem, 'retries', 1)
     waits, bucket, fs = [], f'b{time.time_ns()}', fsspec.filesystem('s3')
@@ -94,7 +95,7 @@ def s3(proxy, monkeypatch, tmp_path):
     for path in local.iterdir():
         upload(path)
     return SimpleNamespace(url=f's3://{bucket}/set', local=local, upload=upload, proxy=proxy,
-                           waits=waits, fs=fs, cache=tmp_path / 'cache',
+                           waits=waits, fs=fs, cache=tmp_path / 'cache', env=env,
                            gets=lambda: [path.rsplit('/', 1)[1] for method, path in proxy.seen
                                          if method == 'GET' and path.endswith('.tar')])
 
@@ -282,7 +283,7 @@ def test_a_run_on_remote_shards_is_the_run_on_local_ones(s3, tmp_path):
         '.tar') else None
     for out, spec in (('remote', s3.url), ('local', s3.local)):
         tiny.run('train.py', *tiny.FLAGS, f'--mix={{"{spec}": 1}}', '--max_steps=4', '--workers=2',
-                 f'--cache_dir={s3.cache}', f'--out_dir={tmp_path / out}', real=True).ok()
+                 f'--cache_dir={s3.cache}', f'--out_dir={tmp_path / out}', env=s3.env).ok()
     assert next(faults, 'all came') == 'all came'
     assert tiny.losses(tmp_path / 'remote') == tiny.losses(tmp_path / 'local')
 

@@ -269,6 +269,7 @@ def child(script, args, cwd, env, files, ranks):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), fd)
     if ranks:
         torchrun(ranks)
+    prepare_torch(env)
     sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
     code = 1
     try:
@@ -282,6 +283,16 @@ def child(script, args, cwd, env, files, ranks):
     except BaseException:
         traceback.print_exc()
     leave(code)
+
+
+def prepare_torch(env):
+    """What torch reads when it is imported, and COMPILE_BACKEND: of torch.compile, inductor is
+    slow."""
+    import torch
+    if 'TORCH_LOGS' in env:
+        torch._logging._init_logs()
+    if 'COMPILE_BACKEND' in env:
+        torch.compile = functools.partial(torch.compile, backend=env['COMPILE_BACKEND'])
 
 
 def leave(code):
