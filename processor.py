@@ -45,7 +45,12 @@ def fields(members, with_pictures=True):
     list of bytes, in the order of their names) and picture_names. Raises BadSample."""
     sample = {}
     if 'json' in members:
-        sample = read_object(members['json'])
+        try:
+            sample = json.loads(members['json'])
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f'.json can not be read ({error})') from None
+        if not isinstance(sample, dict):
+            raise BadSample('.json is no object')
     if 'txt' in members:
         try:
             sample['text'] = members['txt'].decode('utf-8')
@@ -64,17 +69,6 @@ def fields(members, with_pictures=True):
     sample['picture_names'] = [name for name, _ in pictures]
     sample['pictures'] = [members[ext] for _, ext in pictures]
     sample['members'] = members
-    return sample
-
-
-def read_object(data):
-    """The bytes of a .json -> a dict. Raises BadSample."""
-    try:
-        sample = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f'.json can not be read ({error})') from None
-    if not isinstance(sample, dict):
-        raise BadSample('.json is no object')
     return sample
 
 
@@ -393,7 +387,7 @@ def fill_rows(lengths, seq_len):
 def collate(pieces, p, pack=False, multiple=1, ready=()):
     """Pieces (None: a placeholder, an empty row) -> a batch, a dict of small arrays:
 
-    tokens, targets int32, blocks uint8, segments int16 (B, T), left out where rows are just causal;
+    tokens, targets int32, blocks uint8, segments int16 (B, T), left out if rows are just causal;
     parts int16 (B, T) or (B, 1), the data set of a target; positions (B,) in the run; pixels
     uint8 (I, H, W, 3) or as the form gave them, and pictures (B,), how many of them each row has;
     beside: a dict of arrays (A, ...), with `rows` and `positions` (A,); texts, one a row;

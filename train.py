@@ -517,8 +517,8 @@ while progress['step'] < steps:
     counted = count_step(batches, len(micro))
     micro += [empty_batch] * (counted.passes - len(micro))
 
-    # gradients, which travel once a step
-    torch.manual_seed(data.seed_of(seed, progress['step'], rank))       # of dropout
+    # gradients, which travel once a step; dropout follows from the seed
+    torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))
     by_set = torch.zeros(len(kinds), 2, len(mix), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro):
         parallel.synchronize(model, is_last=i == counted.passes - 1)

@@ -19,7 +19,6 @@ import processor as processors
 import tasks
 import tokenizer as tokenizers
 from checkpoint import Run, write_json
-from configurator import flatten
 from families.files import copy_into, files_of, layer_of, opened, write_tensors
 from families.huggingface import VIT_BLOCK
 from images.clip import CLIPText, CLIPTextConfig
@@ -469,7 +468,7 @@ def settings_of(folder):
 
 def open_run(folder, device='cpu', ema=True):
     """The Run of a folder, to draw with. Raises ValueError."""
-    defaults = flatten(tasks.train_settings('t2i'))
+    defaults = tasks.defaults('t2i')
     settings = defaults | dict(processor='auto', seed=0) | settings_of(folder)
     tok = tokenizers.load(os.path.join(folder, 'tokenizer'))
     dit = DiTConfig(image_size=settings['dit.image_size'])

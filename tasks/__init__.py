@@ -143,14 +143,14 @@ def train_settings(name):
     return body_of(load(name).TrainSettings)
 
 
+def defaults(name):
+    """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
+    return flatten(train_settings(name))
+
+
 def body_of(settings):
     """{name: default} of a class of settings."""
     return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
-
-
-def defaults(name):
-    """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
-    return flatten(body_of(load(name).TrainSettings))
 
 
 def that_have(key, settings='TrainSettings'):

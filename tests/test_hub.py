@@ -600,7 +600,7 @@ def test_a_run_that_no_family_writes_says_so(tmp_path, monkeypatch):
     """Such as a policy's, or a task's of one's own."""
     run = SimpleNamespace(settings=dict(task='mine.py'), tokenizer=None,
                           model=torch.nn.Linear(2, 2))
-    monkeypatch.setattr(hub.checkpoint, 'open_run', lambda path: run)
+    monkeypatch.setattr(hub, 'open_ours', lambda path: run)
     with pytest.raises(ValueError, match=r"out/mine.*task='mine.py' trains a Linear.*huggingface"):
         hub.export_run('out/mine', str(tmp_path / 'out'))
     assert not (tmp_path / 'out').exists()

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 os.environ['HF_HUB_OFFLINE'] = '1'
 tf = pytest.importorskip('transformers')
 
-import checkpoint  # noqa: E402
 import hub  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 from families import processors  # noqa: E402
@@ -145,7 +144,7 @@ def test_frozen_parts_have_no_state_and_are_not_saved_twice(run):
     assert state and not [name for name in state if 'vit.' in name]
     saved, averages = (load_file(latest / p / 'model.safetensors') for p in ('', 'ema'))
     assert {k for k in saved if k not in averages} == {k for k in saved if k.startswith('vit.')}
-    model = checkpoint.open_run(str(run)).model.state_dict()
+    model = hub.open_ours(str(run)).model.state_dict()
     assert all(torch.equal(model[k], averages.get(k, saved[k])) for k in model)
 
 
@@ -153,7 +152,7 @@ def test_export_of_a_run_in_transformers(run, tmp_path):
     from PIL import Image
     tiny.run('hub.py', 'export', run, tmp_path / 'hf').ok()
     theirs = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / 'hf').eval()
-    ours = checkpoint.open_run(str(run)).model
+    ours = hub.open_ours(str(run)).model
     processor = tf.AutoProcessor.from_pretrained(tmp_path / 'hf')
     picture = Image.fromarray(tiny.draw('red disc', 'dark'), 'RGBA').convert('RGB')
     picture.save(tmp_path / 'a.png')

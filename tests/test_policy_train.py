@@ -3,10 +3,14 @@ ranks, and sample.py in the simulator."""
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
+
+from hub import open_run
+from robots.acting import policy_of
 
 FLAGS = ['--device=cpu', '--lanes=8', '--window=4', '--workers=0', '--batch_size=12',
          '--seq_len=48', '--log_every=1', '--max_steps=3', '--lr=1e-3', '--warmup=0',
@@ -128,6 +132,33 @@ def test_a_vlm_begins_a_policy_and_a_vla(data_dir, tmp_path):
         assert line.endswith('none left there unused') and ' begin anew' in line, line
     train(data_dir, tmp_path / 'again', *KINDS['pictures'], *short,
           f'--init_from={tmp_path / "pictures"}').ok()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_chunk_does_not_depend_on_who_asks_with_it(data_dir, tmp_path, kind):
+    """Robots with sentences of any length, so that rows are padded, one by one and together."""
+    train(data_dir, tmp_path, *KINDS[kind], '--mix={"eyes": 1.0}').ok()
+    run = open_run(str(tmp_path))
+    act = policy_of(run, SimpleNamespace(seed=0, sample_steps=3, sampler=''))
+    rng, seen = np.random.default_rng(0), []
+    for i in range(6):
+        picture = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        seen.append(dict(proprio=rng.standard_normal(39), instruction='go' + 3 * i * 'o',
+                         pictures=dict(near=picture), seed=i, step=2 * i))
+
+    # the same request gives the same bits, in another batch the same to rounding
+    alone = np.concatenate([act([one]) for one in seen])
+    assert alone.shape == (6, 4, 4) and abs(np.diff(alone, axis=0)).max((1, 2)).min() > 1e-3
+    for one, chunk in zip(seen, alone):
+        np.testing.assert_array_equal(act([one])[0], chunk)
+    for size in (2, 3, 6):
+        together = np.concatenate([act(seen[a:a + size]) for a in range(0, 6, size)])
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(act(seen), act(seen))
+
+    # only the step and the seed make other noise
+    other = act([seen[0] | dict(step=1), seen[0] | dict(seed=9)])
+    assert (abs(other - alone[0]).max((1, 2)) > 1e-3).all()
 
 
 @pytest.mark.parametrize('flags, said', [

@@ -110,7 +110,7 @@ def test_a_model_folder_names_the_form(tmp_path):
     said = {'processor': str(tmp_path), 'image_mean': 0.0, 'vit.image_size': 16, 'seq_len': 32}
     config = tasks.defaults('vlm') | {'task': 'vlm'} | said
     p = processors.build(config, Bytes(), vlm, 4)
-    assert p.function is processors.paligemma and p.eyes.mean == [0.5, 0.4, 0.3]
+    assert p.function is vlm.form and p.eyes.mean == [0.5, 0.4, 0.3]
     pixels = p.eyes.to_tensor(np.full((1, 1, 1, 3), 255, np.uint8), 'cpu')
     torch.testing.assert_close(pixels.flatten(), torch.tensor([1.0, 1.2, 2.8]))
     with pytest.raises(ValueError, match='image_size'):

@@ -10,9 +10,9 @@ import sentencepiece
 from conftest import encode, make_processor, picture
 from PIL import Image
 
-import processor as processors
 import tokenizer
 from processor import BadSample
+from tasks import vlm
 
 tokenizers = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
@@ -191,7 +191,7 @@ PROMPTS = [('detect cat', '<loc0012><loc1023><loc0000><loc0500> cat'),
 def test_paligemma(paligemma, which, count):
     theirs = transformers.AutoProcessor.from_pretrained(paligemma[0])
     p = load(paligemma[which], 'vlm', tokens=4)
-    assert p.function is processors.paligemma and p.tokenizer.image_id == theirs.image_token_id
+    assert p.function is vlm.form and p.tokenizer.image_id == theirs.image_token_id
     data = [encode(picture(i, 30)) for i in range(count)]
     opened = [Image.open(io.BytesIO(x)) for x in data]
     for prefix, suffix in PROMPTS:

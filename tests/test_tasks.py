@@ -16,7 +16,6 @@ import tasks  # noqa: E402
 from families.towers import HFDecoder, HFText, HFViT  # noqa: E402
 from model import Decoder, ViT  # noqa: E402
 from processor import collate  # noqa: E402
-from tokenizer import Bytes  # noqa: E402
 
 NEEDS = 'tasks/vlm.py', 'tasks/siglip.py', 'tasks/policy.py', 'tasks/vla.py', 'tasks/t2i.py'
 VOCAB = 264
@@ -51,10 +50,11 @@ def folders(tmp_path_factory):
 def run_of(task, **said):
     """A run of small models, as train.py makes one."""
     settings = tasks.defaults(task)
-    loop = dict(task=task, processor='auto', seq_len=32, seed=0, batch_size=2, micro_batch_size=0)
+    loop = dict(task=task, tokenizer='bytes', processor='auto', seq_len=32, seed=0, batch_size=2,
+                micro_batch_size=0)
     small = {'vit.image_size': 16, 'vit.patch_size': 8}
     known = {key: value for key, value in small.items() if key in settings}
-    run = checkpoint.make_run(settings | loop | known | said, Bytes(), 'auto', 'cpu')
+    run = checkpoint.make_run(settings | loop | known | said, 'cpu')
     run.kept = {name: STATS for name in run.task.FILES}
     run.task.prepare(run)
     return run
