@@ -20,6 +20,7 @@ from order import Mixture, Order, Random, hash64  # noqa: F401
 from processor import BadSample, collate
 from shards import CACHE, Folder  # noqa: F401
 
+
 class InOrder:
     """The locate of `Order` for a validation pass over one folder: position n is sample n."""
 
@@ -220,9 +221,9 @@ class Chapter:
 class History:
     """The chapters of a run, and its data sets as they were first met.
 
-    A resume with the settings of the last chapter adds nothing. One with another mix, weight, batch
-    size, seed or window begins a chapter: positions go on where they stopped, and each data set
-    goes on in its own epoch at its own sample. saved: a checkpoint's chapters.json."""
+    A resume with the settings of the last chapter adds nothing. One with another mix, weight,
+    batch size, seed or window begins a chapter: positions go on where they stopped, and each data
+    set goes on in its own epoch at its own sample. saved: a checkpoint's chapters.json."""
 
     def __init__(self, lanes, saved=None):
         saved = saved or dict(lanes=lanes, sets={}, chapters=[])
@@ -276,8 +277,8 @@ class History:
         if name not in adopted:
             raise ValueError(
                 f'data set {name!r} is not what this run began with ({before["samples"]} samples '
-                f'in {before["shards"]} shards, now {now["samples"]} in {now["shards"]}): bring it '
-                f'back, or begin its epochs anew with --adopt=\'["{name}"]\'')
+                f'in {before["shards"]} shards, now {now["samples"]} in {now["shards"]}): bring '
+                f'it back, or begin its epochs anew with --adopt=\'["{name}"]\'')
         self.sets[name] = dict(now, number=1 + max(each['number'] for each in self.sets.values()))
         return True
 

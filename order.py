@@ -82,9 +82,9 @@ class Order:
     each, of any sum.
     1. n = round * lanes + lane. Rank r of W takes the positions congruent to r mod W, so what a
        batch holds does not depend on W; when W divides `lanes`, a rank stays in its own lanes.
-    2. Every position is mixed by itself (`Mixture`): any stretch of positions holds each data set's
-       share to within three samples, and in a block of 4096 rounds each lane meets each data set
-       exactly its quota of times.
+    2. Every position is mixed by itself (`Mixture`): any stretch of positions holds the share of
+       each data set to within three samples, and in a block of 4096 rounds each lane meets each
+       data set exactly its quota of times.
     3. A lane's j-th draw from a data set is that data set's sample number p = j * lanes + lane. It
        runs through epochs of its own. One of at most `whole` samples is permuted whole in each
        epoch. Of a larger one an epoch permutes the shards, and every lane owns a contiguous range
@@ -261,14 +261,14 @@ class Mixture:
     """Which data set each position is of, so that any stretch of them holds each share.
 
     4096 places in a row hold the data sets by their quotas: each goes, place by place, to the one
-    that is furthest behind its share. Positions go around that row. With 64 lanes a lane would meet
-    the same 64 places again each time, so after every turn the row is shifted by one: in 64 turns,
-    a block, a lane meets every place once. A shift leaves out a place; where in the row that
+    that is furthest behind its share. Positions go around that row. With 64 lanes a lane would
+    meet the same 64 places again each time, so after every turn the row is shifted by one: in 64
+    turns, a block, a lane meets every place once. A shift leaves out a place; where in the row that
     begins is chosen so that those left out hold the shares, too."""
 
     def __init__(self, weights, lanes):
         self.quotas = quotas_of(weights)
-        # lanes = shifts * odd: a lane meets every shifts-th place of the row in one turn of its own
+        # lanes = shifts * odd: a lane meets every shifts-th place of the row in one of its turns
         self.lanes, self.shifts = lanes, lanes & -lanes
         if self.shifts > BLOCK:
             raise ValueError(f'lanes={lanes} are more than {BLOCK}')

@@ -2,7 +2,8 @@
 
     python data.py out/vlm_emoji/config.json --show_steps=100:103
 
-prints those of the rows 100, 101 and 102 of log.jsonl: step, position, data set, epoch, shard, key.
+prints those of the rows 100, 101 and 102 of log.jsonl: step, position, data set, epoch, shard,
+key.
 """
 import fnmatch
 import os
@@ -41,8 +42,9 @@ def open_past(settings, out_dir):
     Raises ValueError and OSError."""
     path, progress = checkpoint.newest(os.path.join(out_dir, 'checkpoints'), print)
     saved = checkpoint.read_past(path)['chapters.json']
-    _, history = data.open_mix(settings | dict(adopt=settings['mix']), saved, progress.get('step', 0),
-                          progress.get('samples', 0))
+    everything = settings | dict(adopt=list(settings['mix']))
+    _, history = data.open_mix(everything, saved, progress.get('step', 0),
+                               progress.get('samples', 0))
     for name in history.sets:
         if name not in history.folders:
             history.folders[name] = data.open_folder(name, settings)

@@ -292,8 +292,9 @@ except checkpoint.ERRORS as error:
 
 def save():
     """Begin to write the checkpoint of this step."""
-    jsons = {'config.json': config, 'progress.json': progress | dict(world=world, scheduled=step in checkpoint_steps),
-             'chapters.json': history.to_json()} | run.kept
+    is_scheduled = progress['step'] in checkpoint_steps
+    jsons = {'config.json': config, 'chapters.json': history.to_json(),
+             'progress.json': progress | dict(world=world, scheduled=is_scheduled)} | run.kept
     if master:
         jsons['shards.json'] = history.provenance(folders, progress['step'], past['shards.json'])
     saver.save(progress['step'], raw_model.state_dict(), averages,
