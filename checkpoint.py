@@ -12,6 +12,7 @@ Nothing here is a pickle. What is saved by N processes, sharded or not, is loade
 number. DCP is torch.distributed.checkpoint. mirror.py brings checkpoints to a URL, and back.
 """
 import contextlib
+import filecmp
 import json
 import os
 import re
@@ -362,14 +363,20 @@ def find(out_dir, resume, say):
     that `resume` names; or an error, last."""
     folder = os.path.join(out_dir, 'checkpoints')
     try:
-        if resume in ('auto', 'never') or names(folder):
-            return *newest(folder, say), ''
-        path = checkpoint_of(resume)
-        return path, verify(path), ''
+        os.makedirs(folder, exist_ok=True)
+        if names(folder) or resume in ('auto', 'never'):
+            path, progress = newest(folder, say)
+        else:
+            path = checkpoint_of(resume)
+            progress = verify(path)
     except FileNotFoundError as error:
-        return '', {}, f'resume={resume!r}: {error.filename} is missing'
+        return '', {}, (f'resume={resume!r}: {error.filename} is missing; expected one of auto, '
+                        'never, or a checkpoint')
     except (ValueError, OSError) as error:
         return '', {}, str(error)
+    if path and resume == 'never':
+        return '', {}, f'resume=never, but {path} exists: give another out_dir'
+    return path, progress, ''
 
 
 def read_past(path):
@@ -397,6 +404,23 @@ def changes(path, settings, kept):
                              'run keeps its model and lanes; give another out_dir')
         lines.append(f'changed since {path}: {key} {old[key]!r} -> {settings[key]!r}')
     return lines
+
+
+def check_same_files(path, run):
+    """Raises ValueError where statistics, tokenizer or processor are not those of the checkpoint
+    that a run goes on from ('': none), and are not adopted by name."""
+    if not path:
+        return
+    remade = [name for name, value in run.kept.items()
+              if read_json(os.path.join(path, name)) != value]
+    for name, file in own_files(run).items():
+        kept = os.path.join(path, name)
+        if not os.path.exists(kept) or not filecmp.cmp(file, kept, shallow=False):
+            remade.append(name)
+    for name in remade:
+        if name not in run.settings['adopt']:
+            raise ValueError(f'{name} is not what {path} was made with: bring it back, or take the '
+                             f'new one with --adopt=\'["{name}"]\'')
 
 
 def load_averages(averages, path):

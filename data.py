@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 
@@ -215,7 +215,8 @@ class Chapter:
     seed: int
     window: int
     whole: int
-    drawn: dict = field(default_factory=dict)       # data set -> what each lane drew before
+    numbers: dict               # data set -> its number in the run
+    drawn: dict                 # data set -> what the run drew of it before (as Order's)
 
 
 class History:
@@ -238,48 +239,45 @@ class History:
     def go_on(self, settings, folders, step, position):
         """Make the last chapter one of these settings, from a step and position on. Raises
         ValueError for a data set that is not what it was."""
-        drawn = {}
-        if self.chapters:
-            # what came after the checkpoint is done again
-            self.chapters = [chapter for chapter in self.chapters if chapter.step <= step]
-            drawn = self.drawn(step, position)
+        # what came after the checkpoint is done again
+        self.chapters = [chapter for chapter in self.chapters if chapter.step <= step]
+        drawn = self.drawn(step, position) if self.chapters else {}
         for name, folder in folders.items():
-            is_new = self.meet(name, folder, settings.get('adopt', ()))
-            if is_new:
+            if self.is_new(name, folder, settings.get('adopt', ())):
                 drawn.pop(name, None)
 
-        chapter = Chapter(step, position, settings['batch_size'], dict(settings['mix']),
-                          settings['seed'], settings['window'], settings['whole'], drawn)
-        if not self.chapters:
-            self.chapters = [chapter]
-        elif not self.is_continued_by(chapter):
+        mix = dict(settings['mix'])
+        numbers = {name: self.sets[name]['number'] for name in mix}
+        chapter = Chapter(step, position, settings['batch_size'], mix, settings['seed'],
+                          settings['window'], settings['whole'], numbers, drawn)
+        if not self.is_continued_by(chapter):
             self.chapters = [old for old in self.chapters if old.step < step] + [chapter]
         self.folders, self.orders = dict(folders), {}
 
     def is_continued_by(self, chapter):
         """Would the last chapter do just what this one does?"""
+        if not self.chapters:
+            return False
         last = self.chapters[-1]
-        expected = last.position + (chapter.step - last.step) * last.batch_size
-        keys = 'batch_size', 'mix', 'seed', 'window', 'whole'
-        same = all(getattr(last, key) == getattr(chapter, key) for key in keys)
-        return same and expected == chapter.position and list(last.mix) == list(chapter.mix)
+        position = last.position + (chapter.step - last.step) * last.batch_size
+        same = replace(last, step=chapter.step, position=position, drawn=chapter.drawn) == chapter
+        return same and list(last.mix) == list(chapter.mix)
 
-    def meet(self, name, folder, adopted):
-        """Keep what a data set is; whether it begins anew. Raises ValueError where it is not what
-        it was, and is not adopted."""
+    def is_new(self, name, folder, adopted):
+        """Keep what a data set is; whether it begins its epochs anew. Raises ValueError where it
+        is not what it was, and is not adopted."""
         names = hashlib.sha256(folder.names.tobytes() + folder.sizes.tobytes()).hexdigest()[:16]
         now = dict(samples=len(folder), shards=len(folder.sizes), names=names)
-        number = self.sets.get(name, {}).get('number', len(self.sets))
-        before = {key: value for key, value in self.sets.get(name, now).items() if key != 'number'}
-        if before == now:
-            self.sets[name] = dict(now, number=number)
+        before = self.sets.get(name)
+        if before and before | now == before:
             return False
-        if name not in adopted:
+        if before and name not in adopted:
             raise ValueError(
                 f'data set {name!r} is not what this run began with ({before["samples"]} samples '
                 f'in {before["shards"]} shards, now {now["samples"]} in {now["shards"]}): bring '
                 f'it back, or begin its epochs anew with --adopt=\'["{name}"]\'')
-        self.sets[name] = dict(now, number=1 + max(each['number'] for each in self.sets.values()))
+        taken = [each['number'] for each in self.sets.values()]
+        self.sets[name] = now | dict(number=max(taken, default=-1) + 1)
         return True
 
     def order_at(self, step):
@@ -290,13 +288,16 @@ class History:
         return self.orders[chapter.step]
 
     def order_of(self, chapter):
-        names, zeros = list(chapter.mix), [0] * self.lanes
-        drawn = np.array([chapter.drawn.get(name, zeros) for name in names], np.int64).T
+        for name, number in chapter.numbers.items():
+            if number != self.sets[name]['number']:
+                raise ValueError(f'data set {name!r} is not what it was at step '
+                                 f'{chapter.step + 1}: another one was adopted since')
         try:
-            return Order([self.folders[name].sizes for name in names],
+            return Order([self.folders[name].sizes for name in chapter.mix],
                          list(chapter.mix.values()), chapter.seed, self.lanes, chapter.window,
-                         chapter.whole, chapter.position, drawn,
-                         [self.sets[name]['number'] for name in names])
+                         chapter.whole, chapter.position,
+                         [chapter.drawn.get(name, 0) for name in chapter.mix],
+                         list(chapter.numbers.values()))
         except ValueError as error:
             raise ValueError(f'mix={chapter.mix}: {error}') from None
 
@@ -312,10 +313,8 @@ class History:
     def position_of(self, step):
         """Samples of the run before the step after `step` others."""
         chapter = self.chapter_of(step)
-        position = chapter.position + (step - chapter.step) * chapter.batch_size
-        # the last batch of a chapter may have been cut short
-        later = [other.position for other in self.chapters if other.step > chapter.step]
-        return min([position, self.end, *later[:1]])
+        # the last batch may have been cut short
+        return min(chapter.position + (step - chapter.step) * chapter.batch_size, self.end)
 
     def positions_of(self, step, at_once, rank=0, world=1):
         """A rank's positions of the step after `step` others: arrays of at most at_once."""
@@ -324,13 +323,14 @@ class History:
         return np.split(mine, range(at_once, len(mine), at_once)) if len(mine) else []
 
     def drawn(self, step, position):
-        """{data set: what each lane drew} of all that the run has met, before a position."""
-        chapter, zeros = self.chapter_of(step), [0] * self.lanes
-        mixture = Mixture(list(chapter.mix.values()), self.lanes)
-        met = mixture.drawn(position) - mixture.drawn(chapter.position)
-        drawn = dict(chapter.drawn)
-        for name, new in zip(chapter.mix, met.T):
-            drawn[name] = (np.array(drawn.get(name, zeros)) + new).tolist()
+        """{data set: what the run drew of it} before a position that the step after `step` others
+        begins with."""
+        chapter = self.chapter_of(step)
+        drawn, mixture = dict(chapter.drawn), Mixture(list(chapter.mix.values()), self.lanes)
+        for number, name in enumerate(chapter.mix):
+            by_lane = self.sets[name]['samples'] > chapter.whole
+            drawn[name] = mixture.drawn(number, position, by_lane, chapter.position,
+                                        drawn.get(name, 0))
         return drawn
 
     def length(self, settings):
@@ -360,13 +360,14 @@ class History:
         shards_of_next_epoch}}. before: what a checkpoint said of data sets that are in the mix no
         more."""
         seen_of = {name: said for name, said in (before or {}).items() if name not in folders}
-        drawn = self.drawn(step, self.position_of(step))
-        for number, (name, folder) in enumerate(folders.items()):
-            count, whole_epochs, shards = sum(drawn[name]), 0, {}
+        order, drawn = self.order_at(step), self.drawn(step, self.position_of(step))
+        for number, name in enumerate(self.chapter_of(step).mix):
+            count, whole_epochs, shards = int(np.sum(drawn[name])), 0, {}
             # a data set of weight 0 may be empty: it has no epochs
             if count:
-                whole_epochs, shards = self.order.seen(number, drawn[name])
-            by_name = {folder.name(shard): samples for shard, samples in sorted(shards.items())}
+                whole_epochs, shards = order.seen(number, drawn[name])
+            name_of = folders[name].name
+            by_name = {name_of(shard): samples for shard, samples in sorted(shards.items())}
             seen_of[name] = dict(samples=count, whole_epochs=whole_epochs,
                                  shards_of_next_epoch=by_name)
         return seen_of

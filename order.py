@@ -1,6 +1,7 @@
 """The order of a run: which sample of which data set stands at which position.
 
-`Order` is a pure function of the position: nothing depends on the number of ranks or workers.
+`Order` is a pure function of the position: nothing depends on the number of ranks or workers. What
+it does with a data set of more than a million samples stands in lanes.py.
 """
 import functools
 
@@ -71,7 +72,7 @@ class Random:
 # -------------------------------------------------------------------------------------------------
 # the order
 
-BLOCK = 4096                    # rounds in which every lane meets each data set exactly its quota
+BLOCK = 4096                    # places in the row that mixes data sets
 WHOLE = 1 << 20                 # samples up to which a data set is permuted whole
 
 
@@ -80,27 +81,23 @@ class Order:
 
     datasets: a list of [(shard name, samples), ...] or of arrays of samples; weights: a number for
     each, of any sum.
-    1. n = round * lanes + lane. Rank r of W takes the positions congruent to r mod W, so what a
-       batch holds does not depend on W; when W divides `lanes`, a rank stays in its own lanes.
-    2. Every position is mixed by itself (`Mixture`): any stretch of positions holds the share of
-       each data set to within three samples, and in a block of 4096 rounds each lane meets each
-       data set exactly its quota of times.
-    3. A lane's j-th draw from a data set is that data set's sample number p = j * lanes + lane. It
-       runs through epochs of its own. One of at most `whole` samples is permuted whole in each
-       epoch. Of a larger one an epoch permutes the shards, and every lane owns a contiguous range
-       of the samples, permuted in windows of `window` samples. Nothing is dropped or repeated
-       inside an epoch.
+    1. Every position is mixed by itself (`Mixture`): any stretch of positions holds the share of
+       each data set to within three samples. Rank r of W takes the positions congruent to r mod W,
+       so what a batch holds does not depend on W.
+    2. Each data set runs through epochs of its own, in which every sample comes exactly once. One
+       of at most `whole` samples is permuted whole in each epoch; a larger one is read by `lanes`
+       streams (lanes.py), so that a rank meets few of its shards at a time.
 
-    A later chapter of a run goes on from another: `start` is its first position, `drawn` (lanes,
-    data sets) what each lane drew of each data set before, `numbers` the data sets' numbers in the
-    run, which their permutations follow from."""
+    A later chapter of a run goes on from another: `start` is its first position, `drawn` what the
+    run drew before of each data set (a number; of a large one, one for each lane), `numbers` the
+    data sets' numbers in the run, which their permutations follow from."""
 
     def __init__(self, datasets, weights, seed=0, lanes=64, window=1024, whole=WHOLE, start=0,
                  drawn=None, numbers=None):
+        self.arguments = datasets, weights, seed, lanes, window, whole, start, drawn, numbers
         self.sizes = [sizes_of(shards) for shards in datasets]
         self.samples = [int(sizes.sum()) for sizes in self.sizes]
-        self.weights, self.seed, self.lanes = list(weights), seed, lanes
-        self.window, self.whole, self.start = window, whole, start
+        self.weights, self.seed, self.start = list(weights), seed, start
         if len(weights) != len(datasets) or not datasets:
             raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one '
                              'weight a data set')
@@ -113,29 +110,21 @@ class Order:
                 raise ValueError(f'data set {number} is empty: give it weight 0')
 
         self.numbers = np.array(numbers or range(len(datasets)), np.int64)
-        self.given = drawn
-        # what lanes had drawn before, beside what this mixture would have given them until then
-        self.offset = np.zeros((lanes, len(datasets)), np.int64)
-        if drawn is not None:
-            self.offset = np.asarray(drawn, np.int64) - self.mixture.drawn(start)
-        self.shards = functools.lru_cache(2 * len(datasets) + 2)(self._shards)
+        self.starts = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.sizes]
+        # what was drawn before, beside what this mixture would have given until then
+        self.offset, self.large = np.zeros(len(datasets), np.int64), {}
+        for number, samples in enumerate(self.samples):
+            before = drawn[number] if drawn else 0
+            if samples > whole:
+                # the only ones that need it
+                from lanes import Lanes
+                self.large[number] = Lanes(self, number, lanes, window, before)
+            elif drawn:
+                self.offset[number] = np.sum(before) - self.mixture.before(start, number)
 
     def __reduce__(self):
         # without its caches, which can not be pickled: workers need not be forked
-        return Order, (self.sizes, self.weights, self.seed, self.lanes, self.window, self.whole,
-                       self.start, self.given, self.numbers.tolist())
-
-    def _shards(self, dataset, epoch):
-        """The shards of an epoch in their order, and where each one's samples begin in it (one
-        more: the end)."""
-        sizes = self.sizes[dataset]
-        if self.samples[dataset] <= self.whole:         # its samples are permuted, not its shards
-            return np.arange(len(sizes)), np.concatenate([[0], np.cumsum(sizes)])
-        number = self.numbers[dataset]
-        hashes = hash64(self.seed, 2, number, epoch, np.arange(len(sizes)))
-        # half the memory of a million shards
-        order = np.argsort(hashes, kind='stable').astype(np.int32)
-        return order, np.concatenate([[0], np.cumsum(sizes[order])])
+        return Order, self.arguments
 
     @property
     def samples_in_use(self):
@@ -149,112 +138,44 @@ class Order:
         if n.size and n.min() < self.start:
             raise ValueError(f'position {n.min()}: positions begin at {self.start}')
         flat = n.reshape(-1)
-        rounds, lane = flat // self.lanes, flat % self.lanes
-        dataset = self.mixture.dataset(lane, rounds)
-        draws = self.mixture.count(lane, rounds, dataset) + self.offset[lane, dataset]
-        epoch, place = self._place(dataset, draws * self.lanes + lane)
-
-        # epoch by epoch of each data set: the shard
-        shard, index = np.empty_like(flat), np.empty_like(flat)
-        by_epoch = np.lexsort((epoch, dataset))
-        changes = np.diff(dataset[by_epoch]) | np.diff(epoch[by_epoch])
-        for group in np.split(by_epoch, 1 + np.flatnonzero(changes)):
-            # no positions are one empty group
-            if not len(group):
+        dataset = self.mixture.dataset(flat)
+        epoch, shard, index = (np.empty_like(flat) for _ in range(3))
+        for number in np.unique(dataset).tolist():
+            own = dataset == number
+            if number in self.large:
+                epoch[own], shard[own], index[own] = self.large[number].locate(flat[own])
                 continue
-            order, starts = self.shards(int(dataset[group[0]]), int(epoch[group[0]]))
-            k = np.searchsorted(starts, place[group], side='right') - 1
-            shard[group], index[group] = order[k], place[group] - starts[k]
+            drawn = self.mixture.before(flat[own], number) + self.offset[number]
+            epoch[own], place = self.place(number, drawn)
+            shard[own] = np.searchsorted(self.starts[number], place, side='right') - 1
+            index[own] = place - self.starts[number][shard[own]]
         return tuple(x.reshape(n.shape) for x in (dataset, epoch, shard, index))
 
-    def _lane(self, dataset, p):
-        """Of samples number p of data sets: epoch, where their lane begins in the epoch's row of
-        samples, how many it owns, and how many it gave before in this epoch."""
-        lanes, samples = self.lanes, np.array(self.samples, np.int64)[dataset]
-        slot, epoch = p % lanes, p // np.maximum(samples, 1)
-        base, extra = samples // lanes, samples % lanes
+    def place(self, number, drawn):
+        """Of the samples that a data set gives after `drawn` others: epoch, and place in it as it
+        lies on the disk."""
+        samples = self.samples[number]
+        epoch, index = drawn // samples, drawn % samples
+        return epoch, permute(index, samples, hash64(self.seed, 4, self.numbers[number], epoch))
 
-        # An epoch begins at slot `first`; the lanes first, first + 1, ... own one sample more,
-        # where these wrap around the lanes 0, 1, ..., too.
-        first = epoch * samples % lanes
-        more_before = np.where(
-            first + extra <= lanes,
-            np.clip(slot - first, 0, extra),
-            np.minimum(slot, first + extra - lanes) + np.maximum(slot - first, 0))
-        owned = base + ((slot - first) % lanes < extra)
-        return epoch, slot * base + more_before, owned, (p - epoch * samples) // lanes
-
-    def _place(self, dataset, p):
-        """Epoch, and the place in the epoch's row of samples, of samples number p of data sets."""
-        number, samples = self.numbers[dataset], np.array(self.samples, np.int64)[dataset]
-        epoch, start, owned, turn = self._lane(dataset, p)
-        # the last window of a lane may be smaller
-        window = turn // self.window
-        start = start + window * self.window
-        size = np.minimum(self.window, owned - window * self.window)
-        key = hash64(self.seed, 3, number, epoch, p % self.lanes, window)
-        index = turn % self.window
-
-        # all of a small data set is one window, which no lane owns
-        is_whole = samples <= self.whole
-        start = np.where(is_whole, 0, start)
-        size = np.where(is_whole, samples, size)
-        key = np.where(is_whole, hash64(self.seed, 4, number, epoch), key)
-        index = np.where(is_whole, p - epoch * samples, index)
-        return epoch, start + permute(index, size, key)
-
-    def drawn(self, n):
-        """Samples that each lane drew of each data set before position n: (lanes, data sets)."""
-        return self.mixture.drawn(n) + self.offset
-
-    def before(self, n, dataset):
+    def before(self, n, number):
         """How many samples of a data set the run drew before position n."""
-        return int(self.drawn(n)[:, dataset].sum())
+        if number in self.large:
+            return int(self.large[number].drawn(n).sum())
+        return int(self.mixture.before(n, number) + self.offset[number])
 
-    def seen(self, dataset, draws):
-        """Of what the lanes drew, (lanes,): how many whole epochs, and {shard: samples} of the
-        epochs after them (lanes may be some draws apart)."""
-        samples, lane = self.samples[dataset], np.arange(self.lanes)
-        ends = np.asarray(draws) * self.lanes + lane            # each lane's next sample
-        counts = np.zeros(len(self.sizes[dataset]), np.int64)
-        whole_epochs = int(ends.min()) // samples
-        for epoch in range(whole_epochs, int(ends.max()) // samples + 1):
-            # the first sample of each lane in this epoch, and how many it gave
-            first = epoch * samples + (lane - epoch * samples) % self.lanes
-            turns = -(-(np.minimum(ends, (epoch + 1) * samples) - first) // self.lanes)
-            counts += self._seen_in(dataset, epoch, first, np.maximum(turns, 0))
+    def seen(self, number, drawn):
+        """Of what was drawn of a data set: how many whole epochs, and {shard: samples} of what came
+        after them."""
+        if number in self.large:
+            whole_epochs, counts = self.large[number].seen(np.asarray(drawn))
+        else:
+            whole_epochs, rest = divmod(drawn, self.samples[number])
+            _, place = self.place(number, drawn - rest + np.arange(rest))
+            shard = np.searchsorted(self.starts[number], place, side='right') - 1
+            counts = np.bincount(shard, minlength=len(self.sizes[number]))
         met = np.flatnonzero(counts)
         return whole_epochs, dict(zip(met.tolist(), counts[met].tolist()))
-
-    def _seen_in(self, dataset, epoch, first, turns):
-        """Samples of each shard in an epoch of which every lane gave `turns`, from number `first`
-        on. Windows that a lane has finished are ranges of the epoch's row, so this takes no time
-        for each sample."""
-        order, starts = self.shards(dataset, epoch)
-        finished = turns // self.window * self.window
-        if self.samples[dataset] <= self.whole:
-            finished = 0 * turns
-
-        # windows under way: sample by sample
-        late = [f + self.lanes * np.arange(w, t) for f, w, t in zip(first, finished, turns)]
-        late = np.concatenate(late)
-        place = self._place(np.full_like(late, dataset), late)[1]
-        shard = np.searchsorted(starts, place, side='right') - 1
-        counts = np.bincount(shard, minlength=len(order))
-
-        # finished ones: ranges, in which the count grows by one a place; beside them it stays
-        is_over = finished > 0
-        if is_over.any():
-            begin = self._lane(np.full_like(first, dataset), first)[1][is_over]
-            length = finished[is_over]
-            by_place = np.argsort(begin)
-            begin, length = begin[by_place], length[by_place]
-            knots = np.stack([begin, begin + length], 1).ravel()
-            level = np.cumsum(np.stack([0 * length, length], 1).ravel())
-            counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
-        out = np.zeros(len(order), np.int64)
-        out[order] = counts
-        return out
 
 
 class Mixture:
@@ -272,52 +193,34 @@ class Mixture:
         self.lanes, self.shifts = lanes, lanes & -lanes
         if self.shifts > BLOCK:
             raise ValueError(f'lanes={lanes} are more than {BLOCK}')
-        self.rounds = BLOCK // self.shifts              # of a lane, until the next shift
-        row = row_of(self.quotas)
+        self.turn = BLOCK * (lanes // self.shifts)      # positions, until the next shift
+        row = row_of(tuple(self.quotas.tolist()))
         self.row = np.roll(row, -best_start(row, self.quotas, self.shifts))
 
-        # Lanes that begin in the same class of places (mod shifts) walk through them in the same
-        # order: table[class, steps, data set] counts, and where[place] is the step of a place.
-        steps, classes = np.arange(self.rounds), np.arange(self.shifts)
-        walks = (classes[:, None] + steps * lanes) % BLOCK          # (classes, rounds)
-        met = self.row[walks][..., None] == np.arange(len(self.quotas))
-        self.table = np.zeros((self.shifts, self.rounds + 1, len(self.quotas)), np.int64)
-        self.table[:, 1:] = met.cumsum(1)
-        self.where = np.empty(BLOCK, np.int64)
-        self.where[walks] = steps
-        # what a lane meets in its first turns of a block, by the class that it begins in
-        all_met = self.table[:, -1]
-        self.turns = np.zeros((2 * self.shifts + 1, len(self.quotas)), np.int64)
-        self.turns[1:] = np.concatenate([all_met, all_met]).cumsum(0)
+        # how often each data set stands in the first places of two rows, one after the other
+        is_of = np.tile(self.row, 2)[:, None] == np.arange(len(self.quotas))
+        self.met = np.zeros((2 * BLOCK + 1, len(self.quotas)), np.int64)
+        self.met[1:] = is_of.cumsum(0)
 
-    def dataset(self, lane, rounds):
-        """The data set of lanes' rounds, int64 arrays that broadcast."""
-        turn = rounds % BLOCK // self.rounds
-        return self.row[(lane + rounds * self.lanes + turn) % BLOCK]
+    def dataset(self, n):
+        """The data sets of positions."""
+        shift = n // self.turn % self.shifts
+        return self.row[(n + shift) % BLOCK]
 
-    def count(self, lane, rounds, dataset):
-        """How often lanes meet data sets in their first so many rounds; arrays that broadcast."""
-        block, inside = rounds // BLOCK, rounds % BLOCK
-        turn, steps = inside // self.rounds, inside % self.rounds
+    def before(self, n, number):
+        """How many of the positions before n are of a data set."""
+        shift, place = n // self.turn % self.shifts, n % BLOCK
+        in_row = self.met[shift + place, number] - self.met[shift, number]
+        return n // BLOCK * self.quotas[number] + in_row
 
-        # whole blocks, and whole turns of the last one
-        first = lane % self.shifts
-        count = block * self.quotas[dataset]
-        count = count + self.turns[first + turn, dataset] - self.turns[first, dataset]
-
-        # steps of a turn, which may go around the end of the walk
-        place = (lane + turn) % BLOCK
-        kind, begin = place % self.shifts, self.where[place]
-        end = begin + steps
-        count = count + self.table[kind, np.minimum(end, self.rounds), dataset]
-        count = count - self.table[kind, begin, dataset]
-        return count + self.table[kind, np.maximum(end - self.rounds, 0), dataset]
-
-    def drawn(self, n):
-        """How often each lane meets each data set before position n: (lanes, data sets)."""
-        lane = np.arange(self.lanes)[:, None]
-        rounds = np.maximum(n - lane + self.lanes - 1, 0) // self.lanes
-        return self.count(lane, rounds, np.arange(len(self.quotas))[None])
+    def drawn(self, number, n, by_lane, start=0, before=0):
+        """What was drawn of a data set before position n, where it was `before` at `start`: a
+        number, or one for each lane."""
+        if not by_lane:
+            return int(np.sum(before) + self.before(n, number) - self.before(start, number))
+        from lanes import Walk, spread
+        walk = Walk(self, number)
+        return (spread(before, self.lanes) + walk.drawn(n) - walk.drawn(start)).tolist()
 
 
 def sizes_of(shards):
@@ -344,10 +247,12 @@ def quotas_of(weights):
     return quotas
 
 
+@functools.cache
 def row_of(quotas):
     """4096 places, each given to the data set that is furthest behind its share; a tie to the
     first."""
     behind, row = np.zeros(len(quotas), np.int64), np.empty(BLOCK, np.int64)
+    quotas = np.array(quotas)
     for place in range(BLOCK):
         behind += quotas                                # in 4096ths of a sample
         row[place] = behind.argmax()

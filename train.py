@@ -7,7 +7,7 @@
 What is trained is a task, a file of tasks/ or yours: its settings join those below. The same
 command resumes a run that stopped. The loss of a step is, for each kind of target, one mean over
 the global batch, however it is cut into ranks and micro-batches. `step` counts finished steps: the
-row of log.jsonl with step=101 is of the step that `data.py --show_steps=100:101` shows.
+row of log.jsonl with step=101 is of the step that `data.py --show_steps=101:102` shows.
 """
 from configurator import answer_help, configure
 
@@ -19,7 +19,6 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -143,19 +142,16 @@ log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
 
 
 def find_checkpoint():
-    """(path, its progress) of the checkpoint to go on from. Raises ValueError and OSError."""
-    newest = None
-    if master:
-        os.makedirs(checkpoints, exist_ok=True)
-        newest = checkpoint.find(out_dir, resume, say)
+    """(path, its progress) of the checkpoint to go on from. Raises ValueError."""
+    found = None
     if master and remote:
         from mirror import find
-        newest = find(out_dir, remote, resume, say)
-    path, progress, problem = parallel.from_master(newest)
+        found = find(out_dir, remote, resume, say)
+    elif master:
+        found = checkpoint.find(out_dir, resume, say)
+    path, progress, problem = parallel.from_master(found)
     if problem:
         raise ValueError(problem)
-    if path and resume == 'never':
-        raise ValueError(f'resume=never, but {path} exists: give another out_dir')
     return path, progress
 
 
@@ -174,6 +170,7 @@ try:
     torch.manual_seed(seed)                         # the same weights on every rank
     run = checkpoint.make_run(config, device)
     run.kept = task.statistics(config, list(folders.values()))
+    checkpoint.check_same_files(resumed, run)
     task.prepare(run)
     raw_model = run.model
     options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
@@ -400,18 +397,10 @@ if master:
                dynamic_ncols=True)
 
 
-@dataclass
-class Counted:
-    """What a step holds, over all ranks."""
-    learned: list               # targets of each kind
-    tokens: int
-    stopping: bool              # a rank was told to stop
-    passes: int                 # micro-batches of the rank that has most
-
-
 def count_step(batches, num_micro):
-    """The Counted of every rank's batches, before the backward pass: the gradient is of one mean,
-    however the batch is cut. Ends a run that meets too many bad samples, or nothing to learn."""
+    """What a step holds over all ranks, before the backward pass: targets of each kind (the gradient
+    is of one mean, however the batch is cut), tokens, whether a rank was told to stop, micro-batches
+    of the rank that has most. Ends a run with too many bad samples, or nothing to learn."""
     learned = [sum(task.count(batch)[kind] for batch in batches) for kind in kinds]
     tokens = sum(batch['num_tokens'] for batch in batches)
     bad = sum(len(batch['bad']) for batch in batches)
@@ -426,7 +415,7 @@ def count_step(batches, num_micro):
     if not any(learned):
         fail(f'no sample of step {progress["step"]} has anything to learn: is seq_len={seq_len} '
              'too short?', 1)
-    return Counted(learned, int(tokens), stopping > 0, passes=int(each[:, -1].max()))
+    return learned, int(tokens), stopping > 0, int(each[:, -1].max())
 
 
 def forward_backward(batch, learned_counts, by_set):
@@ -515,15 +504,15 @@ while progress['step'] < steps:
     have_read = time.perf_counter()
 
     # where texts are long or packed a rank may have fewer rows: it goes through empty ones
-    counted = count_step(batches, len(micro))
-    micro += [empty_batch] * (counted.passes - len(micro))
+    learned, tokens, stopping, passes = count_step(batches, len(micro))
+    micro += [empty_batch] * (passes - len(micro))
 
     # gradients, which travel once a step; dropout follows from the seed
     torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))
     by_set = torch.zeros(len(kinds), 2, len(mix), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro):
-        parallel.synchronize(model, is_last=i == counted.passes - 1)
-        forward_backward(batch, counted.learned, by_set)
+        parallel.synchronize(model, is_last=i == passes - 1)
+        forward_backward(batch, learned, by_set)
     if progress['loss_scale'] != 1:
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / progress['loss_scale'])
@@ -531,19 +520,19 @@ while progress['step'] < steps:
 
     # the loss, over all ranks, and the step
     by_set = all_ranks(*by_set.flatten().tolist()).sum(0).numpy().reshape(len(kinds), 2, -1)
-    loss = float(total(by_set[:, 0] @ set_weights, counted.learned))
+    loss = float(total(by_set[:, 0] @ set_weights, learned))
     update(loss, grad_norm)
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
     progress['step'] += 1
-    progress['tokens'] += counted.tokens
+    progress['tokens'] += tokens
     progress['samples'] = samples_of(progress['step'])
     step = progress['step']
     saving(saver.check)
 
     # what there is to say of it
     ended = time.perf_counter()
-    news = dict(steps=1, tokens=counted.tokens, data=have_read - begun, seconds=ended - begun)
+    news = dict(steps=1, tokens=tokens, data=have_read - begun, seconds=ended - begun)
     since = {key: since[key] + value for key, value in news.items()}
     if step % log_every == 0 or step == steps:
         log(log_row(step, loss, grad_norm, by_set, since))
@@ -560,9 +549,9 @@ while progress['step'] < steps:
             log(row)
             if master:
                 bar.write(logs.line_of(row))
-    if step in checkpoint_steps or counted.stopping:
+    if step in checkpoint_steps or stopping:
         saving(save)
-    if counted.stopping:
+    if stopping:
         break
 
 saving(saver.wait)
