@@ -9,10 +9,10 @@
     out_dir/checkpoints/latest      a link to the newest
 
 Nothing here is a pickle. What is saved by N processes, sharded or not, is loaded by any other
-number. DCP is torch.distributed.checkpoint. mirror.py brings checkpoints to a URL, and back.
+number. DCP is torch.distributed.checkpoint. past.py goes on from a checkpoint, mirror.py brings
+it to a URL, and back.
 """
 import contextlib
-import filecmp
 import json
 import os
 import re
@@ -87,37 +87,6 @@ def files_of(folder):
                     size, crc = size + len(block), zlib.crc32(block, crc)
             checksums[os.path.relpath(path, folder)] = [size, crc]
     return checksums
-
-
-def verify(path):
-    """What progress.json of a checkpoint says. Raises OSError and ValueError where a file is not
-    as it was written."""
-    # all files that it names; a file more is no fault
-    progress = read_json(os.path.join(path, 'progress.json'))
-    there = files_of(path)
-    for file, (size, crc) in progress['files'].items():
-        # the size first: cut short is what happens most
-        size_there, crc_there = there.get(file, (0, None))
-        if size_there != size:
-            raise ValueError(f'{file} has {size_there} of {size} bytes')
-        if crc_there != crc:
-            raise ValueError(f'{file} is not what was written (checksum)')
-    return progress
-
-
-def newest(folder, say):
-    """(path, progress) of the newest checkpoint that is whole; ('', {}) where there is none.
-    Raises ValueError if all are damaged: a run must not begin anew over what may be mended."""
-    paths = [os.path.join(folder, name) for name in names(folder)]
-    for path in paths:
-        try:
-            return path, verify(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = ' '.join(str(error).split())[:200]
-            say(f'{path} is damaged and is skipped: {reason}')
-    if paths:
-        raise ValueError(f'every checkpoint in {folder} is damaged: move them away to begin anew')
-    return '', {}
 
 
 def point_latest(folder, name):
@@ -339,103 +308,6 @@ def check(settings, world):
     if settings['remote']:
         from remote import check_url
         check_url(settings['remote'])
-
-
-# -----------------------------------------------------------------------------------------------
-# going on
-
-
-# settings that a run keeps, whatever its task
-KEPT = ('task', 'tokenizer', 'lanes', 'optimizer')
-
-
-def checkpoint_of(path):
-    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
-    folder = os.path.abspath(os.path.expanduser(path))
-    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
-    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
-        return folder
-    return os.path.join(folder, 'checkpoints', 'latest')
-
-
-def find(out_dir, resume, say):
-    """(path, its progress, '') of the newest checkpoint of a run, or where it has none of the one
-    that `resume` names; or an error, last."""
-    folder = os.path.join(out_dir, 'checkpoints')
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if names(folder) or resume in ('auto', 'never'):
-            path, progress = newest(folder, say)
-        else:
-            path = checkpoint_of(resume)
-            progress = verify(path)
-    except FileNotFoundError as error:
-        return '', {}, (f'resume={resume!r}: {error.filename} is missing; expected one of auto, '
-                        'never, or a checkpoint')
-    except (ValueError, OSError) as error:
-        return '', {}, str(error)
-    if path and resume == 'never':
-        return '', {}, f'resume=never, but {path} exists: give another out_dir'
-    return path, progress, ''
-
-
-def read_past(path):
-    """What a checkpoint says of the run until then, {file: value}; '' is none."""
-    said = dict.fromkeys(('config.json', 'chapters.json', 'shards.json'))
-    for name in said:
-        if path:
-            said[name] = read_json(os.path.join(path, name))
-    return said
-
-
-def changes(path, settings, kept):
-    """Lines that tell what a resumed run has set otherwise than the checkpoint it goes on from.
-    Raises ValueError for what can not change.
-
-    kept: names of the task's settings that a run keeps, and of groups of them, with a dot."""
-    lines, old = [], read_json(os.path.join(path, 'config.json'))
-    groups = tuple(name for name in kept if name.endswith('.'))
-    for key in old:
-        if key not in settings or settings[key] == old[key]:
-            continue
-        of_model = key.startswith(groups) and not key.endswith('.remat')
-        if of_model or key in (*KEPT, *kept):
-            raise ValueError(f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a '
-                             'run keeps its model and lanes; give another out_dir')
-        lines.append(f'changed since {path}: {key} {old[key]!r} -> {settings[key]!r}')
-    return lines
-
-
-def check_same_files(path, run):
-    """Raises ValueError where statistics, tokenizer or processor are not those of the checkpoint
-    that a run goes on from ('': none), and are not adopted by name."""
-    if not path:
-        return
-    remade = [name for name, value in run.kept.items()
-              if read_json(os.path.join(path, name)) != value]
-    for name, file in own_files(run).items():
-        kept = os.path.join(path, name)
-        if not os.path.exists(kept) or not filecmp.cmp(file, kept, shallow=False):
-            remade.append(name)
-    for name in remade:
-        if name not in run.settings['adopt']:
-            raise ValueError(f'{name} is not what {path} was made with: bring it back, or take the '
-                             f'new one with --adopt=\'["{name}"]\'')
-
-
-def load_averages(averages, path):
-    """Averages of the weights {name: tensor}; of what was frozen until now, the weights."""
-    folder = os.path.join(path, 'ema')
-    there = shapes(folder) if os.path.isdir(folder) else {}
-    load({name: tensor for name, tensor in averages.items() if name not in there}, path)
-    load({name: tensor for name, tensor in averages.items() if name in there}, folder)
-
-
-def load_state(state, path):
-    """The optimizer's state {name: tensor}; of what was frozen until now there is none."""
-    folder = os.path.join(path, 'state')
-    there = shapes(folder)
-    load({name: tensor for name, tensor in state.items() if name in there}, folder)
 
 
 def remove_leftovers(out_dir):

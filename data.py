@@ -4,7 +4,8 @@
 
 prints which samples steps 100, 101 and 102 saw. A data set is a folder of plain .tar shards
 (webdataset's format), best with a `manifest.jsonl`. `Order` is a pure function of the position:
-nothing is recorded to resume, and nothing depends on the number of ranks or workers.
+nothing depends on the number of ranks or workers. Several data sets are mixed by mixing.py, those
+of more than a million samples go as lanes.py says, past.py goes on from a checkpoint.
 """
 import hashlib
 import itertools
@@ -12,13 +13,227 @@ import math
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from order import Mixture, Order, Random, hash64  # noqa: F401
 from processor import BadSample, collate
 from shards import CACHE, Folder  # noqa: F401
+
+# -------------------------------------------------------------------------------------------------
+# hashing: written out here, so that no order ever changes with a release of numpy or torch
+
+
+def splitmix64(x):
+    """The finaliser of splitmix64 (Steele, Lea, Flood 2014) on uint64 arrays."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash64(*values):
+    """A uint64 hash of integers or integer arrays, which broadcast."""
+    h = np.zeros(1, np.uint64)
+    for value in values:
+        shape = np.shape(value) or (1,)
+        # negative numbers, too, by their bits
+        bits = np.asarray(value).astype(np.int64).view(np.uint64).reshape(shape)
+        h = splitmix64(h ^ bits)
+    return h
+
+
+def permute(index, size, key, rounds=32):
+    """Where `index` goes in the permutation of range(size) chosen by `key`; all three are arrays
+    or broadcast.
+
+    Swap-or-not (Hoang, Morris, Rogaway 2012): each round pairs every x with key - x and swaps the
+    pair or does not, by a bit that both share. A bijection for any size, point by point, so no
+    permutation is ever held."""
+    x, size = np.broadcast_arrays(np.asarray(index, np.uint64), np.asarray(size, np.uint64))
+    key = hash64(key)
+    for i in range(rounds):
+        round_key = splitmix64(key ^ np.uint64(i))
+        # modulo size: a difference below 0 has wrapped around 2**64
+        partner = round_key % size - x
+        partner = np.where(partner > size, partner + size, partner)
+        swap = splitmix64(round_key ^ np.maximum(x, partner)) >> np.uint64(63) == 1
+        x = np.where(swap, partner, x)
+    return x.astype(np.int64)
+
+
+class Random:
+    """A stream of random numbers keyed by integers, the same for ever. Enough for augmentation."""
+
+    def __init__(self, *key):
+        self.key, self.count = hash64(*key), 0
+
+    def uniform(self, low=0.0, high=1.0, size=None):
+        """Uniform in [low, high): a float, or an array of `size` numbers."""
+        if size is None:
+            return float(self.uniform(low, high, 1)[0])
+        n = int(np.prod(size))
+        places = np.arange(self.count, self.count + n, dtype=np.uint64)
+        bits = splitmix64(self.key + splitmix64(places))
+        self.count += n
+
+        # the 53 highest bits, as many as a float64 holds exactly
+        values = low + (high - low) * (bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+        return values.reshape(size)
+
+
+# -------------------------------------------------------------------------------------------------
+# the order
+
+BLOCK = 4096                    # positions of which each data set gets its quota
+WHOLE = 1 << 20                 # samples up to which a data set is permuted whole
+
+
+class Order:
+    """Position n of a run -> (data set, epoch, shard, index in the shard): a pure function.
+
+    datasets: a list of [(shard name, samples), ...] or of arrays of samples; weights: a number for
+    each, of any sum.
+    1. Every position is mixed by itself (mixing.py): any stretch of positions holds the share of
+       each data set to within three samples. Rank r of W takes the positions congruent to r mod W,
+       so what a batch holds does not depend on W.
+    2. Each data set runs through epochs of its own, in which every sample comes exactly once. One
+       of at most `whole` samples is permuted whole in each epoch; a larger one is read by `lanes`
+       streams (lanes.py), so that a rank meets few of its shards at a time.
+
+    A later chapter of a run goes on from another: `start` is its first position, `drawn` what the
+    run drew before of each data set (a number; of a large one, one for each lane), `numbers` the
+    data sets' numbers in the run, which their permutations follow from."""
+
+    def __init__(self, datasets, weights, seed=0, lanes=64, window=1024, whole=WHOLE, start=0,
+                 drawn=None, numbers=None):
+        self.arguments = datasets, weights, seed, lanes, window, whole, start, drawn, numbers
+        self.sizes = [sizes_of(shards) for shards in datasets]
+        self.samples = [int(sizes.sum()) for sizes in self.sizes]
+        self.weights, self.seed, self.start = list(weights), seed, start
+        if len(weights) != len(datasets) or not datasets:
+            raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one '
+                             'weight a data set')
+        for key, value in dict(lanes=lanes, window=window, whole=whole + 1).items():
+            if value < 1:
+                raise ValueError(f'{key}={value} is too small')
+        if lanes & -lanes > BLOCK:
+            raise ValueError(f'lanes={lanes} is too large')
+        quotas = quotas_of(weights)
+        for number, (quota, samples) in enumerate(zip(quotas, self.samples)):
+            if quota > 0 and samples == 0:
+                raise ValueError(f'data set {number} is empty: give it weight 0')
+
+        self.numbers = np.array(numbers or range(len(datasets)), np.int64)
+        self.starts = [np.concatenate([[0], np.cumsum(sizes)]) for sizes in self.sizes]
+        # what was drawn before, beside what this mixture would have given until then
+        self.offset, self.large, self.mixture = np.zeros(len(datasets), np.int64), {}, None
+        if len(datasets) > 1 or max(self.samples) > whole:
+            from mixing import Mixture
+            self.mixture = Mixture(quotas, lanes)
+        for number, samples in enumerate(self.samples):
+            before = drawn[number] if drawn else 0
+            if samples > whole:
+                # the only ones that need it
+                from lanes import Lanes
+                self.large[number] = Lanes(self, number, lanes, window, before)
+            elif drawn:
+                self.offset[number] = np.sum(before) - self.count(start, number)
+
+    def __reduce__(self):
+        # without its caches, which can not be pickled: workers need not be forked
+        return Order, self.arguments
+
+    @property
+    def samples_in_use(self):
+        """Samples of all data sets that have a weight."""
+        return sum(n for n, weight in zip(self.samples, self.weights) if weight)
+
+    def locate(self, n):
+        """Positions (int64 array) -> four int64 arrays: data set, epoch, shard, index in the
+        shard."""
+        n = np.asarray(n, np.int64)
+        if n.size and n.min() < self.start:
+            raise ValueError(f'position {n.min()}: positions begin at {self.start}')
+        flat = n.reshape(-1)
+        dataset = self.mixture.dataset(flat) if self.mixture else np.zeros_like(flat)
+        epoch, shard, index = (np.empty_like(flat) for _ in range(3))
+        for number in np.unique(dataset).tolist():
+            own = dataset == number
+            if number in self.large:
+                epoch[own], shard[own], index[own] = self.large[number].locate(flat[own])
+                continue
+            drawn = self.count(flat[own], number) + self.offset[number]
+            epoch[own], place = self.place(number, drawn)
+            shard[own] = np.searchsorted(self.starts[number], place, side='right') - 1
+            index[own] = place - self.starts[number][shard[own]]
+        return tuple(x.reshape(n.shape) for x in (dataset, epoch, shard, index))
+
+    def place(self, number, drawn):
+        """Of the samples that a data set gives after `drawn` others: epoch, and place in it as it
+        lies on the disk."""
+        samples = self.samples[number]
+        epoch, index = drawn // samples, drawn % samples
+        return epoch, permute(index, samples, self.hash(number, 4, epoch))
+
+    def hash(self, number, kind, epoch, *values):
+        """Keys of the permutations of a data set."""
+        return hash64(self.seed, kind, self.numbers[number], epoch, *values)
+
+    permute = staticmethod(permute)
+
+    def count(self, n, number):
+        """How many of the positions before n are of a data set."""
+        return self.mixture.before(n, number) if self.mixture else n
+
+    def drawn(self, n, number):
+        """What the run drew of a data set before position n: a number; of a large one, one for
+        each lane."""
+        if number in self.large:
+            return self.large[number].drawn(n).tolist()
+        return int(self.count(n, number) + self.offset[number])
+
+    def before(self, n, number):
+        """How many samples of a data set the run drew before position n."""
+        return int(np.sum(self.drawn(n, number)))
+
+    def seen(self, number, drawn):
+        """Of what was drawn of a data set: how many whole epochs, and {shard: samples} of the
+        epochs after them."""
+        if number in self.large:
+            whole_epochs, counts = self.large[number].seen(np.asarray(drawn))
+        else:
+            # a data set of weight 0 may be empty
+            whole_epochs, rest = divmod(drawn, max(self.samples[number], 1))
+            _, place = self.place(number, drawn - rest + np.arange(rest))
+            shard = np.searchsorted(self.starts[number], place, side='right') - 1
+            counts = np.bincount(shard, minlength=len(self.sizes[number]))
+        met = np.flatnonzero(counts)
+        return whole_epochs, dict(zip(met.tolist(), counts[met].tolist()))
+
+
+def sizes_of(shards):
+    """[(shard name, samples), ...] or an array of samples -> the array."""
+    if isinstance(shards, np.ndarray):
+        return shards
+    return np.array([samples for _, samples in shards], np.int64)
+
+
+def quotas_of(weights):
+    """How many of 4096 each weight gets, by largest remainder. Raises ValueError."""
+    numbers = all(isinstance(w, (int, float)) and 0 <= w < np.inf for w in weights)
+    if not numbers or sum(weights) <= 0:
+        raise ValueError(f'weights {list(weights)}: they must be numbers, finite, not negative, '
+                         'not all zero')
+    exact = np.array(weights, np.float64) / sum(weights) * BLOCK
+    quotas = np.floor(exact).astype(np.int64)
+    most_lost = np.argsort(-(exact - quotas), kind='stable')
+    quotas[most_lost[:BLOCK - quotas.sum()]] += 1
+    for number, (quota, weight) in enumerate(zip(quotas, weights)):
+        if weight > 0 and quota == 0:
+            raise ValueError(f'data set {number}: weight {weight} of {sum(weights)} is less than '
+                             f'one sample in {BLOCK}; give it at least {sum(weights) / BLOCK:g}')
+    return quotas
 
 
 class InOrder:
@@ -220,65 +435,33 @@ class Chapter:
 
 
 class History:
-    """The chapters of a run, and its data sets as they were first met.
+    """The chapters of a run, and its data sets {name: Folder} as they were first met. It begins
+    with one; past.py goes on from a checkpoint."""
 
-    A resume with the settings of the last chapter adds nothing. One with another mix, weight,
-    batch size, seed or window begins a chapter: positions go on where they stopped, and each data
-    set goes on in its own epoch at its own sample. saved: a checkpoint's chapters.json."""
+    def __init__(self, settings, folders):
+        self.lanes, self.folders = settings['lanes'], folders
+        # what each data set is; what a checkpoint said of those that are in the mix no more
+        self.sets, self.seen_before = {}, {}
+        self.orders, self.end = {}, math.inf
+        for name, folder in folders.items():
+            self.meet(name, folder)
+        self.chapters = [self.chapter(settings)]
 
-    def __init__(self, lanes, saved=None):
-        saved = saved or dict(lanes=lanes, sets={}, chapters=[])
-        self.lanes, self.sets = saved['lanes'], dict(saved['sets'])
-        self.chapters = [Chapter(**chapter) for chapter in saved['chapters']]
-        self.folders, self.orders, self.end = {}, {}, math.inf
+    def meet(self, name, folder):
+        """A data set, as it is, gets the next number."""
+        taken = [each['number'] for each in self.sets.values()]
+        self.sets[name] = what_is(folder) | dict(number=max(taken, default=-1) + 1)
+
+    def chapter(self, settings, step=0, position=0, drawn=None):
+        """The Chapter of a command."""
+        numbers = {name: self.sets[name]['number'] for name in settings['mix']}
+        return Chapter(step, position, settings['batch_size'], dict(settings['mix']),
+                       settings['seed'], settings['window'], settings['whole'], numbers,
+                       drawn or {})
 
     def to_json(self):
         chapters = [asdict(chapter) for chapter in self.chapters]
         return dict(lanes=self.lanes, sets=self.sets, chapters=chapters)
-
-    def go_on(self, settings, folders, step, position):
-        """Make the last chapter one of these settings, from a step and position on. Raises
-        ValueError for a data set that is not what it was."""
-        # what came after the checkpoint is done again
-        self.chapters = [chapter for chapter in self.chapters if chapter.step <= step]
-        drawn = self.drawn(step, position) if self.chapters else {}
-        for name, folder in folders.items():
-            if self.is_new(name, folder, settings.get('adopt', ())):
-                drawn.pop(name, None)
-
-        mix = dict(settings['mix'])
-        numbers = {name: self.sets[name]['number'] for name in mix}
-        chapter = Chapter(step, position, settings['batch_size'], mix, settings['seed'],
-                          settings['window'], settings['whole'], numbers, drawn)
-        if not self.is_continued_by(chapter):
-            self.chapters = [old for old in self.chapters if old.step < step] + [chapter]
-        self.folders, self.orders = dict(folders), {}
-
-    def is_continued_by(self, chapter):
-        """Would the last chapter do just what this one does?"""
-        if not self.chapters:
-            return False
-        last = self.chapters[-1]
-        position = last.position + (chapter.step - last.step) * last.batch_size
-        same = replace(last, step=chapter.step, position=position, drawn=chapter.drawn) == chapter
-        return same and list(last.mix) == list(chapter.mix)
-
-    def is_new(self, name, folder, adopted):
-        """Keep what a data set is; whether it begins its epochs anew. Raises ValueError where it
-        is not what it was, and is not adopted."""
-        names = hashlib.sha256(folder.names.tobytes() + folder.sizes.tobytes()).hexdigest()[:16]
-        now = dict(samples=len(folder), shards=len(folder.sizes), names=names)
-        before = self.sets.get(name)
-        if before and before | now == before:
-            return False
-        if before and name not in adopted:
-            raise ValueError(
-                f'data set {name!r} is not what this run began with ({before["samples"]} samples '
-                f'in {before["shards"]} shards, now {now["samples"]} in {now["shards"]}): bring '
-                f'it back, or begin its epochs anew with --adopt=\'["{name}"]\'')
-        taken = [each['number'] for each in self.sets.values()]
-        self.sets[name] = now | dict(number=max(taken, default=-1) + 1)
-        return True
 
     def order_at(self, step):
         """The Order of the step after `step` others. Raises ValueError."""
@@ -322,17 +505,6 @@ class History:
         mine = np.arange(begin + (rank - begin) % world, end, world)
         return np.split(mine, range(at_once, len(mine), at_once)) if len(mine) else []
 
-    def drawn(self, step, position):
-        """{data set: what the run drew of it} before a position that the step after `step` others
-        begins with."""
-        chapter = self.chapter_of(step)
-        drawn, mixture = dict(chapter.drawn), Mixture(list(chapter.mix.values()), self.lanes)
-        for number, name in enumerate(chapter.mix):
-            by_lane = self.sets[name]['samples'] > chapter.whole
-            drawn[name] = mixture.drawn(number, position, by_lane, chapter.position,
-                                        drawn.get(name, 0))
-        return drawn
-
     def length(self, settings):
         """(steps, steps that leave a checkpoint) of the run. Raises ValueError."""
         last, order, batch_size = self.chapters[-1], self.order, settings['batch_size']
@@ -355,22 +527,25 @@ class History:
                     f'which has {there}: make the run shorter or its weight smaller')
         return steps, {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
 
-    def provenance(self, folders, step, before=None):
+    def provenance(self, step):
         """What the steps before `step` saw of each data set: {data set: {samples, whole_epochs,
-        shards_of_next_epoch}}. before: what a checkpoint said of data sets that are in the mix no
-        more."""
-        seen_of = {name: said for name, said in (before or {}).items() if name not in folders}
-        order, drawn = self.order_at(step), self.drawn(step, self.position_of(step))
-        for number, name in enumerate(self.chapter_of(step).mix):
-            count, whole_epochs, shards = int(np.sum(drawn[name])), 0, {}
-            # a data set of weight 0 may be empty: it has no epochs
-            if count:
-                whole_epochs, shards = order.seen(number, drawn[name])
-            name_of = folders[name].name
+        shards_of_next_epoch}}."""
+        mix = self.chapter_of(step).mix
+        seen_of = {name: seen for name, seen in self.seen_before.items() if name not in mix}
+        order, position = self.order_at(step), self.position_of(step)
+        for number, name in enumerate(mix):
+            drawn, name_of = order.drawn(position, number), self.folders[name].name
+            whole_epochs, shards = order.seen(number, drawn)
             by_name = {name_of(shard): samples for shard, samples in sorted(shards.items())}
-            seen_of[name] = dict(samples=count, whole_epochs=whole_epochs,
+            seen_of[name] = dict(samples=int(np.sum(drawn)), whole_epochs=whole_epochs,
                                  shards_of_next_epoch=by_name)
         return seen_of
+
+
+def what_is(folder):
+    """What tells a data set from another one."""
+    names = hashlib.sha256(folder.names.tobytes() + folder.sizes.tobytes()).hexdigest()[:16]
+    return dict(samples=len(folder), shards=len(folder.sizes), names=names)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -404,14 +579,11 @@ def check(settings, world):
                          'others at 0')
 
 
-def open_mix(settings, saved=None, step=0, samples=0):
-    """The folders of a mix, {data set: Folder}, and the History of the run. saved: the
-    chapters.json of a checkpoint that the run goes on from, at a step and a position. Raises
+def open_mix(settings):
+    """The folders of a mix, {data set: Folder}, and the History of a run that begins. Raises
     ValueError and OSError."""
-    history = History(settings['lanes'], saved)
     folders = {name: open_folder(name, settings) for name in settings['mix']}
-    history.go_on(settings, folders, step, samples)
-    return folders, history
+    return folders, History(settings, folders)
 
 
 def open_folder(name, settings):

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import checkpoint
+import past
 import processor as processors
 import tasks
 import tokenizer as tokenizers
@@ -128,7 +129,7 @@ def open_run(path, device='cpu', ema=True):
 def open_ours(path, device='cpu', ema=True):
     """The checkpoint.Run of a run's folder or of one of its checkpoints; ema: with the averages of
     the weights, where it kept them. Raises ValueError."""
-    folder = checkpoint.checkpoint_of(path)
+    folder = past.checkpoint_of(path)
     try:
         settings = read_json(os.path.join(folder, 'config.json'))
         task = tasks.load(settings['task'])
@@ -162,7 +163,7 @@ def task_of(path):
     """The name of the task that a run, or a folder of others, is of. Raises ValueError."""
     if is_foreign(path):
         return family_of(path).settings(path)['task']
-    config = os.path.join(checkpoint.checkpoint_of(path), 'config.json')
+    config = os.path.join(past.checkpoint_of(path), 'config.json')
     if not os.path.exists(config):
         raise ValueError(f'{path!r} is no checkpoint ({config} is missing)')
     return read_json(config)['task']

@@ -3,14 +3,12 @@
 A position is of lane n mod lanes; when the number of ranks divides that of lanes, a rank stays in
 its own lanes. A lane's j-th draw from the data set is sample number p = j * lanes + lane. An epoch
 permutes the shards, and every lane owns a contiguous range of the samples in them, permuted in
-windows of `window` samples. Nothing is dropped or repeated inside an epoch; lanes may be some draws
-apart, so one may begin an epoch a little before another.
+windows of `window` samples. Nothing is dropped or repeated inside an epoch; lanes may be some
+draws apart, so one may begin an epoch a little before another.
 """
 import functools
 
 import numpy as np
-
-from order import BLOCK, hash64, permute
 
 
 class Lanes:
@@ -19,8 +17,7 @@ class Lanes:
 
     def __init__(self, order, number, lanes, window, before):
         self.sizes, self.samples = order.sizes[number], order.samples[number]
-        # what its permutations follow from
-        self.seed, self.number = order.seed, order.numbers[number]
+        self.permute, self.hash = order.permute, functools.partial(order.hash, number)
         self.lanes, self.window = lanes, window
         self.walk = Walk(order.mixture, number)
         self.offset = spread(before, lanes) - self.walk.drawn(order.start)
@@ -29,7 +26,7 @@ class Lanes:
     def shards_of(self, epoch):
         """The shards of an epoch in their order, and where each one's samples begin in it (one
         more: the end)."""
-        hashes = hash64(self.seed, 2, self.number, epoch, np.arange(len(self.sizes)))
+        hashes = self.hash(2, epoch, np.arange(len(self.sizes)))
         # half the memory of a million shards
         order = np.argsort(hashes, kind='stable').astype(np.int32)
         return order, np.concatenate([[0], np.cumsum(self.sizes[order])])
@@ -74,8 +71,8 @@ class Lanes:
         # the last window of a lane may be smaller
         window = turn // self.window
         size = np.minimum(self.window, owned - window * self.window)
-        key = hash64(self.seed, 3, self.number, epoch, p % self.lanes, window)
-        return epoch, start + window * self.window + permute(turn % self.window, size, key)
+        key = self.hash(3, epoch, p % self.lanes, window)
+        return epoch, start + window * self.window + self.permute(turn % self.window, size, key)
 
     def seen(self, draws):
         """Of what each lane drew: how many whole epochs, and the samples of each shard in the
@@ -126,15 +123,16 @@ class Walk:
     def __init__(self, mixture, number):
         self.lanes, self.shifts = mixture.lanes, mixture.shifts
         self.quota = mixture.quotas[number]
-        self.rounds = BLOCK // self.shifts              # of a lane, until the next shift
+        self.block = len(mixture.row)                   # rounds in which it meets its quota
+        self.rounds = self.block // self.shifts              # of a lane, until the next shift
 
         # Lanes that begin in the same class of places (mod shifts) walk through them in the same
         # order: table[class, steps] counts, and where[place] is the step of a place.
         steps, classes = np.arange(self.rounds), np.arange(self.shifts)
-        walks = (classes[:, None] + steps * self.lanes) % BLOCK         # (classes, rounds)
+        walks = (classes[:, None] + steps * self.lanes) % self.block         # (classes, rounds)
         self.table = np.zeros((self.shifts, self.rounds + 1), np.int64)
         self.table[:, 1:] = (mixture.row == number)[walks].cumsum(1)
-        self.where = np.empty(BLOCK, np.int64)
+        self.where = np.empty(self.block, np.int64)
         self.where[walks] = steps
         # what a lane meets in its first turns of a block, by the class that it begins in
         all_met = self.table[:, -1]
@@ -143,7 +141,7 @@ class Walk:
 
     def count(self, lane, rounds):
         """How often lanes meet the data set in their first so many rounds."""
-        block, inside = rounds // BLOCK, rounds % BLOCK
+        block, inside = rounds // self.block, rounds % self.block
         turn, steps = inside // self.rounds, inside % self.rounds
 
         # whole blocks, and whole turns of the last one
@@ -151,7 +149,7 @@ class Walk:
         count = block * self.quota + self.turns[first + turn] - self.turns[first]
 
         # steps of a turn, which may go around the end of the walk
-        place = (lane + turn) % BLOCK
+        place = (lane + turn) % self.block
         kind, begin = place % self.shifts, self.where[place]
         end = begin + steps
         count = count + self.table[kind, np.minimum(end, self.rounds)] - self.table[kind, begin]

@@ -14,6 +14,7 @@ import threading
 import torch.distributed as dist
 
 import checkpoint
+import past
 from remote import patiently
 from tokenizer import read_json
 
@@ -98,13 +99,13 @@ def remote_names(fs, base):
 
 
 def find(out_dir, url, resume, say):
-    """As checkpoint.find; where out_dir has no checkpoint, the newest at `url` is brought here."""
+    """As past.find; where out_dir has no checkpoint, the newest at `url` is brought here."""
     try:
         if not checkpoint.names(os.path.join(out_dir, 'checkpoints')):
             restore(url, out_dir)
     except (ValueError, OSError) as error:
         return '', {}, str(error)
-    return checkpoint.find(out_dir, resume, say)
+    return past.find(out_dir, resume, say)
 
 
 def restore(url, out_dir):
@@ -139,7 +140,7 @@ def download(url, folder, only=()):
 
     # it gets its name when it is here as it was written
     new, path = os.path.join(folder, f'.{name}.tmp'), os.path.join(folder, name)
-    checkpoint.verify(new)
+    past.verify(new)
     shutil.rmtree(path, ignore_errors=True)
     os.rename(new, path)
     return path

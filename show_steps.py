@@ -13,8 +13,8 @@ import sys
 
 import numpy as np
 
-import checkpoint
 import data
+import past
 from configurator import configure
 
 # those settings of train.py that the order depends on, with the same defaults
@@ -28,6 +28,7 @@ seed = 0
 lanes = 64                      # parallel streams of the order
 whole = 1 << 20                 # a data set of at most so many samples is shuffled as a whole
 window = 1024                   # of a larger one so many samples of a lane at once
+adopt = []                      # data sets that may have changed since the run began
 max_steps = 0                   # the run's length: its last batch may be short
 max_samples = 0
 epochs = 0.0
@@ -40,11 +41,10 @@ where = ''                      # only those whose key, shard or data set matche
 def open_past(settings, out_dir):
     """The History of a run, by its newest checkpoint and today's settings, all its data sets open.
     Raises ValueError and OSError."""
-    path, progress = checkpoint.newest(os.path.join(out_dir, 'checkpoints'), print)
-    saved = checkpoint.read_past(path)['chapters.json']
-    everything = settings | dict(adopt=list(settings['mix']))
-    _, history = data.open_mix(everything, saved, progress.get('step', 0),
-                               progress.get('samples', 0))
+    _, history = data.open_mix(settings)
+    path, progress = past.newest(os.path.join(out_dir, 'checkpoints'), print)
+    if path:
+        past.go_on(history, settings, path, progress['step'], progress['samples'])
     for name in history.sets:
         if name not in history.folders:
             history.folders[name] = data.open_folder(name, settings)

@@ -143,12 +143,13 @@ log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
 
 def find_checkpoint():
     """(path, its progress) of the checkpoint to go on from. Raises ValueError."""
-    found = None
+    found = '', {}, ''
     if master and remote:
         from mirror import find
         found = find(out_dir, remote, resume, say)
-    elif master:
-        found = checkpoint.find(out_dir, resume, say)
+    elif master and (resume not in ('auto', 'never') or checkpoint.names(checkpoints)):
+        from past import find
+        found = find(out_dir, resume, say)
     path, progress, problem = parallel.from_master(found)
     if problem:
         raise ValueError(problem)
@@ -160,9 +161,10 @@ try:
         check(config, world)
     micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
     resumed, saved = find_checkpoint()
-    past = checkpoint.read_past(resumed)
-    folders, history = data.open_mix(config, past['chapters.json'], saved.get('step', 0),
-                                     saved.get('samples', 0))
+    folders, history = data.open_mix(config)
+    if resumed:
+        import past
+        past.go_on(history, config, resumed, saved['step'], saved['samples'])
     order = history.order
     steps, checkpoint_steps = history.length(config)
     lr_at = optim.learning_rate(config, steps)
@@ -170,7 +172,8 @@ try:
     torch.manual_seed(seed)                         # the same weights on every rank
     run = checkpoint.make_run(config, device)
     run.kept = task.statistics(config, list(folders.values()))
-    checkpoint.check_same_files(resumed, run)
+    if resumed:
+        past.check_same_files(resumed, run)
     task.prepare(run)
     raw_model = run.model
     options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
@@ -254,23 +257,14 @@ if dtype == 'float16':
     progress['loss_scale'] = 2.0 ** 16
 
 
-def load_checkpoint(path, saved):
-    """Weights, averages, optimizer, progress of a checkpoint that any number of ranks wrote."""
-    for line in checkpoint.changes(path, config, tasks.kept(task)):
-        say(line)
-    checkpoint.load(raw_model.state_dict(), path)
-    if ema:
-        checkpoint.load_averages(averages, path)
-    checkpoint.load_state(optim.state_tensors(optimizers, trained), path)
-    keys = progress.keys() & saved.keys()
-    if past['config.json']['dtype'] != dtype:       # another precision begins its scale anew
-        keys -= {'loss_scale', 'good_steps'}
-    progress.update({key: saved[key] for key in keys})
-
-
 try:
     if resumed:
-        load_checkpoint(resumed, saved)
+        for line in past.changes(resumed, config, tasks.kept(task)):
+            say(line)
+        past.load(resumed, raw_model.state_dict(), averages,
+                  optim.state_tensors(optimizers, trained))
+        kept = past.progress(resumed, saved, dtype)
+        progress.update({key: kept[key] for key in progress if key in kept})
         say(f'resumed from {resumed}')
     elif init_from:
         import initial
@@ -279,6 +273,7 @@ try:
             average.copy_(trained[name].detach())
     parallel.barrier()              # all have read before the first writes
     if master and progress['step'] < steps:         # what trains nothing changes nothing
+        os.makedirs(checkpoints, exist_ok=True)
         checkpoint.remove_leftovers(out_dir)
         checkpoint.write_json(f'{out_dir}/config.json', config)
         checkpoint.write_json(f'{out_dir}/environment.json', logs.environment(device, world))
@@ -293,7 +288,7 @@ def save():
     jsons = {'config.json': config, 'chapters.json': history.to_json(),
              'progress.json': progress | dict(world=world, scheduled=is_scheduled)} | run.kept
     if master:
-        jsons['shards.json'] = history.provenance(folders, progress['step'], past['shards.json'])
+        jsons['shards.json'] = history.provenance(progress['step'])
     saver.save(progress['step'], raw_model.state_dict(), averages,
                optim.state_tensors(optimizers, trained), jsons, checkpoint.own_files(run))
 
@@ -320,7 +315,7 @@ def log(row):
 
 
 wandb_run = copy = None
-if wandb_project and master:
+if wandb_project and master and progress['step'] < steps:
     wandb_run = logs.open_wandb(wandb_project, out_dir, config)
 if remote and master:
     from mirror import Mirror
@@ -398,10 +393,11 @@ if master:
 
 
 def count_step(batches, num_micro):
-    """What a step holds over all ranks, before the backward pass: targets of each kind (the gradient
-    is of one mean, however the batch is cut), tokens, whether a rank was told to stop, micro-batches
-    of the rank that has most. Ends a run with too many bad samples, or nothing to learn."""
-    learned = [sum(task.count(batch)[kind] for batch in batches) for kind in kinds]
+    """What a step holds over all ranks: targets of each kind, tokens, whether a rank was told to
+    stop, micro-batches of the rank that has most. Known before the backward pass, for the gradient
+    is of one mean. Ends a run that meets too many bad samples, or nothing to learn."""
+    counts = [task.count(batch) for batch in batches]
+    learned = [sum(count[kind] for count in counts) for kind in kinds]
     tokens = sum(batch['num_tokens'] for batch in batches)
     bad = sum(len(batch['bad']) for batch in batches)
     each = all_ranks(*learned, tokens, bad, stop['signal'], num_micro)

@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 import tiny  # noqa: E402
 
 import checkpoint  # noqa: E402
+import past  # noqa: E402
 from configurator import configure  # noqa: E402
 
 kills = 30                      # of one process
@@ -51,13 +52,13 @@ def start(out, steps, *launcher):
 def sound(out):
     """Every checkpoint that has its name is whole, here and elsewhere; how many are elsewhere."""
     for name in checkpoint.names(out / 'checkpoints'):
-        checkpoint.verify(str(out / 'checkpoints' / name))
+        past.verify(str(out / 'checkpoints' / name))
 
     # Elsewhere progress.json comes last: a folder with it has its name.
     far = Path(f'{out}-far') / 'checkpoints'
     whole = [marker.parent for marker in far.glob('*/progress.json')]
     for path in whole:
-        checkpoint.verify(str(path))
+        past.verify(str(path))
     return len(whole)
 
 
