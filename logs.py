@@ -146,15 +146,15 @@ def line_of(row):
     return f'step {row["step"]}: {", ".join(parts)}'
 
 
-def speed(since, batch_size, world, step_share):
-    """What a row says of time. since: steps, tokens, seconds of reading and of all that went into
-    it; step_share: seconds that a step would take at the peak of all devices."""
+def speed(since, world, sample_share):
+    """What a row says of time. since: steps, samples, tokens, seconds of reading and of all that
+    went into it; sample_share: seconds that a sample would take at the peak of all devices."""
     seconds, n = since['seconds'], since['steps']
-    samples, tokens = n * batch_size / seconds, since['tokens'] / seconds
+    samples, tokens = since['samples'] / seconds, since['tokens'] / seconds
     return dict(samples_per_sec=round(samples, 2), tokens_per_sec=round(tokens, 1),
                 samples_per_sec_per_gpu=round(samples / world, 2),
                 tokens_per_sec_per_gpu=round(tokens / world, 1),
-                mfu=round(step_share * n / seconds, 4), data_time=round(since['data'] / n, 5),
+                mfu=round(sample_share * samples, 4), data_time=round(since['data'] / n, 5),
                 step_time=round(seconds / n, 5))
 
 

@@ -122,12 +122,19 @@ def check_same_files(path, run):
 # weights, averages, optimizer, progress
 
 
-def load(path, weights, averages, state):
-    """Fill tensors {name: tensor} with what any number of ranks have saved."""
+def load(path, saved, dtype, weights, averages, state):
+    """Fill tensors {name: tensor} with what any number of ranks have saved; what a run of this
+    dtype goes on with of the checkpoint's progress."""
     checkpoint.load(weights, path)
     if averages:
         load_averages(averages, path)
     load_state(state, path)
+
+    # another precision begins its scale anew
+    others = ['files', 'world', 'scheduled']
+    if read_json(os.path.join(path, 'config.json'))['dtype'] != dtype:
+        others += ['loss_scale', 'good_steps']
+    return {key: value for key, value in saved.items() if key not in others}
 
 
 def load_averages(averages, path):
@@ -147,44 +154,40 @@ def load_state(state, path):
     checkpoint.load({name: tensor for name, tensor in state.items() if name in there}, folder)
 
 
-def progress(path, saved, dtype):
-    """What a run goes on with of a checkpoint's progress."""
-    # another precision begins its scale anew
-    if read_json(os.path.join(path, 'config.json'))['dtype'] == dtype:
-        return saved
-    return {key: value for key, value in saved.items() if key not in ('loss_scale', 'good_steps')}
-
-
 # -------------------------------------------------------------------------------------------------
 # chapters
 
 
-def go_on(history, settings, path, step, position):
-    """Let the History of a command go on from a checkpoint, at a step and a position. Raises
-    ValueError for a data set that is not what it was, and OSError.
+def go_on(history, settings, path, saved, kept=()):
+    """Let the History of a command go on from a checkpoint; lines that tell what has changed
+    since. saved: the checkpoint's progress; kept: see `changes`. Raises ValueError for what can
+    not change, a data set that is not what it was among it, and OSError.
 
     With the settings of the last chapter nothing is added. Another mix, weight, batch size, seed
     or window begins a chapter: positions go on where they stopped, and each data set goes on in
     its own epoch at its own sample."""
-    saved = read_json(os.path.join(path, 'chapters.json'))
+    lines = changes(path, settings, kept)
+    chapters = read_json(os.path.join(path, 'chapters.json'))
     history.seen_before = read_json(os.path.join(path, 'shards.json'))
-    take_up(history, settings, saved, step, position)
+    adopted = take_up(history, settings, chapters, saved['step'], saved['samples'])
+    return lines + [f'adopted: data set {name!r} is not what it was' for name in adopted]
 
 
 def take_up(history, settings, saved, step, position):
-    """`go_on` from what a chapters.json holds."""
+    """`go_on` from what a chapters.json holds; names of data sets that were adopted."""
     history.lanes, history.sets = saved['lanes'], dict(saved['sets'])
     # what came after the checkpoint is done again
     history.chapters = [Chapter(**each) for each in saved['chapters'] if each['step'] <= step]
     drawn = drawn_before(history, step, position)
-    for name, folder in history.folders.items():
-        if is_new(history, name, folder, settings['adopt']):
-            drawn.pop(name, None)
+    adopted = meet_again(history, settings['adopt'])
+    for name in adopted:
+        drawn.pop(name, None)
 
     chapter = history.chapter(settings, step, position, drawn)
     if not is_continued(history.chapters[-1], chapter):
         history.chapters = [old for old in history.chapters if old.step < step] + [chapter]
     history.orders = {}
+    return adopted
 
 
 def is_continued(last, chapter):
@@ -194,19 +197,23 @@ def is_continued(last, chapter):
     return same and list(last.mix) == list(chapter.mix)
 
 
-def is_new(history, name, folder, adopted):
-    """Does a data set begin its epochs anew? Raises ValueError where it is not what it was, and is
-    not adopted."""
-    before, now = history.sets.get(name), what_is(folder)
-    if before and before | now == before:
-        return False
-    if before and name not in adopted:
-        raise ValueError(
-            f'data set {name!r} is not what this run began with ({before["samples"]} samples in '
-            f'{before["shards"]} shards, now {now["samples"]} in {now["shards"]}): bring it back, '
-            f'or begin its epochs anew with --adopt=\'["{name}"]\'')
-    history.meet(name, folder)
-    return True
+def meet_again(history, adopt):
+    """Look at the data sets; names of those that are not what they were and begin anew. Raises
+    ValueError for one of them that is not in `adopt`."""
+    adopted = []
+    for name, folder in history.folders.items():
+        before, now = history.sets.get(name), what_is(folder)
+        if before and before | now == before:
+            continue
+        if before and name not in adopt:
+            raise ValueError(
+                f'data set {name!r} is not what this run began with ({before["samples"]} samples '
+                f'in {before["shards"]} shards, now {now["samples"]} in {now["shards"]}): bring '
+                f'it back, or begin its epochs anew with --adopt=\'["{name}"]\'')
+        if before:
+            adopted.append(name)
+        history.meet(name, folder)
+    return adopted
 
 
 def drawn_before(history, step, position):

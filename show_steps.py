@@ -44,7 +44,7 @@ def open_past(settings, out_dir):
     _, history = data.open_mix(settings)
     path, progress = past.newest(os.path.join(out_dir, 'checkpoints'), print)
     if path:
-        past.go_on(history, settings, path, progress['step'], progress['samples'])
+        past.go_on(history, settings, path, progress)
     for name in history.sets:
         if name not in history.folders:
             history.folders[name] = data.open_folder(name, settings)

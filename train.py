@@ -140,9 +140,12 @@ def fail(message, code):
 
 log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
 
+try:
+    for check in (data.check, optim.check, checkpoint.check, task.check):
+        check(config, world)
+    micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
 
-def find_checkpoint():
-    """(path, its progress) of the checkpoint to go on from. Raises ValueError."""
+    # the checkpoint to go on from, and its progress
     found = '', {}, ''
     if master and remote:
         from mirror import find
@@ -150,21 +153,15 @@ def find_checkpoint():
     elif master and (resume not in ('auto', 'never') or checkpoint.names(checkpoints)):
         from past import find
         found = find(out_dir, resume, say)
-    path, progress, problem = parallel.from_master(found)
+    resumed, saved, problem = parallel.from_master(found)
     if problem:
         raise ValueError(problem)
-    return path, progress
 
-
-try:
-    for check in (data.check, optim.check, checkpoint.check, task.check):
-        check(config, world)
-    micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
-    resumed, saved = find_checkpoint()
     folders, history = data.open_mix(config)
     if resumed:
         import past
-        past.go_on(history, config, resumed, saved['step'], saved['samples'])
+        for line in past.go_on(history, config, resumed, saved, tasks.kept(task)):
+            say(line)
     order = history.order
     steps, checkpoint_steps = history.length(config)
     lr_at = optim.learning_rate(config, steps)
@@ -237,7 +234,7 @@ if not any(task.count(first_batch).values()):
          f'{(first_batch["bad"] or ["?"])[0]}', 2)
 with autocast:
     flops = logs.count_flops(raw_model, run.inputs(first_batch) | constants)
-step_flops = 3 * flops * batch_size // micro_batch      # the backward pass takes two of three
+sample_flops = 3 * flops / micro_batch                  # the backward pass takes two of three
 
 if compile:
     parallel.compile_layers(raw_model)      # inside what FSDP puts around them
@@ -256,15 +253,10 @@ progress = dict(step=0, samples=0, tokens=0, bad_samples=0, bad_steps=0, good_st
 if dtype == 'float16':
     progress['loss_scale'] = 2.0 ** 16
 
-
 try:
     if resumed:
-        for line in past.changes(resumed, config, tasks.kept(task)):
-            say(line)
-        past.load(resumed, raw_model.state_dict(), averages,
-                  optim.state_tensors(optimizers, trained))
-        kept = past.progress(resumed, saved, dtype)
-        progress.update({key: kept[key] for key in progress if key in kept})
+        state = optim.state_tensors(optimizers, trained)
+        progress |= past.load(resumed, saved, dtype, raw_model.state_dict(), averages, state)
         say(f'resumed from {resumed}')
     elif init_from:
         import initial
@@ -393,9 +385,8 @@ if master:
 
 
 def count_step(batches, num_micro):
-    """What a step holds over all ranks: targets of each kind, tokens, whether a rank was told to
-    stop, micro-batches of the rank that has most. Known before the backward pass, for the gradient
-    is of one mean. Ends a run that meets too many bad samples, or nothing to learn."""
+    """What a step holds over all ranks, for its gradient is of one mean: targets of each kind,
+    tokens, whether a rank was told to stop, the most micro-batches of a rank. May end the run."""
     counts = [task.count(batch) for batch in batches]
     learned = [sum(count[kind] for count in counts) for kind in kinds]
     tokens = sum(batch['num_tokens'] for batch in batches)
@@ -436,7 +427,7 @@ def log_row(step, loss, grad_norm, by_set, since):
                epoch=round(samples_of(step) / dataset_samples, 4), loss=loss, lr=lr_at(step - 1),
                grad_norm=grad_norm, mem_gb=logs.memory_gb(device),
                bad_samples=progress['bad_samples'])
-    row |= logs.speed(since, batch_size, world, step_flops / peak)
+    row |= logs.speed(since, world, sample_flops / peak)
 
     # how each data set does, when there are several; one that was not met just now has no loss
     for number, name in enumerate(mix):
@@ -485,7 +476,7 @@ def update(loss, grad_norm):
     say(f'\n{where}. The weights stay as they are')
 
 
-since = dict(steps=0, tokens=0, data=0.0, seconds=0.0)      # the last row of the log
+since = dict(steps=0, samples=0, tokens=0, data=0.0, seconds=0.0)      # the last row of the log
 model.train()
 while progress['step'] < steps:
     # read the batch, and cut it into micro-batches
@@ -522,19 +513,21 @@ while progress['step'] < steps:
         opt.zero_grad(set_to_none=True)
     progress['step'] += 1
     progress['tokens'] += tokens
-    progress['samples'] = samples_of(progress['step'])
     step = progress['step']
+    step_samples = samples_of(step) - progress['samples']
+    progress['samples'] += step_samples
     saving(saver.check)
 
     # what there is to say of it
     ended = time.perf_counter()
-    news = dict(steps=1, tokens=tokens, data=have_read - begun, seconds=ended - begun)
+    news = dict(steps=1, samples=step_samples, tokens=tokens, data=have_read - begun,
+                seconds=ended - begun)
     since = {key: since[key] + value for key, value in news.items()}
     if step % log_every == 0 or step == steps:
         log(log_row(step, loss, grad_norm, by_set, since))
         since = dict.fromkeys(since, 0)
     if master:
-        speed = f'{batch_size / (ended - begun):.0f} samples/s'
+        speed = f'{step_samples / (ended - begun):.0f} samples/s'
         bar.set_postfix_str(f'loss {loss:.4f}, {speed}', refresh=False)
         bar.update()
 

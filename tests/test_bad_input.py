@@ -100,7 +100,7 @@ def alone(spoiled, tmp_path_factory):
 
 def test_each_kind_is_counted_and_named(spoiled, alone):
     out, result = alone
-    shown = run('data.py', out / 'config.json', '--show_steps=0:6').ok().out.splitlines()
+    shown = run('data.py', out / 'config.json', '--show_steps=1:7').ok().out.splitlines()
     keys = [line.split('\t')[-1] for line in shown]
     bad = [key for key in keys if not key.startswith(('good', 'apart'))]
     assert set(bad) == {*SAMPLES, 'twice'} and 'apart' in keys

@@ -6,17 +6,16 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from conftest import ROOT, write_set
 
 import data
-from data import InOrder, Order, Random, hash64, permute
+from data import WHOLE, History, InOrder, Order, Random, hash64, permute
 from shards import Folder
 
-GOLDEN = '2d9e3accdd8410e33fffe867cc649faa1e5189eae0a846b8b03639f9c2055c76'
+GOLDEN = {1000: '', WHOLE: ''}
 
 
 def shards_of(sizes):
@@ -116,9 +115,11 @@ CASES += [(rng.integers(0, 60, rng.integers(1, 9)).tolist() + [1], int(rng.integ
            int(rng.integers(1, 50))) for _ in range(25)]
 
 
+@pytest.mark.parametrize('whole', [0, WHOLE])
 @pytest.mark.parametrize('sizes, lanes, window', CASES)
-def test_every_sample_stands_exactly_once_in_every_epoch(sizes, lanes, window):
-    order, total = Order([shards_of(sizes)], [1.0], seed=3, lanes=lanes, window=window), sum(sizes)
+def test_every_sample_stands_exactly_once_in_every_epoch(sizes, lanes, window, whole):
+    order = Order([shards_of(sizes)], [1.0], 3, lanes, window, whole)
+    total = sum(sizes)
     everything = [(shard, index) for shard, n in enumerate(sizes) for index in range(n)]
     orders = []
     for epoch in range(6):
@@ -140,54 +141,43 @@ def test_a_seed_makes_the_order():
 
 
 def test_epochs_differ_in_shards_and_inside_them():
-    order = Order([shards_of([20] * 12)], [1], lanes=1, window=5)
+    order = Order([shards_of([20] * 12)], [1], lanes=1, window=5, whole=0)
     shards = [tuple(dict.fromkeys(r[2] for r in located(order, np.arange(e * 240, e * 240 + 240))))
               for e in range(8)]
     assert len(set(shards)) == 8
-    one = Order([shards_of([20])], [1], lanes=1, window=5)
+    one = Order([shards_of([20])], [1], lanes=1, window=5, whole=0)
     inside = [tuple(r[3] for r in located(one, np.arange(e * 20, e * 20 + 20))) for e in range(8)]
     assert len(set(inside)) == 8
 
 
-@pytest.mark.parametrize('weights',
-                         [[0.5, 0.3, 0.2], [1, 1, 1], [3, 0, 1], [1, 4000, 3], [7, 11, 13]])
-def test_mixing_is_exact_in_every_block(weights):
-    lanes = 3
-    order = Order([shards_of([5, 40]), shards_of([33]), shards_of([1, 2])], weights, seed=5,
-                  lanes=lanes, window=7)
-    exact = [Fraction(str(w)) * 4096 / sum(Fraction(str(v)) for v in weights) for w in weights]
-    quotas = [int(x) for x in exact]
-    for i in sorted(range(3), key=lambda i: quotas[i] - exact[i])[:4096 - sum(quotas)]:
-        quotas[i] += 1                                  # largest remainder, in fractions
-    blocks = []
-    for block in (0, 1, 2, 123456):
-        dataset = order.locate(np.arange(block * 4096 * lanes,
-                                         (block + 1) * 4096 * lanes))[0].reshape(4096, lanes)
-        assert (dataset == dataset[:, :1]).all(), 'a round is of one data set'
-        assert np.bincount(dataset[:, 0], minlength=3).tolist() == quotas
-        blocks.append(tuple(dataset[:, 0].tolist()))
-    assert len(set(blocks)) == 4, 'every block has an order of its own'
+def rows_of_mix(sizes, weights, whole, num):
+    """The rows (epoch, shard, index) of each data set of a mix, in the order of positions."""
+    order = Order([shards_of(s) for s in sizes], weights, 1, 5, 16, whole)
+    rows = located(order, np.arange(num))
+    return [[row[1:] for row in rows if row[0] == number] for number in range(len(sizes))]
 
 
-def test_data_sets_alternate_at_random():
-    order = Order([shards_of([10]), shards_of([10])], [1, 1], lanes=1)
-    dataset = order.locate(np.arange(4096))[0]
-    changes = (dataset[1:] != dataset[:-1]).sum()
-    assert abs(changes - 2048) < 160 and abs((dataset[:2048] == 0).sum() - 1024) < 120
+MIX = [[5, 40], [33], [700, 1, 299]]
 
 
 def test_each_data_set_of_a_mix_runs_through_epochs_of_its_own():
-    sizes = [[5, 40], [33], [700, 1, 299]]
-    order = Order([shards_of(s) for s in sizes], [3, 2, 5], seed=1, lanes=5, window=16)
-    rows = located(order, np.arange(2 * 4096 * 5))
-    for d, size in enumerate(sizes):
-        mine, total = [row[1:] for row in rows if row[0] == d], sum(size)
+    for size, mine in zip(MIX, rows_of_mix(MIX, [3, 2, 5], WHOLE, 2 * 4096 * 5)):
+        total = sum(size)
         assert [row[0] for row in mine] == [p // total for p in range(len(mine))]
         for e in range(len(mine) // total):
             assert len(set(mine[e * total:(e + 1) * total])) == total
-    alone = located(Order([shards_of(sizes[1])], [1], seed=1, lanes=5, window=16), np.arange(33))
-    assert alone != [(0, *row[1:]) for row in rows if row[0] == 1][:33], (
+    alone = rows_of_mix([MIX[1]], [1], WHOLE, 33)[0]
+    assert alone != rows_of_mix(MIX, [3, 2, 5], WHOLE, 400)[1][:33], (
         'data sets of one size have different orders')
+
+
+def test_large_data_sets_of_a_mix_run_through_epochs_of_their_own():
+    for size, mine in zip(MIX, rows_of_mix(MIX, [3, 2, 5], 0, 4096 * 5)):
+        # lanes may be some draws apart inside a block; at its end they are not
+        assert len(set(mine)) == len(mine), 'nothing twice'
+        epochs, counts = np.unique([row[0] for row in mine], return_counts=True)
+        assert epochs.tolist() == list(range(len(epochs)))
+        assert (counts[:-1] == sum(size)).all()
 
 
 def test_bad_weights_and_settings_are_refused():
@@ -212,7 +202,7 @@ def test_bad_weights_and_settings_are_refused():
 @pytest.mark.parametrize('total, lanes', [(1000, 16), (1001, 16), (1015, 16), (40, 64), (77, 5)])
 def test_lanes_own_contiguous_ranges_whose_sizes_differ_by_one_at_most(total, lanes):
     # one shard: the index is the place
-    order = Order([shards_of([total])], [1], lanes=lanes, window=8)
+    order = Order([shards_of([total])], [1], lanes=lanes, window=8, whole=0)
     for epoch in range(5):
         n = np.arange(epoch * total, (epoch + 1) * total)
         index = order.locate(n)[3]
@@ -224,7 +214,7 @@ def test_lanes_own_contiguous_ranges_whose_sizes_differ_by_one_at_most(total, la
 
 def test_a_lane_is_shuffled_in_windows():
     lanes, window, total = 4, 10, 404                   # 101 a lane: the last window holds one
-    order = Order([shards_of([total])], [1], lanes=lanes, window=window)
+    order = Order([shards_of([total])], [1], lanes=lanes, window=window, whole=0)
     index = order.locate(np.arange(total))[3]
     orders = set()
     for slot in range(lanes):
@@ -240,8 +230,8 @@ def test_a_lane_is_shuffled_in_windows():
 
 
 def test_ranks_read_their_own_shards_when_they_divide_the_lanes():
-    order = Order([shards_of([10] * 16)], [1], lanes=16)
-    uneven = Order([shards_of([7, 30, 1, 12, 50, 3, 9, 48])], [1], lanes=16)
+    order = Order([shards_of([10] * 16)], [1], lanes=16, whole=0)
+    uneven = Order([shards_of([7, 30, 1, 12, 50, 3, 9, 48])], [1], lanes=16, whole=0)
     for world in (2, 4, 8, 16):
         for epoch in range(3):
             n = np.arange(epoch * 160, (epoch + 1) * 160)
@@ -254,24 +244,13 @@ def test_ranks_read_their_own_shards_when_they_divide_the_lanes():
             assert sum(map(len, seen)) == len(set.union(*seen)) == 160
 
 
-@pytest.mark.parametrize('world, micro', [(1, 24), (1, 4), (2, 3), (3, 8), (4, 6), (8, 1)])
-def test_ranks_and_micro_batches_cut_a_step_without_changing_it(world, micro):
-    for step in (0, 1, 1000):
-        ranks = [data.positions_of_step(step, 24, micro, rank, world) for rank in range(world)]
-        assert sorted(n for rank in ranks for part in rank
-                      for n in part) == list(range(step * 24, step * 24 + 24))
-        for rank, parts in enumerate(ranks):
-            assert all(len(part) == micro and (part % world == (step * 24 + rank) % world).all()
-                       for part in parts)
-            assert np.concatenate(parts).tolist() == sorted(np.concatenate(parts).tolist())
-
-
-def test_locate_of_an_array_is_locate_of_each_point():
-    order = Order([shards_of([30, 70]), shards_of([11])], [2, 1], seed=8, lanes=6, window=9)
+@pytest.mark.parametrize('whole', [0, 50, WHOLE])
+def test_locate_of_an_array_is_locate_of_each_point(whole):
+    order = Order([shards_of([30, 70]), shards_of([11])], [2, 1], 8, 6, 9, whole)
     n = np.random.default_rng(1).integers(0, 10 ** 6, (6, 20))
     together = order.locate(n)
     assert all(x.shape == n.shape and x.dtype == np.int64 for x in together)
-    fresh = Order([shards_of([30, 70]), shards_of([11])], [2, 1], seed=8, lanes=6, window=9)
+    fresh = Order([shards_of([30, 70]), shards_of([11])], [2, 1], 8, 6, 9, whole)
     for i, j in np.ndindex(*n.shape):
         assert tuple(int(x)
                      for x in fresh.locate(n[i, j])) == tuple(int(x[i, j]) for x in together)
@@ -313,15 +292,21 @@ def test_what_was_seen_is_counted_without_going_through_it():
     assert order.seen(0, 286 * 10 ** 9) == (10 ** 9, {})
     epoch, counts = order.seen(0, 286 * 10 ** 9 + 100)
     assert epoch == 10 ** 9 and sum(counts.values()) == 100
+    # lane by lane: each has drawn as much, and 14 of 64 one more
+    large = Order([shards_of([100, 186])], [1.0], whole=0)
+    assert large.seen(0, [286 * 10 ** 9] * 64) == (64 * 10 ** 9, {})
+    epoch, counts = large.seen(0, [286 * 10 ** 9 + 1] * 14 + [286 * 10 ** 9] * 50)
+    assert epoch == 64 * 10 ** 9 and sum(counts.values()) == 14
 
 
-def test_the_order_never_changes():
+@pytest.mark.parametrize('whole', [1000, WHOLE])
+def test_the_order_never_changes(whole):
     """A golden hash: runs that are resumed or looked into later rely on it. Never change it."""
     order = Order([shards_of([1000, 234, 1]), shards_of([77]), shards_of([50, 5000])],
-                  [0.5, 0.2, 0.3], seed=1234, lanes=16, window=128)
+                  [0.5, 0.2, 0.3], 1234, 16, 128, whole)
     n = np.concatenate([np.arange(100_000), 10 ** 12 + np.arange(1000)])
     rows = np.stack(order.locate(n), 1).astype('<i8')
-    assert hashlib.sha256(rows.tobytes()).hexdigest() == GOLDEN
+    assert hashlib.sha256(rows.tobytes()).hexdigest() == GOLDEN[whole]
 
 
 def test_in_order_is_file_order():
@@ -337,21 +322,28 @@ def emoji(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp('sets') / 'toy', [5, 7, 3])
 
 
+SETTINGS = dict(batch_size=1, seed=0, lanes=64, window=1024, whole=WHOLE, adopt=[])
+
+
+@pytest.mark.parametrize('whole', [0, WHOLE])
 @pytest.mark.parametrize('lanes, window', [(4, 8), (1, 1), (7, 3), (64, 1024), (16, 2)])
-def test_provenance_counts_every_sample(emoji, tmp_path, lanes, window):
+def test_provenance_counts_every_sample(emoji, tmp_path, lanes, window, whole):
     other = write_set(tmp_path / 'other', [4, 0, 2])
-    folders = [Folder(str(emoji)), Folder(str(other))]
-    order = Order([f.sizes for f in folders], [2, 1], lanes=lanes, window=window)
+    folders = {str(path): Folder(str(path)) for path in (emoji, other)}
+    mix = dict(zip(folders, [2, 1]))
+    history = History(SETTINGS | dict(mix=mix, lanes=lanes, window=window, whole=whole), folders)
     for end in (0, 1, 5, 37, 211, 900, 5000):
-        rows = located(order, np.arange(end))
-        counts = data.provenance(order, folders, end)
+        rows = located(history.order, np.arange(end))
+        counts = history.provenance(end)
         assert json.loads(json.dumps(counts)) == counts
-        for d, folder in enumerate(folders):
-            ours = [row for row in rows if row[0] == d]
-            found = counts[folder.path]
+        for number, (name, folder) in enumerate(folders.items()):
+            ours = [row for row in rows if row[0] == number]
+            found, epochs = counts[name], [row[1] for row in ours]
             assert found['samples'] == len(ours)
-            assert found['whole_epochs'] == len(ours) // len(folder)
-            late = [folder.name(row[2]) for row in ours if row[1] == found['whole_epochs']]
+            done = found['whole_epochs']
+            assert all(epochs.count(epoch) == len(folder) for epoch in range(done))
+            assert epochs.count(done) < len(folder), 'no more of them are whole'
+            late = [folder.name(row[2]) for row in ours if row[1] >= done]
             assert found['shards_of_next_epoch'] == {name: late.count(name)
                                                      for name in sorted(set(late))}
 
@@ -377,30 +369,30 @@ def config(emoji, tmp_path):
 
 
 def test_show_steps_prints_what_the_order_gives(config, emoji, tmp_path):
-    out = show(config, '--show_steps=7:10', cwd=tmp_path)
+    out = show(config, '--show_steps=8:11', cwd=tmp_path)
     assert out.returncode == 0 and out.stderr == ''
     folders = [Folder(str(emoji)), Folder(str(tmp_path / 'other'))]
     order = Order([f.sizes for f in folders], [2, 1], seed=3, lanes=4, window=8)
-    expected = [[str(n // 6), str(n), folders[d].path, str(e), folders[d].name(s),
+    expected = [[str(n // 6 + 1), str(n), folders[d].path, str(e), folders[d].name(s),
                  folders[d].key(s, i)]
                 for n, (d, e, s, i) in zip(range(42, 60), located(order, np.arange(42, 60)))]
     assert [line.split('\t') for line in out.stdout.splitlines()] == expected
-    flags = show(config, '--show_steps=7:10', '--batch_size=3', '--seed=4',
+    flags = show(config, '--show_steps=8:11', '--batch_size=3', '--seed=4',
                  cwd=tmp_path).stdout.splitlines()
     assert [line.split('\t')[:2]
-            for line in flags] == [[str(n // 3), str(n)] for n in range(21, 30)]
+            for line in flags] == [[str(n // 3 + 1), str(n)] for n in range(21, 30)]
 
 
 def test_show_steps_where(config, tmp_path):
-    lines = show(config, '--show_steps=0:30', cwd=tmp_path).stdout.splitlines()
+    lines = show(config, '--show_steps=1:31', cwd=tmp_path).stdout.splitlines()
     keys = {line.split('\t')[-1] for line in lines}
     for where, wanted in [(key := max(keys), {key}), ('*3', {k for k in keys if k.endswith('3')}),
                           ('none', set())]:
-        out = show(config, '--show_steps=0:30', f'--where={where}', cwd=tmp_path)
+        out = show(config, '--show_steps=1:31', f'--where={where}', cwd=tmp_path)
         assert out.returncode == 0
         assert out.stdout.splitlines() == [line
                                            for line in lines if line.split('\t')[-1] in wanted]
-    assert show(config, '--show_steps=0:30', '--where=00000000',
+    assert show(config, '--show_steps=1:31', '--where=00000000',
                 cwd=tmp_path).stdout.splitlines() == [
                     line for line in lines if line.split('\t')[-2] == '00000000']
 
@@ -411,9 +403,10 @@ def test_show_steps_says_what_is_wrong_in_one_line(config, tmp_path):
     weights.write_text(config.read_text().replace('1.0', '-1.0'))
     for args, word in [([config], 'show_steps'), ([config, '--show_steps=5'], 'a:b'), (
         [config, '--show_steps=1:x'], 'a:b'), ([config, '--show_steps=-1:2'], 'a:b'), (
-            [gone, '--show_steps=0:1'], 'others'), ([weights, '--show_steps=0:1'], 'weight'),
-                       ([config, '--show_step=0:1'], 'show_steps'),
-                       ([config, '--show_steps=0:1', '--lanes=0'], 'lanes')]:
+            [gone, '--show_steps=1:2'], 'others'), ([weights, '--show_steps=1:2'], 'weight'),
+                       ([config, '--show_step=1:2'], 'show_steps'),
+                       ([config, '--show_steps=0:2'], 'begin at 1'),
+                       ([config, '--show_steps=1:2', '--lanes=0'], 'lanes')]:
         out = show(*args)
         assert out.returncode == 2 and out.stdout == '' and word in out.stderr, (args, out)
         assert out.stderr.count('\n') == 1 and 'Traceback' not in out.stderr, (args, out.stderr)
@@ -421,6 +414,6 @@ def test_show_steps_says_what_is_wrong_in_one_line(config, tmp_path):
 
 def test_show_steps_names_a_damaged_shard_in_one_line(config, tmp_path):
     os.truncate(tmp_path / 'other' / '00000001.tar', 600)
-    out = show(config, '--show_steps=0:10')
+    out = show(config, '--show_steps=1:11')
     assert out.returncode in (1, 2) and '00000001.tar' in out.stderr
     assert out.stderr.count('\n') == 1 and 'Traceback' not in out.stderr, out.stderr

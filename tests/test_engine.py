@@ -17,6 +17,7 @@ from test_remote import proxy, s3  # noqa: F401  (fixtures)
 from tiny import Process, losses, names, rows, run, same_weights, wait_until, weights
 
 import checkpoint
+import past
 import mirror
 import remote
 from model import Decoder, DecoderConfig, token_losses
@@ -353,10 +354,10 @@ def test_bad_steps_are_skipped_as_often_as_allowed(tmp_path):
     """A learning rate that destroys the weights: every later loss is not finite."""
     flags = ['--lr=1e30', '--warmup=0', '--max_steps=8', '--schedule=constant']
     result = train(tmp_path / 'run', *flags, '--skip_bad_steps=2').failed(
-        'step 3', 'nan', '--show_steps=3:4')
+        'step 3', 'nan', '--show_steps=4:5')
     assert [row['step'] for row in rows(tmp_path / 'run')] == [1, 2, 3], 'two were skipped'
     assert result.out.count('The weights stay as they are') == 2
-    train(tmp_path / 'run2', *flags).failed('step 1', '--show_steps=1:2')
+    train(tmp_path / 'run2', *flags).failed('step 1', '--show_steps=2:3')
 
 
 # -----------------------------------------------------------------------------------------------
@@ -391,7 +392,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         tensor.fill_(-1)
     assert not checkpoint.names(str(tmp_path / 'checkpoints')), 'not before it is whole'
     saver.wait()
-    path, saved = checkpoint.newest(str(tmp_path / 'checkpoints'), print)
+    path, saved = past.newest(str(tmp_path / 'checkpoints'), print)
     assert path.endswith('step_00000001') and saved['step'] == 1 and os.path.exists(f'{path}/copy')
     new = {'a': torch.zeros(1000), 'b': torch.zeros(3, 3)}
     checkpoint.load(new, path)

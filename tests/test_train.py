@@ -129,12 +129,12 @@ def test_tokens_are_those_of_the_samples_that_data_py_shows(base):
     """The lengths of the captions differ, so that the count tells the samples; padding is not in
     it."""
     samples = {sample[0]: sample for dataset in tiny.SETS.values() for sample in dataset}
-    seen = show_steps(base, f'0:{STEPS}')
+    seen = show_steps(base, f'1:{STEPS + 1}')
     total = 0
     for row in rows(base):
-        total += sum(tiny.row_length(samples[key]) for *_, key in seen[row['step'] - 1])
+        total += sum(tiny.row_length(samples[key]) for *_, key in seen[row['step']])
         assert row['tokens'] == total, f'step {row["step"]}'
-    positions = [position for step in range(STEPS) for position, *_ in seen[step]]
+    positions = [position for step in range(1, STEPS + 1) for position, *_ in seen[step]]
     assert positions == list(range(12 * STEPS))
     assert {dataset for step in seen.values() for _, dataset, *_ in step} == {
         'plain', 'dark', 'long'}
@@ -161,7 +161,7 @@ def test_checkpoints_are_evenly_spaced_and_whole(base):
 def test_shards_json_counts_what_was_read(base, data):
     for name, steps in zip(CHECKPOINTS[:2], (5, 10)):
         expected = {}
-        for seen in show_steps(base, f'0:{steps}').values():
+        for seen in show_steps(base, f'1:{steps + 1}').values():
             for _, dataset, epoch, shard, _ in seen:
                 expected.setdefault(dataset, []).append((int(epoch), shard))
         found = json.loads((base / 'checkpoints' / name / 'shards.json').read_text())
@@ -430,7 +430,7 @@ def two_ranks(unequal, tmp_path_factory):
 def test_two_ranks_with_accumulation_give_the_same_losses(two_ranks, alone):
     assert_equal_runs(two_ranks, alone)
     assert names(two_ranks) == names(alone)
-    assert show_steps(two_ranks, '0:3') == show_steps(alone, '0:3')
+    assert show_steps(two_ranks, '1:4') == show_steps(alone, '1:4')
     for key, value in weights(two_ranks).items():
         np.testing.assert_allclose(value, weights(alone)[key], atol=1e-3)
 
@@ -512,7 +512,7 @@ def test_kinds_mix_in_a_batch_and_each_has_its_loss(cotrained):
         assert found[-1][f'epoch/{name}'] == pytest.approx(
             counted[name]['samples'] / size, abs=1e-4)
         assert counted[name]['whole_epochs'] == counted[name]['samples'] // size
-    shown = [line[1] for lines in show_steps(cotrained, '0:8').values() for line in lines]
+    shown = [line[1] for lines in show_steps(cotrained, '1:9').values() for line in lines]
     assert all(shown.count(name) == counted[name]['samples'] for name in counted)
 
 
@@ -535,7 +535,7 @@ def test_the_first_loss_is_one_mean_over_the_targets_of_its_samples(
     run('train.py', *unequal, '--augment=false', '--seed=3', f'--out_dir={out}').ok()
     begun = begin_run(out)
     loss = targets = 0
-    for _, dataset, _, _, key in show_steps(out, '0:1')[0]:
+    for _, dataset, _, _, key in show_steps(out, '1:2')[1]:
         one = one_by_one(begun, data / dataset, {key})[key]
         loss, targets = loss + one[0], targets + one[1]
     assert rows(out)[0]['loss'] == pytest.approx(loss / targets, rel=1e-5)
@@ -693,7 +693,7 @@ def test_init_from_what_is_not_there_or_damaged(siglip, short, tmp_path):
     (['--batch_size=0'], ['batch_size=0']),
     (['--task=llama'], ['task', 'llama', 'llm, policy, siglip', 'mine.py']),
     (['--dtype=float8'], ['dtype', 'float8', 'bfloat16']),
-    (['--resume=always'], ['resume', 'always', 'auto, never']),
+    (['--resume=always'], ['resume', 'always', 'missing', 'auto, never']),
     (['--task=siglip', '--micro_batch_size=6'], ['batch_size=12', 'micro_batch_size=6']),
     (['--epochs=1.0'], ['max_steps=8', 'epochs=1.0', 'one']),
     (['--max_steps=0'], ['max_steps=0', 'max_samples=0', 'epochs=0.0']),
@@ -734,7 +734,7 @@ def test_just_allowed(short, tmp_path):
           '--warmup=5', '--num_checkpoints=5').ok()
     assert len(names(tmp_path / 'run')) == 5
     assert rows(tmp_path / 'run')[-1]['lr'] == pytest.approx(5e-3)
-    seen = [key for step in show_steps(tmp_path / 'run', '0:5').values() for *_, key in step]
+    seen = [key for step in show_steps(tmp_path / 'run', '1:6').values() for *_, key in step]
     assert sorted(seen) == sorted(sample[0] for sample in tiny.SETS['long'])
 
 
@@ -770,14 +770,14 @@ def test_a_bad_picture_is_a_counted_placeholder(short, tmp_path, workers):
     result = short(f'--mix={{"{tmp_path}/spoiled": 1}}', '--max_bad_fraction=0.2',
                    f'--workers={workers}').ok()
     found = rows(tmp_path / 'run')
-    seen = show_steps(tmp_path / 'run', '0:8')
-    bad = np.cumsum([[key for *_, key in seen[step]].count('plain-00') for step in range(8)])
+    seen = show_steps(tmp_path / 'run', '1:9')
+    bad = np.cumsum([[key for *_, key in seen[step]].count('plain-00') for step in range(1, 9)])
     assert [row['bad_samples'] for row in found] == bad.tolist() and bad[-1] == 8
     assert result.err.count('plain-00') == 8 and '00000000.tar' in result.err
     # nothing of it is learned or counted
     lengths = {sample[0]: tiny.row_length(sample) for sample in tiny.SETS['plain']} | {
         'plain-00': 0}
-    assert found[0]['tokens'] == sum(lengths[key] for *_, key in seen[0])
+    assert found[0]['tokens'] == sum(lengths[key] for *_, key in seen[1])
 
 
 def test_too_many_bad_pictures_stop_the_run(short, tmp_path):
@@ -795,7 +795,7 @@ def test_a_bad_validation_picture_stops_the_run(short, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run(short, tmp_path):
     result = short('--lr=1e30', '--warmup=0', '--num_checkpoints=8')
-    result.failed('loss', 'nan', '--show_steps=1:2', 'step_00000001')
+    result.failed('loss', 'nan', '--show_steps=2:3', 'step_00000001')
     assert names(tmp_path / 'run') == ['step_00000001']
     assert all(np.isfinite(w).all() for w in weights(tmp_path / 'run').values())
 
