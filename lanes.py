@@ -2,9 +2,10 @@
 
 A position is of lane n mod lanes; when the number of ranks divides that of lanes, a rank stays in
 its own lanes. A lane's j-th draw from the data set is sample number p = j * lanes + lane. An epoch
-permutes the shards, and every lane owns a contiguous range of the samples in them, permuted in
-windows of `window` samples. Nothing is dropped or repeated inside an epoch; lanes may be some
-draws apart, so one may begin an epoch a little before another.
+permutes the shards, large ones in pieces, so that a set of one sorted shard comes out mixed, too.
+Every lane owns a contiguous range of their samples, permuted in windows of `window`. Nothing is
+dropped or repeated inside an epoch; lanes may be some draws apart, so that one may begin an epoch
+a little before another.
 """
 import functools
 
@@ -16,15 +17,25 @@ class Lanes:
     all of them drew together."""
 
     def __init__(self, order, number, lanes, window, before):
-        self.sizes, self.samples = order.sizes[number], order.samples[number]
+        self.samples = order.samples[number]
+        self.cut(order.sizes[number], max(window, self.samples // (64 * lanes)))
         self.permute, self.hash = order.permute, functools.partial(order.hash, number)
         self.lanes, self.window = lanes, window
         self.walk = Walk(order.mixture, number)
         self.offset = spread(before, lanes) - self.walk.drawn(order.start)
-        self.shards = functools.lru_cache(4)(self.shards_of)
+        self.pieces = functools.lru_cache(4)(self.pieces_of)
 
-    def shards_of(self, epoch):
-        """The shards of an epoch in their order, and where each one's samples begin in it (one
+    def cut(self, sizes, most):
+        """Shards into pieces of at most so many samples: sizes, shards, where they begin in it."""
+        pieces = -(-sizes // most)
+        self.shard = np.repeat(np.arange(len(sizes), dtype=np.int32), pieces)
+        first = np.cumsum(pieces) - pieces
+        self.begin = (np.arange(len(self.shard)) - first[self.shard]) * most
+        self.sizes = np.minimum(most, sizes[self.shard] - self.begin)
+        self.num_shards = len(sizes)
+
+    def pieces_of(self, epoch):
+        """The pieces of an epoch in their order, and where each one's samples begin in it (one
         more: the end)."""
         hashes = self.hash(2, epoch, np.arange(len(self.sizes)))
         # half the memory of a million shards
@@ -43,9 +54,10 @@ class Lanes:
         shard, index = np.empty_like(n), np.empty_like(n)
         for each in np.unique(epoch).tolist():
             own = epoch == each
-            order, starts = self.shards(each)
+            order, starts = self.pieces(each)
             k = np.searchsorted(starts, place[own], side='right') - 1
-            shard[own], index[own] = order[k], place[own] - starts[k]
+            shard[own] = self.shard[order[k]]
+            index[own] = self.begin[order[k]] + place[own] - starts[k]
         return epoch, shard, index
 
     def lane_of(self, p):
@@ -80,7 +92,7 @@ class Lanes:
         lane = np.arange(self.lanes)
         # each lane's next sample
         ends = spread(draws, self.lanes) * self.lanes + lane
-        counts = np.zeros(len(self.sizes), np.int64)
+        counts = np.zeros(self.num_shards, np.int64)
         whole_epochs = int(ends.min()) // self.samples
         for epoch in range(whole_epochs, int(ends.max()) // self.samples + 1):
             # the first sample of each lane in this epoch, and how many it gave
@@ -94,14 +106,14 @@ class Lanes:
         """Samples of each shard in an epoch of which every lane gave `turns`, from number `first`
         on. Windows that a lane has finished are ranges of the epoch's row, so this takes no time
         for each sample."""
-        order, starts = self.shards(epoch)
+        order, starts = self.pieces(epoch)
         finished = turns // self.window * self.window
 
         # windows under way: sample by sample
         late = [f + self.lanes * np.arange(w, t) for f, w, t in zip(first, finished, turns)]
         place = self.place(np.concatenate(late))[1]
-        shard = np.searchsorted(starts, place, side='right') - 1
-        counts = np.bincount(shard, minlength=len(order))
+        piece = np.searchsorted(starts, place, side='right') - 1
+        counts = np.bincount(piece, minlength=len(order))
 
         # finished ones: ranges, in which the count grows by one a place; beside them it stays
         is_over = finished > 0
@@ -112,8 +124,8 @@ class Lanes:
             knots = np.stack([begin, begin + length], 1).ravel()
             level = np.cumsum(np.stack([0 * length, length], 1).ravel())
             counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
-        out = np.zeros(len(order), np.int64)
-        out[order] = counts
+        out = np.zeros(self.num_shards, np.int64)
+        np.add.at(out, self.shard[order], counts)
         return out
 
 

@@ -48,8 +48,8 @@ def open_past(settings, out_dir):
     for name in history.sets:
         if name not in history.folders:
             history.folders[name] = data.open_folder(name, settings)
-    if settings['max_samples'] or settings['epochs']:
-        history.length(settings | dict(num_checkpoints=1, allow_repeat=True))
+    # where the last batch was cut short
+    history.length(settings | dict(num_checkpoints=0, allow_repeat=True))
     return history
 
 
