@@ -117,7 +117,7 @@ class Order:
         for key, value in dict(lanes=lanes, window=window, whole=whole + 1).items():
             if value < 1:
                 raise ValueError(f'{key}={value} is too small')
-        if lanes & -lanes > BLOCK:
+        if lanes & -lanes > BLOCK:                      # a lane has one turn a block at least
             raise ValueError(f'lanes={lanes} is too large')
         quotas = quotas_of(weights)
         for number, (quota, samples) in enumerate(zip(quotas, self.samples)):
@@ -155,7 +155,7 @@ class Order:
         n = np.asarray(n, np.int64)
         if n.size and n.min() < self.start:
             raise ValueError(f'position {n.min()}: positions begin at {self.start}')
-        flat = n.reshape(-1)
+        flat = n.reshape(-1)                            # of any shape
         dataset = self.mixture.dataset(flat) if self.mixture else np.zeros_like(flat)
         epoch, shard, index = (np.empty_like(flat) for _ in range(3))
         for number in np.unique(dataset).tolist():
@@ -163,6 +163,7 @@ class Order:
             if number in self.large:
                 epoch[own], shard[own], index[own] = self.large[number].locate(flat[own])
                 continue
+            # a set is small, so it goes by what the whole run drew of it
             drawn = self.count(flat[own], number) + self.offset[number]
             epoch[own], place = self.place(number, drawn)
             shard[own] = np.searchsorted(self.starts[number], place, side='right') - 1
@@ -180,7 +181,7 @@ class Order:
         """Keys of the permutations of a data set."""
         return hash64(self.seed, kind, self.numbers[number], epoch, *values)
 
-    permute = staticmethod(permute)
+    permute = staticmethod(permute)     # for lanes.py, which imports nothing of this
 
     def count(self, n, number):
         """How many of the positions before n are of a data set."""
@@ -416,6 +417,7 @@ def leave_with(parent):
         time.sleep(1)
     os._exit(1)
 
+
 # -------------------------------------------------------------------------------------------------
 # a run's past is written down, not recomputed from today's settings
 
@@ -442,19 +444,21 @@ class History:
         self.lanes, self.folders = settings['lanes'], folders
         # what each data set is; what a checkpoint said of those that are in the mix no more
         self.sets, self.seen_before = {}, {}
-        self.orders, self.end = {}, math.inf
+        self.orders, self.end = {}, math.inf            # by chapters; the last position
         for name, folder in folders.items():
             self.meet(name, folder)
         self.chapters = [self.chapter(settings)]
 
     def meet(self, name, folder):
         """A data set, as it is, gets the next number."""
+        # one that was adopted gets another one, and so another order
         taken = [each['number'] for each in self.sets.values()]
         self.sets[name] = what_is(folder) | dict(number=max(taken, default=-1) + 1)
 
     def chapter(self, settings, step=0, position=0, drawn=None):
         """The Chapter of a command."""
         numbers = {name: self.sets[name]['number'] for name in settings['mix']}
+        # no setting of the model, of ranks or workers: the order does not depend on them
         return Chapter(step, position, settings['batch_size'], dict(settings['mix']),
                        settings['seed'], settings['window'], settings['whole'], numbers,
                        drawn or {})
@@ -465,12 +469,14 @@ class History:
 
     def order_at(self, step):
         """The Order of the step after `step` others. Raises ValueError."""
+        # made once: that of a million shards takes a second
         chapter = self.chapter_of(step)
         if chapter.step not in self.orders:
             self.orders[chapter.step] = self.order_of(chapter)
         return self.orders[chapter.step]
 
     def order_of(self, chapter):
+        # what is no more can not be looked into
         for name, number in chapter.numbers.items():
             if number != self.sets[name]['number']:
                 raise ValueError(f'data set {name!r} is not what it was at step '
@@ -502,6 +508,7 @@ class History:
     def positions_of(self, step, at_once, rank=0, world=1):
         """A rank's positions of the step after `step` others: arrays of at most at_once."""
         begin, end = self.position_of(step), self.position_of(step + 1)
+        # of a short batch a rank may have none
         mine = np.arange(begin + (rank - begin) % world, end, world)
         return np.split(mine, range(at_once, len(mine), at_once)) if len(mine) else []
 
@@ -518,6 +525,7 @@ class History:
         if num_checkpoints > steps:
             raise ValueError(f'num_checkpoints={num_checkpoints}, but the run has {steps} steps')
 
+        # each data set by itself, for weights make their epochs unequal
         end = self.position_of(steps)
         for number, name in enumerate(settings['mix']):
             taken, there = order.before(end, number), order.samples[number]
@@ -534,6 +542,7 @@ class History:
         seen_of = {name: seen for name, seen in self.seen_before.items() if name not in mix}
         order, position = self.order_at(step), self.position_of(step)
         for number, name in enumerate(mix):
+            # counted, not gone through: a run may be of a billion samples
             drawn, name_of = order.drawn(position, number), self.folders[name].name
             whole_epochs, shards = order.seen(number, drawn)
             by_name = {name_of(shard): samples for shard, samples in sorted(shards.items())}
@@ -544,6 +553,7 @@ class History:
 
 def what_is(folder):
     """What tells a data set from another one."""
+    # not the bytes of all shards, which take hours to read
     names = hashlib.sha256(folder.names.tobytes() + folder.sizes.tobytes()).hexdigest()[:16]
     return dict(samples=len(folder), shards=len(folder.sizes), names=names)
 

@@ -76,6 +76,7 @@ def find(out_dir, resume, say):
                         'never, or a checkpoint')
     except (ValueError, OSError) as error:
         return '', {}, str(error)
+    # whoever says so wants to begin, and must not lose what is there
     if path and resume == 'never':
         return '', {}, f'resume=never, but {path} exists: give another out_dir'
     return path, progress, ''
@@ -91,10 +92,12 @@ def changes(path, settings, kept):
 
     kept: names of the task's settings that a run keeps, and of groups of them, with a dot."""
     lines, old = [], read_json(os.path.join(path, 'config.json'))
+    # a prefix of the names of a part's settings
     groups = tuple(name for name in kept if name.endswith('.'))
     for key in old:
         if key not in settings or settings[key] == old[key]:
             continue
+        # which costs time and saves memory, and changes nothing
         of_model = key.startswith(groups) and not key.endswith('.remat')
         if of_model or key in (*KEPT, *kept):
             raise ValueError(f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a '
@@ -108,6 +111,7 @@ def check_same_files(path, run):
     that a run goes on from, and are not adopted by name."""
     remade = [name for name, value in run.kept.items()
               if read_json(os.path.join(path, name)) != value]
+    # to the byte, for a template may differ by a blank
     for name, file in checkpoint.own_files(run).items():
         kept = os.path.join(path, name)
         if not os.path.exists(kept) or not filecmp.cmp(file, kept, shallow=False):
@@ -141,9 +145,11 @@ def load_averages(averages, path):
     """Averages of the weights {name: tensor}; of what was frozen until now, the weights."""
     folder = os.path.join(path, 'ema')
     there = checkpoint.shapes(folder) if os.path.isdir(folder) else {}
-    new = {name: tensor for name, tensor in averages.items() if name not in there}
+    new, kept = dict(averages), {}
+    for name in averages:
+        if name in there:
+            kept[name] = new.pop(name)
     checkpoint.load(new, path)
-    kept = {name: tensor for name, tensor in averages.items() if name in there}
     checkpoint.load(kept, folder)
 
 
@@ -193,6 +199,7 @@ def take_up(history, settings, saved, step, position):
 def is_continued(last, chapter):
     """Would the last chapter do just what this one does?"""
     position = last.position + (chapter.step - last.step) * last.batch_size
+    # what was drawn until there follows from the others
     same = replace(last, step=chapter.step, position=position, drawn=chapter.drawn) == chapter
     return same and list(last.mix) == list(chapter.mix)
 
@@ -202,6 +209,7 @@ def meet_again(history, adopt):
     ValueError for one of them that is not in `adopt`."""
     adopted = []
     for name, folder in history.folders.items():
+        # None: it joins the run now
         before, now = history.sets.get(name), what_is(folder)
         if before and before | now == before:
             continue
@@ -220,6 +228,7 @@ def drawn_before(history, step, position):
     """{data set: what the run drew of it} before a position that the step after `step` others
     begins with."""
     chapter = history.chapter_of(step)
+    # of those that are in the mix no more, too: they may come back
     drawn, start = dict(chapter.drawn), chapter.position
     mixture = Mixture(quotas_of(list(chapter.mix.values())), history.lanes)
     for number, name in enumerate(chapter.mix):

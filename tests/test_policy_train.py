@@ -121,6 +121,20 @@ def test_a_policy_goes_on_bit_for_bit(data_dir, tmp_path):
     tiny.same_weights(tiny.weights(tmp_path / 'cut'), tiny.weights(tmp_path / 'whole'))
 
 
+def test_statistics_that_were_made_again_are_refused_or_adopted(data_dir, tmp_path):
+    stats = tmp_path / 'stats.json'
+    shutil.copy(data_dir / 'robot/stats.json', stats)
+    flags = [*KINDS['state'], f'--stats={stats}']
+    train(data_dir, tmp_path / 'run', *flags, '--max_steps=1').ok()
+    made_again = json.loads(stats.read_text())
+    made_again['actions']['mean'][0] += 1
+    stats.write_text(json.dumps(made_again))
+    train(data_dir, tmp_path / 'run', *flags).refused('stats.json', 'step_00000001', '--adopt=')
+    train(data_dir, tmp_path / 'run', *flags, '--adopt=["stats.json"]').ok()
+    kept = json.loads((tmp_path / 'run/checkpoints/latest/stats.json').read_text())
+    assert kept == made_again
+
+
 def test_a_vlm_begins_a_policy_and_a_vla(data_dir, tmp_path):
     short = ['--mix={"eyes": 1.0}', '--max_steps=1', '--ema=0']
     tiny.run('train.py', '--task=vlm', *tiny.FLAGS, '--mix={"plain": 1.0}', '--max_steps=1',
