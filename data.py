@@ -114,10 +114,11 @@ class Order:
         if len(weights) != len(datasets) or not datasets:
             raise ValueError(f'{len(datasets)} data sets and {len(weights)} weights: give one '
                              'weight a data set')
-        for key, value in dict(lanes=lanes, window=window, whole=whole + 1).items():
+        for key, value in dict(lanes=lanes, window=window).items():
             if value < 1:
                 raise ValueError(f'{key}={value} is too small')
-        if lanes & -lanes > BLOCK:                      # a lane has one turn a block at least
+        # a lane has at least one turn a block
+        if lanes & -lanes > BLOCK:
             raise ValueError(f'lanes={lanes} is too large')
         quotas = quotas_of(weights)
         for number, (quota, samples) in enumerate(zip(quotas, self.samples)):
@@ -155,7 +156,7 @@ class Order:
         n = np.asarray(n, np.int64)
         if n.size and n.min() < self.start:
             raise ValueError(f'position {n.min()}: positions begin at {self.start}')
-        flat = n.reshape(-1)                            # of any shape
+        flat = n.reshape(-1)
         dataset = self.mixture.dataset(flat) if self.mixture else np.zeros_like(flat)
         epoch, shard, index = (np.empty_like(flat) for _ in range(3))
         for number in np.unique(dataset).tolist():
@@ -568,7 +569,7 @@ def check(settings, world):
         if settings[key] < 1:
             raise ValueError(f'{key}={settings[key]} must be at least 1')
     for key in ('eval_every', 'keep_last', 'workers', 'warmup', 'seed', 'skip_bad_steps',
-                'max_bad_fraction', 'micro_batch_size'):
+                'max_bad_fraction', 'micro_batch_size', 'whole'):
         if settings[key] < 0:
             raise ValueError(f'{key}={settings[key]} must be at least 0')
 
