@@ -516,8 +516,9 @@ class History:
     def length(self, settings):
         """(steps, steps that leave a checkpoint) of the run. Raises ValueError."""
         last, order, batch_size = self.chapters[-1], self.order, settings['batch_size']
-        samples = settings['max_samples'] or round(settings['epochs'] * order.samples_in_use)
-        steps = settings['max_steps']
+        # rounded up, but for what is no fraction of a sample: 0.1 * 30 is 3.0000000000000004
+        epochs = round(settings['epochs'] * order.samples_in_use, 6)
+        samples, steps = settings['max_samples'] or math.ceil(epochs), settings['max_steps']
         if samples:
             # the last batch is as short as it must be
             self.end = max(samples, last.position)

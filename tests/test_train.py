@@ -804,13 +804,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(short, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'length, steps', [('max_samples=37', 4), ('max_samples=36', 3), ('epochs=2', 5),
-                      ('epochs=0.5', 2)])
-def test_lengths(data, tmp_path, length, steps):
-    """Of 25 samples in batches of 12, rounded up."""
+    'length, steps, samples', [('max_samples=37', 4, 37), ('max_samples=36', 3, 36),
+                               ('epochs=2', 5, 50), ('epochs=0.5', 2, 13)])
+def test_lengths(data, tmp_path, length, steps, samples):
+    """Of 25 samples in batches of 12, rounded up; the last batch is as short as it must be."""
     run('train.py', *tiny.FLAGS, f'--data_dir={data}', '--mix={"long": 1}', f'--{length}',
         '--warmup=0.1', f'--out_dir={tmp_path / "run"}').ok()
-    assert rows(tmp_path / 'run')[-1]['step'] == steps
+    last = rows(tmp_path / 'run')[-1]
+    assert (last['step'], last['samples']) == (steps, samples)
     assert names(tmp_path / 'run') == [f'step_{steps:08}']
 
 
