@@ -13,7 +13,8 @@ import numpy as np
 
 from processor import LEARNED, READ, document, is_document, question
 from shards import BadSample
-from tokenizer import BREAK, any_of, mark_up, read_json
+from tokenizer import BREAK, read_json
+from vocabularies.markers import any_of, mark_up
 
 # Chat templates of forms. Those whose content is text get a picture as its token and a newline.
 # 'chat' is ChatML, as SmolLM2 and Qwen have it.
@@ -361,8 +362,8 @@ class Chat:
 
 
 def chat(sample, p):
-    """A conversation: `messages` (see `read_messages`), or one question and its answer, as the chat
-    template writes it. Answers alone are learned, with the token that ends them."""
+    """A conversation: `messages` (see `read_messages`), or one question and its answer, as the
+    chat template writes it. Answers alone are learned, with the token that ends them."""
     if is_document(sample):
         return document(sample, p)
     pictures, asking = sample['pictures'], sample.get('asking', False)
@@ -383,11 +384,20 @@ def chat(sample, p):
     return chat_parts(ids, learned, is_picture, pictures, p)
 
 
+def opening(p):
+    """Ids that a conversation begins with: what a model folder's tokenizer says, or a bos."""
+    if p.opens:
+        return getattr(p.tokenizer, 'opening', [])
+    if p.form == 'llava':
+        return [p.tokenizer.bos_id]
+    return []
+
+
 def chat_parts(ids, learned, is_picture, pictures, p):
     """The ids of a conversation cut where learning begins or ends and around its pictures."""
     parts = []
     if ids[:1].tolist() != [p.tokenizer.bos_id]:
-        parts.append((p.opening, READ))
+        parts.append((opening(p), READ))
     changes = np.diff(learned) | is_picture[1:] | is_picture[:-1]
     cuts = (np.flatnonzero(changes) + 1).tolist()
     left = iter(pictures)

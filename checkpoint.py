@@ -9,31 +9,28 @@
     out_dir/checkpoints/latest      a link to the newest
 
 Nothing here is a pickle. What is saved by N processes, sharded or not, is loaded by any other
-number. DCP is torch.distributed.checkpoint. What brings checkpoints to a URL stands in remote.py.
+number. DCP is torch.distributed.checkpoint. mirror.py brings checkpoints to a URL, and back.
 """
 import contextlib
-import hashlib
 import json
 import os
-import posixpath
 import re
 import shutil
 import threading
 import zlib
 from dataclasses import dataclass, field
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 import processor as processors
 import tasks
 import tokenizer as tokenizers
-from shards import is_url
+from shards import find as find_file
 from tokenizer import read_json
 
 ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.CheckpointException)
@@ -71,6 +68,10 @@ def names(folder):
     if not os.path.isdir(folder):
         return []
     return ordered(os.listdir(folder))
+
+
+def newest_name(folder):
+    return (names(folder) or ['none'])[0]
 
 
 def files_of(folder):
@@ -143,70 +144,6 @@ def load(tensors, folder):
     """Fill tensors {name: tensor}, sharded or not, from a folder's safetensors files, in place."""
     reader = dcp.HuggingFaceStorageReader(folder)
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-
-
-def has_weights(folder):
-    return os.path.exists(os.path.join(folder, 'model.safetensors'))
-
-
-def weights_folder(path):
-    """The folder with the weights of a run or of a checkpoint; '' where it has none."""
-    for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
-        if has_weights(folder):
-            return folder
-    return ''
-
-
-def has_denoiser(path):
-    """Is it a run of a DiffusionPolicy or TextToImage, or a checkpoint of one?"""
-    folder = weights_folder(path)
-    if not folder:
-        return False
-    return any(name.startswith('denoiser.') for name in shapes(folder))
-
-
-def load_weights(model, path, skip=()):
-    """Fill the parameters that a run, a checkpoint or its ema/ has by the same name, but for those
-    in which a regex of `skip` is found: (names loaded, names there that are not used). Raises
-    ValueError, and ERRORS of a damaged file."""
-    folder = weights_folder(path)
-    if not folder:
-        raise ValueError('no model.safetensors there, nor in checkpoints/latest below it')
-
-    # views of the parameters: loading fills the model
-    wanted = {}
-    for name, tensor in model.state_dict().items():
-        if not any(re.search(regex, name) for regex in skip):
-            wanted[name] = tensor
-
-    # an ema/ has what was trained, the rest is in the folder above it
-    folders = [folder]
-    above = os.path.dirname(os.path.abspath(folder))
-    if has_weights(above):
-        folders = [above, folder]
-
-    # the folder comes last: its averages are to stand
-    loaded, there = set(), set()
-    for source in folders:
-        # a shape that differs is told before anything is filled
-        theirs = shapes(source)
-        shared = theirs.keys() & wanted.keys()
-        for name in sorted(shared):
-            if theirs[name] != tuple(wanted[name].shape):
-                raise ValueError(
-                    f'{name} is {theirs[name]} there and {tuple(wanted[name].shape)} here: change '
-                    'the model\'s settings, or name it in init_skip')
-        load({name: tensor for name, tensor in wanted.items() if name in shared}, source)
-        loaded |= shared
-        there |= theirs.keys()
-    if not loaded:
-        raise ValueError('it holds none of the parameters of this model')
-    return loaded, there - loaded
-
-
-def parts(names):
-    """The first parts of parameter names: vit, decoder."""
-    return ', '.join(sorted({name.partition('.')[0] for name in names}))
 
 
 def whole(tensors, keep):
@@ -378,50 +315,6 @@ def sync(folder):
             os.close(fd)
 
 
-# -------------------------------------------------------------------------------------------------
-# from elsewhere
-
-
-def restore(url, out_dir):
-    """The newest checkpoint of a run at `url`, and its log, into an empty out_dir. Raises OSError
-    and ValueError."""
-    from remote import get_log, patiently
-    path = download(url, os.path.join(out_dir, 'checkpoints'))
-    if path:
-        point_latest(os.path.dirname(path), os.path.basename(path))
-        patiently(url, lambda fs, base: get_log(fs, base, out_dir))
-
-
-def download(url, folder, only=()):
-    """The newest whole checkpoint of a run at `url`, or the one it names, into folder/<name>; its
-    path, '' without one. only: the files that are wanted. Raises OSError and ValueError."""
-    from remote import get_checkpoint, patiently, remote_names
-
-    def get(fs, base):
-        # the URL of a checkpoint, or of a run
-        name, there = posixpath.basename(base), base
-        if not is_name(name):
-            name = next(iter(ordered(remote_names(fs, base))), '')
-            there = posixpath.join(base, 'checkpoints', name)
-        if name:
-            new = os.path.join(folder, f'.{name}.tmp')
-            shutil.rmtree(new, ignore_errors=True)
-            progress = get_checkpoint(fs, there, new, only)
-            write_json(os.path.join(new, 'progress.json'), progress)
-        return name
-
-    name = patiently(url.rstrip('/'), get)
-    if not name:
-        return ''
-
-    # it gets its name when it is here as it was written
-    new, path = os.path.join(folder, f'.{name}.tmp'), os.path.join(folder, name)
-    verify(new)
-    shutil.rmtree(path, ignore_errors=True)
-    os.rename(new, path)
-    return path
-
-
 CHOICES = {'resume': ('auto', 'never'), 'dtype': ('float32', 'bfloat16', 'float16'),
            'matmul': ('highest', 'high', 'medium')}
 
@@ -432,14 +325,11 @@ def check(settings, world):
         if settings[key] not in allowed:
             raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
     if settings['fsdp'] < 0 or world % (settings['fsdp'] or 1):
-        raise ValueError(f'fsdp={settings["fsdp"]} must divide the {world} ranks: 1 (DDP), 0 (all) '
-                         'or a divisor')
-    try:
-        if settings['remote']:
-            from remote import filesystem
-            filesystem(settings['remote'])
-    except (ValueError, ImportError) as error:
-        raise ValueError(f'remote={settings["remote"]!r}: {error}') from error
+        raise ValueError(f'fsdp={settings["fsdp"]} must divide the {world} ranks: 1 (DDP), '
+                         '0 (all) or a divisor')
+    if settings['remote']:
+        from remote import check_url
+        check_url(settings['remote'])
 
 
 # -----------------------------------------------------------------------------------------------
@@ -450,34 +340,30 @@ def check(settings, world):
 KEPT = ('task', 'tokenizer', 'lanes', 'optimizer')
 
 
-def find(out_dir, remote, say):
-    """(path, its progress, '') of the newest checkpoint, from `remote` where out_dir has none; or
-    an error, last."""
-    folder = os.path.join(out_dir, 'checkpoints')
+def find(out_dir, say):
+    """(path, its progress, '') of the newest checkpoint; or an error, last."""
     try:
-        if remote and not names(folder):
-            restore(remote, out_dir)
-        return *newest(folder, say), ''
+        return *newest(os.path.join(out_dir, 'checkpoints'), say), ''
     except (ValueError, OSError) as error:
         return '', {}, str(error)
 
 
 def changes(path, settings, kept):
-    """What a resumed run has set otherwise than the checkpoint it goes on from: lines that tell it,
-    and the refusal of the first that can not change ('': none can not).
+    """Lines that tell what a resumed run has set otherwise than the checkpoint it goes on from.
+    Raises ValueError for what can not change.
 
     kept: names of the task's settings that a run keeps, and of groups of them, with a dot."""
-    lines = []
-    old = read_json(os.path.join(path, 'config.json'))
+    lines, old = [], read_json(os.path.join(path, 'config.json'))
+    groups = tuple(name for name in kept if name.endswith('.'))
     for key in old:
         if key not in settings or settings[key] == old[key]:
             continue
-        of_model = key.startswith(tuple(name for name in kept if name.endswith('.')))
-        if key in (*KEPT, *kept) or of_model and not key.endswith('.remat'):
-            return [], (f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a run '
-                        'keeps its model and lanes; give another out_dir')
+        of_model = key.startswith(groups) and not key.endswith('.remat')
+        if of_model or key in (*KEPT, *kept):
+            raise ValueError(f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a '
+                             'run keeps its model and lanes; give another out_dir')
         lines.append(f'changed since {path}: {key} {old[key]!r} -> {settings[key]!r}')
-    return lines, ''
+    return lines
 
 
 def load_averages(averages, path):
@@ -509,7 +395,7 @@ def remove_leftovers(out_dir):
 
 @dataclass
 class Run:
-    """A model and all that goes with it: one that is trained, or opened from a folder."""
+    """A model and all that goes with it: one that is trained, or that hub.py opened."""
     task: object                # its module
     settings: dict              # flat, as in config.json
     tokenizer: object
@@ -526,67 +412,33 @@ class Run:
         return self.task.inputs(self, batch, tensors)
 
 
-def make_run(settings, tokenizer, form, device):
-    """The Run of a flat config, with a model that begins anew; form: its `processor`, where that is
-    a folder the folder itself. Raises ValueError and OSError."""
+def make_run(settings, device):
+    """The Run of a flat config, with a model that begins anew. Raises ValueError and OSError."""
     task = tasks.load(settings['task'])
-    model = task.build(settings, tokenizer).to(device)
-    processor = processors.build(settings | dict(processor=form), tokenizer, task,
+    tok = tokenizers.load(located(settings, 'tokenizer'))
+    model = task.build(settings, tok).to(device)
+    form = settings['processor']
+    if processors.is_folder(form):
+        form = located(settings, 'processor')
+    processor = processors.build(settings | dict(processor=form), tok, task,
                                  getattr(model, 'image_tokens', 0))
-    return Run(task, settings, tokenizer, model, processor, device)
+    return Run(task, settings, tok, model, processor, device)
 
 
-def open_run(path, device='cpu', ema=True):
-    """The Run of a run's folder, or of one of its checkpoints, with its weights: with the averages
-    of the weights, where the run kept them. Raises ValueError."""
-    folder = checkpoint_of(path)
+def located(settings, key):
+    """The file or folder that a setting names: here, or the copy of a repository of the Hugging
+    Face hub. Raises ValueError and OSError."""
+    name = settings[key]
+    if name == 'bytes':
+        return name
     try:
-        settings = read_json(os.path.join(folder, 'config.json'))
-        task = tasks.load(settings['task'])
-        name = settings['tokenizer']
-        tok = tokenizers.load('bytes' if name == 'bytes' else folder)
-        model = task.build(settings, tok, load_weights=False)
-        weights = load_file(os.path.join(folder, 'model.safetensors'))
-        if ema and settings.get('ema'):
-            weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
-        model.load_state_dict(weights)
-        model.to(device, memory_format=getattr(model, 'memory_format', torch.preserve_format))
-        if processors.is_folder(settings['processor']):
-            settings['processor'] = folder              # its files are kept here
-        processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
-        run = Run(task, settings, tok, model.eval(), processor, device, folder)
-        run.kept = {name: read_json(os.path.join(folder, name)) for name in task.FILES}
-        task.prepare(run)
-        return run
-    except FileNotFoundError as error:
-        raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)'
-                         ) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
-                         ) from None
-
-
-def checkpoint_of(path):
-    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
-    folder = os.path.abspath(os.path.expanduser(path))
-    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
-    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
-        return folder
-    return os.path.join(folder, 'checkpoints', 'latest')
-
-
-def local_copy(path, cache_dir):
-    """A run's folder; of a URL its newest weights, copied once a node. Raises OSError and
-    ValueError."""
-    if not is_url(path):
-        return path
-    name = hashlib.sha256(path.encode()).hexdigest()[:16]
-    folder = os.path.join(os.path.expanduser(cache_dir), 'weights', name)
-    if int(os.environ.get('LOCAL_RANK', 0)) == 0:
-        download(path, folder, ('model.safetensors',))
-    if dist.is_initialized():
-        dist.barrier()
-    return os.path.join(folder, next(iter(names(folder)), ''))
+        return find_file(name, settings['data_dir'], key)
+    except FileNotFoundError:
+        # a file that is missing is not looked for in the internet
+        is_file = os.path.splitext(name)[1] in ('.model', '.json', '.tiktoken', '.py')
+        if is_file or not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
+            raise
+    return tasks.family('files').fetch(name)
 
 
 def own_files(run):

@@ -14,12 +14,10 @@ A script's `task` names a file that has a class of further settings: tasks/<task
 
 import ast
 import copy
-import difflib
 import json
 import os
 import re
 import sys
-import traceback
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace as Group  # what stands for a dataclass while a config file runs
@@ -27,16 +25,6 @@ from types import SimpleNamespace as Group  # what stands for a dataclass while 
 TYPES = (bool, int, float, str, tuple, list, dict)  # bool first: it is an int too
 HELP = {'--help', '-h'}
 HOME = Path(__file__).resolve().parent  # config/ and tasks/ are here
-OTHER_NAMES = dict(  # ours = what other trainers call it
-    lr='learning_rate', schedule='lr_scheduler_type lr_schedule', weight_decay='wd',
-    warmup='warmup_steps warmup_ratio warmup_iters', grad_clip='max_grad_norm clip_grad',
-    micro_batch_size='gradient_accumulation_steps per_device_train_batch_size device_batch_size',
-    batch_size='batch', max_steps='max_iters total_steps num_steps', dtype='bf16 fp16 precision',
-    epochs='num_epochs num_train_epochs', mix='dataset train_data', seed='random_seed',
-    workers='num_workers', out_dir='output_dir', num_checkpoints='save_steps save_every',
-    log_every='logging_steps log_interval', eval_every='eval_interval eval_steps',
-    resume='resume_from_checkpoint',
-)  # fmt: skip
 
 
 def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
@@ -80,8 +68,11 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
             label = argument if is_flag else f'{key}={value!r:.60} in {argument}'
             if key in flat:
                 flat[key] = convert(label, value, defaults[key])
-            else:
-                refuse_key(key, label, flat, partial and not is_flag, elsewhere)
+                continue
+            from usage import unknown_key
+            message = unknown_key(key, label, flat, partial and not is_flag, elsewhere)
+            if message:
+                refuse(message)
 
     # Some file set it where only running it can tell, in an `if` perhaps.
     if more and flat['task'] != scope['task']:
@@ -113,51 +104,10 @@ def part(flat, name, cls):
     return fill(name, cls(), flat)
 
 
-# Refusals
-
-
 def refuse(message):
     """One line on stderr, exit code 2."""
     print('configurator:', ' '.join(message.split()), file=sys.stderr)
     raise SystemExit(2) from None
-
-
-def refuse_key(key, label, flat, may_skip, elsewhere):
-    """Say what may have been meant by a key that is no setting."""
-    parts = [known for known in flat if known.startswith(f'{key}.')]
-    if parts:
-        refuse(f'{label}: {key} is a group of settings, set its parts, such as {parts[0]}')
-    if may_skip:  # it is for another script
-        return
-    owner = owner_of(key, flat, elsewhere)
-    if owner:
-        refuse(f'unknown setting {label}: {owner}')
-    tip = 'start the names of helpers with _' if label.endswith('.py') else '--help lists all'
-    refuse(f'unknown setting {label}: did you mean {nearest(key, flat, 0.0)}? ({tip})')
-
-
-def owner_of(key, flat, elsewhere):
-    """'a setting of task=t2i, this run is task=vlm'; '' where no other task has the key."""
-    tasks = elsewhere(key) if elsewhere else []
-    if not tasks:
-        return ''
-    owner = f'a setting of task={", task=".join(tasks)}'
-    return f'{owner}, this run is task={flat["task"]}' if 'task' in flat else owner
-
-
-def nearest(name, keys, cutoff):
-    """The key that others call `name`, else the most like it, whole or its last part; or ''."""
-    name = name.lower().replace('-', '_')
-    for ours, theirs in OTHER_NAMES.items():
-        if ours in keys and name in theirs.split():
-            return ours
-
-    # `depth` is near to vit.depth, the first that ends so, if no setting is called just that.
-    names = dict(zip(keys, keys))
-    for key in keys:
-        names.setdefault(key.rpartition('.')[2], key)
-    match = difflib.get_close_matches(name, names, 1, cutoff)
-    return names[match[0]] if match else ''
 
 
 # Values
@@ -289,22 +239,12 @@ def flatten(groups, prefix=''):
 
 def find(name):
     """The path of a config file: from the current folder, else from the folder of this file."""
-    path, near = Path(os.path.expanduser(name)), []
+    path = Path(os.path.expanduser(name))
     for root in (Path(), HOME):
         if (root / path).is_file():
             return root / path
-
-        # Near is what lies beside it, or has its name in a folder beside its own; but no script.
-        folder = (root / path).parent
-        paths = [*root.glob('config/**/*.py'), *folder.glob('*.py'), *folder.glob('*.json')]
-        paths += [sibling / path.name for sibling in folder.parent.glob('*')]
-        for other in paths:
-            if other.is_file() and other.resolve().parent != HOME:
-                near.append(str(other) if path.is_absolute() else os.path.relpath(other, root))
-
-    match = difflib.get_close_matches(str(path), near, 1, 0.0)
-    hint = f'did you mean {match[0]}?' if match else 'and none near it'
-    refuse(f'no config file {name}: {hint}')
+    from usage import nearest_file
+    refuse(f'no config file {name}: {nearest_file(path)}')
 
 
 def read_json(path):
@@ -338,7 +278,8 @@ def task_in(path, task):
     try:
         body = ast.parse(path.read_bytes(), str(path)).body
     except Exception as error:
-        refuse_file(path, error, {})
+        from usage import fault_in_file
+        refuse(fault_in_file(path, error, {}))
     for node in body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'task':
             task = getattr(node.value, 'value', None)  # of a constant
@@ -369,7 +310,8 @@ def run_python(path, scope, flat, partial, elsewhere):
                 if not partial or given.keys() & (targets | objects):
                     raise
     except Exception as error:
-        refuse_file(path, error, flat, partial, elsewhere)
+        from usage import fault_in_file
+        refuse(fault_in_file(path, error, flat, partial, elsewhere))
 
     # Imports, functions and classes are no settings, and may not hide one.
     for name in given.keys() - assigned:
@@ -382,31 +324,6 @@ def run_python(path, scope, flat, partial, elsewhere):
         if name in given or (name in assigned and not is_helper):
             left[name] = value
     return flatten(left)
-
-
-def refuse_file(path, error, flat, partial=False, elsewhere=None):
-    """Say where in a config file an error was, and what may have been meant."""
-    # The last line that was run, or the one that could not be read.
-    line = 1
-    for frame in traceback.extract_tb(error.__traceback__):
-        if frame.filename == str(path):
-            line = frame.lineno
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        line = error.lineno
-    message = f'{path}:{line}: {type(error).__name__}: {error}'
-
-    # Python says `dit` where the file has `dit.depth`.
-    if isinstance(error, (NameError, AttributeError)):
-        name, text = str(error.name), path.read_text().split('\n')[line - 1]
-        key = re.search(rf'\b{name}(\.\w+)*|$', text)[0]
-        owner, near = owner_of(key, flat, elsewhere), nearest(name, flat, 0.6)
-        if owner:
-            message += f': {key} is {owner}'
-        elif near:
-            message += f': did you mean {near}?'
-    if partial:
-        message += ' (if it is a setting of another script: pass the saved config.json of the run)'
-    refuse(message)
 
 
 def roots(nodes):
@@ -422,5 +339,5 @@ def answer_help(script, argv=None, task_class='TrainSettings', task=''):
     argv = sys.argv[1:] if argv is None else argv
     if HELP & set(argv):
         from usage import show
-        show(script, task_class, lambda default: task or find_task(argv, default))
+        show(script, task_class, task, lambda default: find_task(argv, default))
         raise SystemExit(0)

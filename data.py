@@ -6,13 +6,10 @@ prints which samples steps 100, 101 and 102 saw. A data set is a folder of plain
 (webdataset's format), best with a `manifest.jsonl`. `Order` is a pure function of the position:
 nothing is recorded to resume, and nothing depends on the number of ranks or workers.
 """
-import fnmatch
 import functools
 import itertools
 import math
 import os
-import re
-import sys
 import threading
 import time
 
@@ -105,7 +102,12 @@ class Order:
        the very next position."""
 
     def __init__(self, datasets, weights, seed=0, lanes=64, window=1024):
-        self.sizes = [sizes_of(shards) for shards in datasets]
+        # samples of each shard
+        self.sizes = []
+        for shards in datasets:
+            if not isinstance(shards, np.ndarray):
+                shards = np.array([samples for _, samples in shards], np.int64)
+            self.sizes.append(shards)
         self.samples = [int(sizes.sum()) for sizes in self.sizes]
         self.weights, self.seed, self.lanes, self.window = list(weights), seed, lanes, window
         if len(weights) != len(datasets) or not datasets:
@@ -271,13 +273,6 @@ class Order:
             counts += np.diff(np.interp(starts, knots, level)).astype(np.int64)
         met = counts > 0
         return epoch, dict(zip(order[met].tolist(), counts[met].tolist()))
-
-
-def sizes_of(shards):
-    """[(shard name, samples), ...] or an array of samples -> the array."""
-    if isinstance(shards, np.ndarray):
-        return shards
-    return np.array([samples for _, samples in shards], np.int64)
 
 
 class InOrder:
@@ -522,9 +517,9 @@ def length(settings, order):
     for number, name in enumerate(settings['mix']):
         taken, there = order.before(steps * batch_size, number), order.samples[number]
         if taken > there and not settings['allow_repeat']:
-            raise ValueError(f'allow_repeat=False, but a run of {steps * batch_size} samples takes '
-                             f'{taken} of {name!r}, which has {there}: make the run shorter or its '
-                             'weight smaller')
+            raise ValueError(
+                f'allow_repeat=False, but a run of {steps * batch_size} samples takes {taken} of '
+                f'{name!r}, which has {there}: make the run shorter or its weight smaller')
     return steps, {round(steps * (i + 1) / num_checkpoints) for i in range(num_checkpoints)}
 
 
@@ -537,55 +532,18 @@ def open_mix(mix, data_dir, seed, lanes, window, cache_dir=CACHE, cache_gb=100.0
     except ValueError as error:
         raise ValueError(f'mix={mix}: {error}') from None
 
-# -------------------------------------------------------------------------------------------------
-# which samples did a step see?
 
-
-def show(first, last):
-    """The samples of steps first to last - 1, one a line. Raises OSError and ValueError."""
-    names = list(mix)
-    for step in range(first, last):
-        positions = np.arange(step * batch_size, (step + 1) * batch_size)
-        places = (array.tolist() for array in order.locate(positions))
-        for position, number, epoch, shard, index in zip(positions.tolist(), *places):
-            folder = folders[number]
-            columns = names[number], folder.name(shard), folder.key(shard, index)
-            if not where or any(text == where or fnmatch.fnmatchcase(text, where)
-                                for text in columns):
-                print(step, position, columns[0], epoch, *columns[1:], sep='\t')
-
-
-def leave(code, error):
-    print(f'data.py: {error}', file=sys.stderr)
-    sys.exit(code)
+def open_validation(settings, processor, pack):
+    """{name: (folder, its batches in order)} of the data sets that are validated on."""
+    opened = {}
+    for name, path in settings['val'].items():
+        folder = Folder(path, settings['data_dir'], settings['cache_dir'], settings['cache_gb'])
+        opened[name] = folder, Batches([folder], InOrder(folder.sizes), processor, pack=pack)
+    return opened
 
 
 if __name__ == '__main__':
-    import signal
-
-    from configurator import configure
-
-    # ... | head ends in silence
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    # those settings of train.py that the order depends on, with the same defaults
-    data_dir = 'datasets'           # where data sets are: here, or there beside the scripts
-    mix = {'emoji/noto': 1.0}       # data set -> sampling weight
-    cache_dir = CACHE               # indexes of shards and copies of remote ones
-    cache_gb = 100.0                # of copies
-    batch_size = 128                # samples a step
-    seed = 0
-    lanes = 64                      # parallel streams of the order
-    window = 1024                   # samples among which a lane is shuffled
-    show_steps = ''                 # a:b prints the samples of steps a to b - 1
-    where = ''                      # only those whose key, shard or data set matches it: cat-*
-    configure(globals(), partial=True)
-    if not re.fullmatch(r'\d+:\d+', show_steps):
-        leave(2, f'--show_steps={show_steps}: expected a:b, such as --show_steps=100:103')
-    try:
-        folders, order = open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
-    except (ValueError, OSError) as error:
-        leave(2, error)
-    try:
-        show(*map(int, show_steps.split(':')))
-    except (ValueError, OSError) as error:
-        leave(1, error)
+    # the command is a script of its own, which imports this file
+    import runpy
+    here = os.path.dirname(os.path.abspath(__file__))
+    runpy.run_path(os.path.join(here, 'show_steps.py'), run_name='__main__')

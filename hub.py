@@ -19,16 +19,18 @@ have the same plain names, and they are asked in turn:
 They raise ValueError, naming what has no counterpart. Runs of ours need none of them.
 """
 import importlib
-import json
 import os
 import re
 import sys
 import tempfile
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 import checkpoint
-import shards
+import processor as processors
+import tasks
 import tokenizer as tokenizers
 from tokenizer import read_json
 
@@ -36,8 +38,8 @@ from tokenizer import read_json
 HERE = os.path.dirname(os.path.abspath(__file__))
 FAMILIES = ('huggingface', 'big_vision', 'diffusers')
 NEEDS = {'diffusers': 'images'}          # the rooms that a family needs
-MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others are '
-           'fetched, opened or written')
+MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others '
+           'are fetched, opened or written')
 
 # ------------------------------------------------------------------------------------------------
 # families
@@ -92,19 +94,6 @@ def fetch(name, revision=None):
     return family('files').fetch(name, revision)
 
 
-def locate(name, data_dir='', what='file'):
-    """A file or folder that a setting names: here, or a repository's folder. Raises ValueError and
-    OSError."""
-    try:
-        return shards.find(name, data_dir, what)
-    except FileNotFoundError:
-        # A file that is missing is not looked for in the internet.
-        is_file = os.path.splitext(name)[1] in ('.model', '.json', '.tiktoken', '.py')
-        if is_file or not is_repository(name):
-            raise
-        return fetch(name)
-
-
 def is_foreign(name):
     """Is it a model of others: a folder with their config.json, or a repository's name where no
     folder is?"""
@@ -126,68 +115,66 @@ def is_foreign(name):
 
 
 def open_run(path, device='cpu', ema=True):
-    """The checkpoint.Run of a run of ours or of one of its checkpoints, or of a folder of others
-    that can be used as it is (of diffusers). Raises ValueError."""
+    """The checkpoint.Run of a run of ours, or of a folder of others that can be used as it is (of
+    diffusers). Raises ValueError."""
     if not is_foreign(path):
-        return checkpoint.open_run(path, device, ema)
+        return open_ours(path, device, ema)
     module = family_of(path)
     if not hasattr(module, 'open_run'):
         raise ValueError(f'{path!r} is a model of others: begin a run with it (init_from)')
     return module.open_run(path, device)
 
 
+def open_ours(path, device='cpu', ema=True):
+    """The checkpoint.Run of a run's folder or of one of its checkpoints; ema: with the averages of
+    the weights, where it kept them. Raises ValueError."""
+    folder = checkpoint_of(path)
+    try:
+        settings = read_json(os.path.join(folder, 'config.json'))
+        task = tasks.load(settings['task'])
+        is_bytes = settings['tokenizer'] == 'bytes'
+        tok = tokenizers.load('bytes' if is_bytes else folder)
+
+        model = task.build(settings, tok, load_weights=False)
+        weights = load_file(os.path.join(folder, 'model.safetensors'))
+        if ema and settings.get('ema'):
+            weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
+        model.load_state_dict(weights)
+        model.to(device, memory_format=getattr(model, 'memory_format', torch.preserve_format))
+
+        # the files of a model folder are kept here
+        if processors.is_folder(settings['processor']):
+            settings['processor'] = folder
+        processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
+        run = checkpoint.Run(task, settings, tok, model.eval(), processor, device, folder)
+        run.kept = {name: read_json(os.path.join(folder, name)) for name in task.FILES}
+        task.prepare(run)
+        return run
+    except FileNotFoundError as error:
+        raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)'
+                         ) from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
+                         ) from None
+
+
+def checkpoint_of(path):
+    """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
+    folder = os.path.abspath(os.path.expanduser(path))
+    is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
+    if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
+        return folder
+    return os.path.join(folder, 'checkpoints', 'latest')
+
+
 def task_of(path):
     """The name of the task that a run, or a folder of others, is of. Raises ValueError."""
     if is_foreign(path):
         return family_of(path).settings(path)['task']
-    config = os.path.join(checkpoint.checkpoint_of(path), 'config.json')
+    config = os.path.join(checkpoint_of(path), 'config.json')
     if not os.path.exists(config):
         raise ValueError(f'{path!r} is no checkpoint ({config} is missing)')
     return read_json(config)['task']
-
-
-def open_tokenizer(name, data_dir):
-    """The tokenizer of a setting. Raises ValueError and OSError."""
-    if name == 'bytes':
-        return tokenizers.load(name)
-    return tokenizers.load(locate(name, data_dir, 'tokenizer'))
-
-
-def tower(part, config, tokenizer, load_weights):
-    """A model of transformers as a part of ours, where its config names one (`vit.hf`), else None.
-    part: vit | decoder | text. Raises ValueError."""
-    if not config.hf:
-        return None
-    return family('towers').open_tower(part, config, tokenizer.vocab_size, load_weights)
-
-
-def begin(model, path, skip, cache_dir):
-    """Weights to begin from, of a run or a checkpoint (every parameter of the same name, a URL,
-    too) or of another project's model; what was loaded, new and unused, as a line. Raises
-    ValueError.
-
-    A language or vision-language model begins what reads for a denoiser: `model.reader` names
-    that part."""
-    try:
-        folder = checkpoint.local_copy(path, cache_dir)
-        target, prefix, unused = model, '', set()
-        reader = getattr(model, 'reader', '')
-        if is_foreign(folder):
-            folder = fetch(folder)
-            if reader and not hasattr(family_of(folder), 'open_run'):
-                target, prefix = getattr(model, reader), f'{reader}.'
-            loaded = load(target, folder, skip)
-        else:
-            if reader and not checkpoint.has_denoiser(folder):
-                target, prefix = getattr(model, reader), f'{reader}.'
-            loaded, unused = checkpoint.load_weights(target, folder, skip)
-    except checkpoint.ERRORS as error:
-        raise ValueError(f'init_from={path!r}: {error}') from None
-
-    loaded = {prefix + name for name in loaded}
-    fresh, parts = model.state_dict().keys() - loaded, checkpoint.parts
-    return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
-            f'{parts(fresh) or "none"} begin anew, {parts(unused) or "none"} left there unused')
 
 
 def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
@@ -197,7 +184,7 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
     folder = fetch(name, revision)
     if is_foreign(folder):
         return family_of(folder).open_model(folder, dtype, image_size)
-    return checkpoint.open_run(folder).model.to(dtype).eval()
+    return open_ours(folder).model.to(dtype).eval()
 
 
 def load(model, folder, skip=()):
@@ -241,7 +228,7 @@ def export(model, folder, dtype=torch.float32, max_shard_size='5GB'):
 def export_run(run, folder, dtype=torch.float32):
     """A run, or one of its checkpoints, as a folder of others: of transformers, or of diffusers.
     Raises ValueError."""
-    run_of = checkpoint.open_run(run)
+    run_of = open_ours(run)
     settings, tokenizer, model = run_of.settings, run_of.tokenizer, run_of.model
 
     # The first that writes such models writes this one, or says what has no counterpart.
@@ -252,86 +239,12 @@ def export_run(run, folder, dtype=torch.float32):
                      f'{type(model).__name__}, which none of these knows: {", ".join(FAMILIES)}')
 
 
-def model_card(run, name):
-    """README.md of a pushed run: its command, data, losses and settings."""
-    settings = read_json(os.path.join(run, 'config.json'))
-    rows = read_log(run)
-
-    # A checkpoint alone does not know its command.
-    command = 'train.py'
-    environment = os.path.join(run, 'environment.json')
-    if os.path.exists(environment):
-        command = ' '.join(read_json(environment).get('argv', [command]))
-
-    # The last loss, and the last of each validation set.
-    table = []
-    trained = [row for row in rows if 'loss' in row]
-    if trained:
-        table.append(f'| train | {trained[-1]["step"]} | {trained[-1]["loss"]:.4f} |')
-    validated = {row['val']: row for row in rows if 'val' in row}
-    for key, row in validated.items():
-        table.append(f'| {key} | {row["step"]} | {row["val_loss"]:.4f} |')
-
-    # What the Hub lists it under.
-    tags = {'vlm': 'image-text-to-text', 'llm': 'text-generation',
-            'siglip': 'image-feature-extraction'}
-    mix = ', '.join(f'{key} ({weight:g})' for key, weight in settings['mix'].items())
-    return '\n'.join([
-        '---',
-        'library_name: transformers',
-        f'pipeline_tag: {tags.get(settings["task"], "other")}',
-        'tags:',
-        '- nanofoundry',
-        '---',
-        f'# {name.rpartition("/")[2]}',
-        '',
-        f'Trained with nanofoundry: `python {command}`',
-        '',
-        f'Data (weight in the mix): {mix}',
-        '',
-        '| data | step | loss |',
-        '| --- | --- | --- |',
-        *table,
-        '',
-        '<details><summary>all settings</summary>',
-        '',
-        '```json',
-        json.dumps(settings, indent=1),
-        '```',
-        '</details>',
-        ''])
-
-
-def read_log(run):
-    """The rows of a run's log.jsonl that are whole."""
-    path = os.path.join(run, 'log.jsonl')
-    if not os.path.exists(path):
-        return []
-    # A run that is still going may be writing its last one.
-    with open(path, encoding='utf-8') as f:
-        return [json.loads(line) for line in f if line.endswith('\n')]
-
-
 def push(run, name, dtype=torch.float32):
     """A run to a repository of the Hub, as `export_run` writes it, with a model card: where it is.
     Raises ValueError."""
-    import huggingface_hub
     with tempfile.TemporaryDirectory() as folder:
         export_run(run, folder, dtype)
-        with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
-            f.write(model_card(run, name))
-
-        try:
-            api = huggingface_hub.HfApi()
-            api.create_repo(name, exist_ok=True)
-            commit = api.upload_folder(repo_id=name, folder_path=folder,
-                                       commit_message='nanofoundry')
-        except Exception as error:
-            # Of several libraries: not logged in, no such name, no network.
-            reason = ' '.join(str(error).split())[:300]
-            raise ValueError(f'{name!r} could not be written ({reason}): is HF_TOKEN '
-                             'set?') from None
-        return commit.commit_url
+        return family('card').upload(run, name, folder)
 
 
 # ------------------------------------------------------------------------------------------------

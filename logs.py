@@ -51,11 +51,13 @@ def plot(out_dir, val):
         rows = [json.loads(line) for line in f if line.endswith('\n')]
 
     # Rows of validation name their data set. They are few, so that each point gets a mark.
+    # Nothing, and no label, is drawn where there are none.
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-    draw_curve(axes, 'train', [row for row in rows if 'val' not in row], 'loss', marker=None)
-    for name in val:
-        its_rows = [row for row in rows if row.get('val') == name]
-        draw_curve(axes, name, its_rows, 'val_loss', marker='o')
+    curves = [(None, 'train', 'loss', ''), *((name, name, 'val_loss', 'o') for name in val)]
+    for data_set, label, key, marker in curves:
+        points = [(row['step'], row[key]) for row in rows if row.get('val') == data_set]
+        if points:
+            axes.plot(*zip(*points), label=label, linewidth=1, marker=marker, markersize=3)
 
     title = os.path.basename(out_dir)
     axes.set(xlabel='step', ylabel='loss (nats a target)', ylim=(0, None), title=title)
@@ -64,14 +66,6 @@ def plot(out_dir, val):
     figure.savefig(os.path.join(out_dir, 'loss.png'), dpi=120)
     # pyplot would keep every figure of the run.
     plt.close(figure)
-
-
-def draw_curve(axes, label, rows, key, marker):
-    """Draw `key` of the rows over their steps; nothing, and no label, where there are none."""
-    if rows:
-        steps = [row['step'] for row in rows]
-        losses = [row[key] for row in rows]
-        axes.plot(steps, losses, label=label, linewidth=1, marker=marker, markersize=3)
 
 
 def environment(device, world):

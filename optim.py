@@ -11,10 +11,18 @@ import torch
 
 OPTIONS = ('lr_scale', 'weight_decay', 'freeze')
 AMOUNT = 'expected a number of at least 0'
+CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'constant', 'wsd')}
 
 
 def check(settings, world=1):
     """Raises ValueError, one line on one fault, for what a run can not be trained with."""
+    for key, allowed in CHOICES.items():
+        if settings[key] not in allowed:
+            raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
+    if not 0 < settings['decay'] <= 1:
+        raise ValueError(f'decay={settings["decay"]}: expected a fraction of the run, above 0 and '
+                         'at most 1')
+
     # lr=0 is no fault: a dry run, which train.py tells of.
     for key in ('lr', 'min_lr', 'weight_decay', 'grad_clip'):
         if not is_amount(settings[key]):
@@ -128,27 +136,6 @@ def match(groups, names):
     Raises ValueError for a parameter without a rule, a rule without a parameter, and where nothing
     is left to train."""
     return {name: options for name, (_, options) in rules_of(groups, names).items()}
-
-
-def describe(groups, parameters):
-    """Lines of {name: parameter}: name, shape, its rule, the rule's options, trained or frozen."""
-    rows = []
-    for name, (regex, options) in rules_of(groups, parameters).items():
-        parameter = parameters[name]
-        shape = ' x '.join(map(str, parameter.shape)) or 'scalar'
-        said = ', '.join(f'{option}={value}' for option, value in options.items()) or '-'
-
-        # A model freezes some of its own, as the autoencoder of latents.
-        is_frozen = options.get('freeze') or not parameter.requires_grad
-        state = 'frozen' if is_frozen else 'trained'
-        rows.append((name, shape, repr(regex), said, state))
-
-    # Each column as wide as the widest of it.
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        lines.append('  '.join(map(str.ljust, row, widths)).rstrip())
-    return lines
 
 
 def build(kind, trained, options, lr, betas, weight_decay):

@@ -1,8 +1,9 @@
-"""Ranks: the processes that torchrun starts, what they tell each other, and a model on all of them.
+"""Ranks: the processes that torchrun starts, what they tell each other, a model on all of them.
 
 One process is a world of one: everything here works there, too.
 """
 import contextlib
+import math
 import os
 import sys
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -86,12 +88,21 @@ def layers_of(model):
     return [module for module in model.modules() if getattr(module, 'is_block', False)]
 
 
+def compile_layers(model):
+    """torch.compile layer by layer: one graph for all of them, whatever their number."""
+    torch._dynamo.config.allow_unspec_int_on_nn_module = True
+    for layer in layers_of(model):
+        layer.forward = torch.compile(layer.forward)
+
+
 def spread(model, fsdp, device):
     """The model as it is to be called. fsdp: ranks that share one copy of it; 1 is DDP, 0 all."""
-    if world == 1 or fsdp == 1:
+    # torchrun may start a world of one: --fsdp=0 shards there, too, so that one GPU can try it
+    is_sharded = fsdp != 1 and dist.is_initialized()
+    if not is_sharded:
         # convolutions are fastest with channels last, which FSDP can not shard
         model.to(memory_format=getattr(model, 'memory_format', torch.preserve_format))
-    if world == 1:
+    if world == 1 and not is_sharded:
         return model
     if fsdp == 1:
         index = None if device == 'cpu' else [torch.device(device).index]
@@ -112,6 +123,14 @@ def synchronize(model, is_last):
         model.set_requires_gradient_sync(is_last)
     elif world > 1:
         model.require_backward_grad_sync = is_last
+
+
+def clip_gradients(parameters, most):
+    """The norm of all gradients, which are made smaller where it is above `most` (0: never)."""
+    norm = torch.nn.utils.clip_grad_norm_(parameters, most or math.inf)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm.item()
 
 
 def sharded_modules(model):

@@ -1,5 +1,5 @@
-"""Processors: a sample of a shard becomes pieces of rows (tokens, what is learned, who sees whom,
-pictures), and pieces become a batch.
+"""A sample of a shard becomes pieces of rows (tokens, what is learned, who sees whom, pictures),
+and pieces become a batch.
 
 A form says how a sample is written as tokens. It is one plain function: it gets what the sample
 holds (`fields`) and the Processor, and gives [(item, role), ...]. An item is text, a token id, a
@@ -25,7 +25,6 @@ import io
 import json
 import os
 import runpy
-from dataclasses import replace
 from itertools import takewhile
 
 import numpy as np
@@ -42,11 +41,16 @@ ENDINGS = ('jpg', 'jpeg', 'png', 'webp')
 
 
 def fields(members, with_pictures=True):
-    """{extension: bytes} -> the keys of .json, and pictures (a list of bytes, in the order of their
-    names), picture_names, text (.txt), members (all of them). Raises BadSample."""
+    """{extension: bytes} -> the keys of .json, and text (.txt), members (all of them), pictures (a
+    list of bytes, in the order of their names) and picture_names. Raises BadSample."""
     sample = {}
     if 'json' in members:
-        sample = read_object(members['json'])
+        try:
+            sample = json.loads(members['json'])
+        except (ValueError, RecursionError) as error:
+            raise BadSample(f'.json can not be read ({error})') from None
+        if not isinstance(sample, dict):
+            raise BadSample('.json is no object')
     if 'txt' in members:
         try:
             sample['text'] = members['txt'].decode('utf-8')
@@ -61,20 +65,10 @@ def fields(members, with_pictures=True):
             name, _, ending = ext.rpartition('.')
             if ending in ENDINGS:
                 pictures.append((name, ext))
-    sample['picture_names'] = [name for name, _ in sorted(pictures)]
-    sample['pictures'] = [members[ext] for _, ext in sorted(pictures)]
+    pictures.sort()
+    sample['picture_names'] = [name for name, _ in pictures]
+    sample['pictures'] = [members[ext] for _, ext in pictures]
     sample['members'] = members
-    return sample
-
-
-def read_object(data):
-    """The bytes of a .json -> a dict. Raises BadSample."""
-    try:
-        sample = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(f'.json can not be read ({error})') from None
-    if not isinstance(sample, dict):
-        raise BadSample('.json is no object')
     return sample
 
 
@@ -86,12 +80,6 @@ def check_text(key, value):
         value.encode('utf-8')
     except UnicodeEncodeError:
         raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
-
-
-def nothing_there(sample):
-    """The BadSample of one that has neither text nor pictures."""
-    names = ', '.join(sorted(sample.get('members', ()))) or 'none'
-    return BadSample(f'neither text nor pictures among its members ({names})')
 
 
 # -----------------------------------------------------------------------------------------------
@@ -113,8 +101,11 @@ def document(sample, p):
 def question(sample, p):
     """(prefix, suffix) of a sample: its own, or the run's prompt and the caption. An instruction
     has no answer. Raises BadSample where nothing is there to answer."""
-    if not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages', 'instruction'}:
-        raise nothing_there(sample)
+    # keys of another format are no answer
+    asked = sample.keys() & {'text', 'suffix', 'messages', 'instruction'}
+    if not sample['pictures'] and not asked:
+        members = ', '.join(sorted(sample.get('members', ()))) or 'none'
+        raise BadSample(f'neither text nor pictures among its members ({members})')
     prefix = sample.get('prefix', sample.get('instruction', p.prompt))
     answer = sample.get('suffix')
     if answer is None and 'prefix' not in sample:
@@ -124,17 +115,6 @@ def question(sample, p):
     if not answer and 'instruction' not in sample and not sample.get('asking'):
         raise BadSample('its text is empty')
     return prefix, answer.strip()
-
-
-def paligemma(sample, p):
-    """<image>..., bos, prefix, newline | suffix, eos: left of the bar seen by all (arXiv
-    2407.07726)."""
-    if is_document(sample):
-        return document(sample, p)
-    prefix, suffix = question(sample, p)
-    pictures = [(picture, SEEN) for picture in sample['pictures']]
-    return [*pictures, (p.tokenizer.bos_id, SEEN), (prefix + '\n', SEEN),
-            (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
 def text(sample, p):
@@ -147,7 +127,8 @@ def text(sample, p):
             (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
-FORMS = {'paligemma': paligemma, 'text': text}
+# form -> the task of which it is the form
+FORMS = {'text': 'llm', 'paligemma': 'vlm'}
 # those of chat.py, which is imported where one of them is asked for
 CHAT_FORMS = ('chat', 'gemma', 'llava', 'smolvlm', 'idefics3')
 
@@ -162,11 +143,9 @@ def is_folder(name):
 
 
 def load_form(name, task):
-    """The function of a form: the task's own (auto), one of FORMS, or `file.py:function`."""
-    if name == 'auto':
-        return tasks.load(task).form
-    if name in FORMS:
-        return FORMS[name]
+    """The function of a form: the task's own (auto), another task's, or `file.py:function`."""
+    if name in ('auto', *FORMS):
+        return tasks.load(FORMS.get(name, task)).form
     if name in CHAT_FORMS:
         return importlib.import_module('chat').chat
     path, _, function = name.rpartition(':')
@@ -174,8 +153,9 @@ def load_form(name, task):
     if not os.path.isfile(path):
         path = os.path.join(HERE, path)
     if not path.endswith('.py') or not os.path.isfile(path):
-        raise ValueError(f'processor={name!r}: expected one of {", ".join((*FORMS, *CHAT_FORMS))}, a '
-                         'model folder, or file.py:function')
+        known = ', '.join((*FORMS, *CHAT_FORMS))
+        raise ValueError(f'processor={name!r}: expected one of {known}, a model folder, or '
+                         'file.py:function')
     found = runpy.run_path(path).get(function)
     if not callable(found):
         raise ValueError(f'processor={name!r}: {path} has no function {function!r}')
@@ -210,16 +190,13 @@ class Processor:
         self.form, self.function = form, load_form(form, settings['task'])
         self.end_id = tokenizer.eos_id
 
-        self.opening = []
-        if opens:
-            self.opening = getattr(tokenizer, 'opening', [])
-        elif form == 'llava':
-            self.opening = [tokenizer.bos_id]
+        self.opens = opens
         if form in CHAT_FORMS:
             self.chat = importlib.import_module('chat').Chat(form, tokenizer, template, where)
             self.end_id = self.chat.markers.get(self.chat.end, self.end_id)
 
-    def __getstate__(self):         # a user's function lives in a module that this process has
+    def __getstate__(self):
+        # a user's function lives in a module that this process has
         return {key: value for key, value in self.__dict__.items() if key != 'function'}
 
     def __setstate__(self, state):
@@ -300,7 +277,8 @@ class Processor:
             raise BadSample(f'token {ids.max()} of a tokenizer with {t.vocab_size}: it was made '
                             'with another one')
         targets = np.append(ids[1:], -100)
-        if t.eos_id != t.bos_id:            # a document does not foretell the next
+        # a document does not foretell the next
+        if t.eos_id != t.bos_id:
             targets[ids == t.eos_id] = -100
         out = []
         for a in range(0, max(len(ids) - 1, 1), self.seq_len):
@@ -321,7 +299,8 @@ def read_tokens(data, ext):
             raise BadSample(f'.{ext} can not be read ({error})') from None
     if ids.dtype not in (np.uint16, np.uint32, np.int32, np.int64) or ids.ndim != 1:
         raise BadSample(f'.{ext} is {ids.dtype} {ids.shape}: expected a row of uint16 or uint32')
-    ids = ids[ids != np.iinfo(ids.dtype).max]           # which marks padding
+    # the largest value marks padding
+    ids = ids[ids != np.iinfo(ids.dtype).max]
     if not len(ids) or ids.min() < 0:
         raise BadSample(f'.{ext} holds no tokens')
     return ids.astype(np.int64)
@@ -332,26 +311,10 @@ def build(settings, tokenizer, task, image_tokens):
     `processor` names one. Raises ValueError and OSError."""
     form = settings['processor']
     eyes = task.eyes(settings) if hasattr(task, 'eyes') else None
-    if not os.path.isdir(form):
-        return Processor(settings, tokenizer, form, eyes, image_tokens)
-
-    try:
-        reader = importlib.import_module('families.processors')
-    except ModuleNotFoundError:
-        raise ValueError(f'processor={form!r} is a model folder, and families/, which reads them, '
-                         'is not here') from None
-    files = reader.read_model_folder(form, eyes is not None)
-    ours = dict(image_size=eyes.size if eyes else 0, image_tokens=image_tokens)
-    for key, value in ours.items():
-        theirs = files.pop(key, 0)
-        if theirs not in (0, value):
-            raise ValueError(f'processor={form!r} wants {key} {theirs}, the model has {value}: '
-                             'change vit.image_size, vit.patch_size or pixel_shuffle')
-    if 'resize' in files:               # pixels as transformers has them, which decodes whole
-        looks = {key: files.pop(key) for key in ('mean', 'std', 'resample', 'resize')}
-        eyes = replace(eyes, draft=False, **looks)
-    return Processor(settings, tokenizer, eyes=eyes, image_tokens=image_tokens,
-                     where=f'processor={form!r}', **files)
+    if os.path.isdir(form):
+        reader = tasks.family('processors')
+        return reader.open_processor(settings, tokenizer, eyes, image_tokens)
+    return Processor(settings, tokenizer, form, eyes, image_tokens)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -370,12 +333,14 @@ def token_rows(ids, seq_len, tokenizer, documents=True):
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     n, room = min(ids.shape[1], seq_len), (0, seq_len + 1 - ids.shape[1])
 
-    signed = {2: torch.int16, 4: torch.int32}[ids.itemsize]     # unsigned types can do little
+    # unsigned types can do little
+    signed = {2: torch.int16, 4: torch.int32}[ids.itemsize]
     ids = ids.view(signed).long() & padding
     real = ids != padding
     learned = real[:, 1:]
+    # a document does not foretell the next
     if bos != eos:
-        learned = learned & (ids[:, :-1] != eos)        # a document does not foretell the next
+        learned = learned & (ids[:, :-1] != eos)
     targets = pad(ids[:, 1:].where(learned, -100), room, value=-100)
 
     ids, real = ids[:, :n], real[:, :n]
@@ -390,8 +355,8 @@ def token_rows(ids, seq_len, tokenizer, documents=True):
 
 
 def count_tokens(ids, seq_len, tokenizer, documents=True):
-    """What `token_rows` will give of an array, counted: tokens, targets, and whether any row is not
-    just causal."""
+    """What `token_rows` will give of an array, counted: tokens, targets, and whether any row is
+    not just causal."""
     bos, eos, n = tokenizer.bos_id, tokenizer.eos_id, min(ids.shape[1], seq_len)
     real = ids != np.iinfo(ids.dtype).max
     ended = np.zeros_like(ids[:, 1:], bool)
@@ -400,12 +365,13 @@ def count_tokens(ids, seq_len, tokenizer, documents=True):
     has_documents = (ended | (ids[:, 1:] == bos))[:, :n - 1].any()
     is_short = n < seq_len or not real[:, :n].all()
     num_targets = np.count_nonzero(real[:, 1:] & ~ended)
-    return np.count_nonzero(real[:, :n]), num_targets, bool(is_short or documents and has_documents)
+    needs_segments = is_short or documents and has_documents
+    return np.count_nonzero(real[:, :n]), num_targets, bool(needs_segments)
 
 
 def fill_rows(lengths, seq_len):
-    """Pieces into as few rows as first-fit-decreasing finds: a list of lists of piece numbers, none
-    of them cut."""
+    """Pieces into as few rows as first-fit-decreasing finds: a list of lists of piece numbers,
+    none of them cut."""
     rows, room = [], np.zeros(0, np.int64)
     for i in np.argsort(-np.asarray(lengths), kind='stable').tolist():
         fits = np.flatnonzero(room >= lengths[i])
@@ -421,7 +387,7 @@ def fill_rows(lengths, seq_len):
 def collate(pieces, p, pack=False, multiple=1, ready=()):
     """Pieces (None: a placeholder, an empty row) -> a batch, a dict of small arrays:
 
-    tokens, targets int32, blocks uint8, segments int16 (B, T), left out where a row is just causal;
+    tokens, targets int32, blocks uint8, segments int16 (B, T), left out if rows are just causal;
     parts int16 (B, T) or (B, 1), the data set of a target; positions (B,) in the run; pixels
     uint8 (I, H, W, 3) or as the form gave them, and pictures (B,), how many of them each row has;
     beside: a dict of arrays (A, ...), with `rows` and `positions` (A,); texts, one a row;
@@ -429,14 +395,17 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     of which `token_rows` makes the rest on the device, and `cut`: whether it needs segments.
 
     pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is
-    one; empty ones fill up. ready: sequences and their data set, [(ids, part), ...], come first."""
+    one; empty ones fill up. ready: sequences and their data set, [(ids, part), ...]: the first."""
     if ready and not pieces and len({(ids.dtype, ids.shape[1]) for ids, _ in ready}) == 1:
         return collate_sequences(ready, p, multiple)
+
+    # a row each, or as few rows as hold them
     rows = [[piece] if piece else [] for piece in pieces]
     if pack:
         pieces = [piece for piece in pieces if piece]
-        filled = fill_rows([len(piece['tokens']) for piece in pieces], p.seq_len)
-        rows = [[pieces[i] for i in row] for row in filled]
+        rows = []
+        for numbers in fill_rows([len(piece['tokens']) for piece in pieces], p.seq_len):
+            rows.append([pieces[i] for i in numbers])
 
     num_ready = sum(len(ids) for ids, _ in ready)
     batch = empty_batch(num_ready + len(rows), p, pack, multiple)
@@ -461,7 +430,9 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     if (batch['segments'] == 1).all():
         del batch['segments']
     if beside:
-        batch['beside'] = {key: np.stack([arrays[key] for arrays in beside]) for key in beside[0]}
+        batch['beside'] = {}
+        for key in beside[0]:
+            batch['beside'][key] = np.stack([arrays[key] for arrays in beside])
     return batch
 
 
@@ -480,15 +451,13 @@ def empty_batch(rows, p, pack, multiple):
 def write_ready(batch, ready, p):
     """Tokenized sequences into the first rows of a batch."""
     import torch
-    a = 0
+    end = 0
     for ids, part in ready:
-        b = a + len(ids)
-        tokens, targets, segments = token_rows(torch.as_tensor(ids), p.seq_len, p.tokenizer,
-                                               p.documents)
-        batch['tokens'][a:b], batch['targets'][a:b], batch['segments'][a:b] = (tokens, targets,
-                                                                               segments)
-        batch['parts'][a:b] = part
-        a = b
+        begin, end = end, end + len(ids)
+        rows = token_rows(torch.as_tensor(ids), p.seq_len, p.tokenizer, p.documents)
+        for key, value in zip(('tokens', 'targets', 'segments'), rows):
+            batch[key][begin:end] = value
+        batch['parts'][begin:end] = part
 
 
 def write_piece(batch, i, span, number, piece, pack):
@@ -516,7 +485,9 @@ def collate_sequences(ready, p, multiple):
                 num_tokens=num_tokens, num_targets=num_targets)
 
 
-ROWS = ('ids', 'tokens', 'targets', 'blocks', 'segments', 'parts', 'pictures', 'texts', 'positions')
+# what a batch holds of each row
+ROWS = ('ids', 'tokens', 'targets', 'blocks', 'segments', 'parts', 'pictures', 'texts',
+        'positions')
 
 
 def split(batch, size, p):
@@ -546,9 +517,9 @@ def split(batch, size, p):
 
 
 def to_device(batch, device, p):
-    """A collated batch -> the tensors that models take: tokens, targets, num_targets (a number that
-    the host knows, so that a GPU need not be asked) and, where they are needed, blocks, segments,
-    pixels and beside."""
+    """A collated batch -> the tensors that models take: tokens, targets, num_targets (a number
+    that the host knows, so that a GPU need not be asked) and, where they are needed, blocks,
+    segments, pixels and beside."""
     import torch
 
     def moved(array):
@@ -565,7 +536,8 @@ def to_device(batch, device, p):
     out['num_targets'] = batch['num_targets']
 
     if 'pixels' in batch:
-        if torch.as_tensor(batch['pixels']).is_floating_point():    # latents: as they are
+        # latents stay as they are
+        if torch.as_tensor(batch['pixels']).is_floating_point():
             out['pixels'] = moved(batch['pixels']).float()
         else:
             out['pixels'] = p.eyes.to_tensor(batch['pixels'], device)
@@ -575,8 +547,8 @@ def to_device(batch, device, p):
 
 
 def padded(rows, pad_id, least=1):
-    """Lists of token ids -> (tokens, segments), int64 tensors (B, T), T at least `least`, padded on
-    the right, segments 0 there."""
+    """Lists of token ids -> (tokens, segments), int64 tensors (B, T), T at least `least`, padded
+    on the right, segments 0 there."""
     import torch
     width = max(least, *map(len, rows))
     tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])

@@ -11,7 +11,6 @@
 import json as jsons
 import os
 import sys
-from functools import partial
 from types import SimpleNamespace
 
 from configurator import answer_help, configure
@@ -60,17 +59,17 @@ import torch
 
 import hub
 from shards import BadSample
-from tasks import sample_settings, that_have
+from tasks import body_of, load, that_have
 
 try:
     if not _task:
         _checkpoint = _folder if hub.is_foreign(_folder) else _checkpoint
         _task = hub.task_of(_checkpoint)
-    globals().update(sample_settings(_task))
+    globals().update(body_of(load(_task).SampleSettings))
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
-_elsewhere = partial(that_have, task_class='SampleSettings')
-options = SimpleNamespace(**configure(globals(), elsewhere=_elsewhere))
+options = SimpleNamespace(**configure(
+    globals(), elsewhere=lambda key: that_have(key, 'SampleSettings')))
 if options.batch_size < 1:
     fail(f'batch_size={options.batch_size} must be at least 1')
 if options.device == 'auto':

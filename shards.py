@@ -4,13 +4,10 @@
 sample: `read(shard, index)`. What is learned of a shard once (its index, a copy if it is remote)
 is kept in a cache folder that all processes of a node share.
 """
-import difflib
 import functools
-import glob
 import hashlib
 import io
 import json
-import math
 import os
 import re
 import tarfile
@@ -41,23 +38,12 @@ def find(path, data_dir='', what='data set'):
         if os.path.exists(candidate):
             return candidate
     remedy = 'make it with a script of prepare/ (the config names it) or correct it'
-    near = nearest(path, data_dir)
+    from usage import nearest_folder
+    near = nearest_folder(path, data_dir)
     if near:
         remedy = f'did you mean {near!r}? If not, {remedy}'
     raise FileNotFoundError(f'{what} {path!r} does not exist, in data_dir={data_dir!r} or as a '
                             f'path: {remedy}')
-
-
-def nearest(path, data_dir):
-    """The folder in data_dir, or one level down, that is most like `path`; '' without one."""
-    # without data_dir there is no place that holds data sets alone
-    if not data_dir:
-        return ''
-    folders = []
-    for root in (data_dir, os.path.join(HERE, data_dir)):
-        folders += glob.glob('*/', root_dir=root) + glob.glob('*/*/', root_dir=root)
-    near = difflib.get_close_matches(path.rstrip('/') + '/', sorted(folders), 1)
-    return near[0].rstrip('/') if near else ''
 
 
 def expand(spec):
@@ -379,7 +365,7 @@ def write_cache(path, write):
 # -------------------------------------------------------------------------------------------------
 # the index of one shard
 
-EPISODE = b'lowdim.npy'      # a member whose every row is a sample, an anchor
+EPISODE = b'lowdim.npy'      # a member whose every row is a sample (npy.py)
 
 
 def index_tar(path, fd):
@@ -435,22 +421,6 @@ def read_headers(path, fd):
     return members
 
 
-def npy_header(fd, at, size, where):
-    """(shape, dtype, bytes of the header) of a .npy of so many bytes. Raises ValueError."""
-    # far more than a header has; it is a stranger's
-    header = io.BytesIO(os.pread(fd, min(size, 4096), at))
-    try:
-        read = np.lib.format.read_array_header_2_0
-        if np.lib.format.read_magic(header)[0] == 1:
-            read = np.lib.format.read_array_header_1_0
-        shape, fortran, dtype = read(header)
-        if fortran and len(shape) > 1 or dtype.hasobject:
-            raise ValueError(f'{dtype} in columns')
-    except ValueError as error:
-        raise ValueError(f'{where}: no .npy file ({error})') from None
-    return shape, dtype, header.tell()
-
-
 class Index:
     """Where the samples of one shard are, from the table of `index_tar`."""
 
@@ -465,7 +435,8 @@ class Index:
         if sequence_length:
             self.read_offsets(sequence_length, np.dtype(dtype), fd, path)
         elif EPISODE in table['ext']:
-            self.read_episodes(fd, path)
+            from npy import read_episodes
+            self.starts, self.keys, self.episodes = read_episodes(table, self.first, fd, path)
 
     def read_offsets(self, sequence_length, dtype, fd, path):
         """Where each member's sequences begin."""
@@ -474,6 +445,7 @@ class Index:
             where = f'{path}, {key.decode()}'
             # members of other kinds hold no sequences
             if ext == b'tokens.npy':
+                from npy import npy_header
                 _, its_dtype, header = npy_header(fd, offset, size, where)
                 if its_dtype != dtype:
                     raise ValueError(f'{where}: {its_dtype}, the manifest says {dtype}')
@@ -486,24 +458,6 @@ class Index:
             self.starts.append(self.starts[-1] + size // self.stride)
             self.offsets.append(offset)
             self.keys.append(key)
-
-    def read_episodes(self, fd, path):
-        """How many samples each key is: with a `.lowdim.npy` one a row, else one."""
-        self.starts = [0]
-        for first, last in zip(self.first, self.first[1:]):
-            row_type, header, steps = None, 0, 1
-            for _, key, ext, offset, size, _ in self.table[first:last].tolist():
-                if ext != EPISODE:
-                    continue
-                where = f'{path}, {key.decode()}'
-                shape, row_type, header = npy_header(fd, offset, size, where)
-                steps = math.prod(shape)
-                if len(shape) != 1 or not steps or size != header + steps * row_type.itemsize:
-                    raise ValueError(f'{where}: .lowdim.npy has {size} bytes and {shape} rows of '
-                                     f'{row_type.itemsize}: make the data set again')
-            self.starts.append(self.starts[-1] + steps)
-            self.keys.append(self.table['key'][first])
-            self.episodes.append((row_type, header))
 
     def __len__(self):
         return self.starts[-1] if self.starts else len(self.first) - 1

@@ -1,14 +1,13 @@
-"""Train a language model, a vision-language model, a robot's policy, text to image, or a task of
-your own.
+"""Train a language model, a vision-language model, a robot's policy, text to image, or your task.
 
     python train.py config/vlm_emoji.py --lr=1e-3
     torchrun --nproc_per_node=2 train.py config/vlm_emoji.py [--fsdp=0]     (DDP, or FSDP2)
     python train.py config/vlm_emoji.py --parameters    (the names that `groups` match)
 
-What is trained is a task, a file of tasks/ or yours: its settings join those below. The same command
-resumes where the run stopped. The loss of a step is, for each kind of target, one mean over the
-global batch, however it is cut into ranks and micro-batches. `step` counts finished steps: the row
-of log.jsonl with step=101 is of the step that `data.py --show_steps=100:101` shows.
+What is trained is a task, a file of tasks/ or yours: its settings join those below. The same
+command resumes a run that stopped. The loss of a step is, for each kind of target, one mean over
+the global batch, however it is cut into ranks and micro-batches. `step` counts finished steps: the
+row of log.jsonl with step=101 is of the step that `data.py --show_steps=100:101` shows.
 """
 from configurator import answer_help, configure
 
@@ -24,17 +23,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import checkpoint
 import data
-import hub
 import logs
 import optim
 import parallel
 import processor as processors
-import shards
 import tasks
 from parallel import all_ranks, say
 
@@ -44,11 +40,9 @@ from parallel import all_ranks, say
 # what is trained, and where it goes
 task = 'vlm'                # llm | vlm | siglip | policy | vla | t2i, or a file: mine.py
 out_dir = 'out/run'         # config.json, log.jsonl, loss.png, checkpoints/
-resume = 'auto'             # auto: from the newest checkpoint in out_dir | never: refuse if there
-#                             is one
-init_from = ''              # weights to start from: a run's out_dir or one of its checkpoints,
-#                             also as a URL; a folder of transformers or diffusers, or a name on
-#                             the Hugging Face hub
+resume = 'auto'             # auto: from the newest checkpoint in out_dir | never: refuse to
+init_from = ''              # weights to start from: a run or a checkpoint of it, also as a URL;
+#                             a folder of transformers or diffusers, a name on the Hugging Face hub
 init_skip = []              # regexes of parameters that init_from leaves as they are
 
 # data
@@ -56,14 +50,13 @@ data_dir = 'datasets'       # where data sets are: here, or there beside the scr
 mix = {'emoji/noto': 1.0}   # data set -> sampling weight; a folder, .tar, list of them (.txt),
 #                             with commas and {000..099} between, local or a URL
 val = {}                    # name -> data set that is validated on, whole
-cache_dir = shards.CACHE    # indexes of shards, and copies of remote ones
+cache_dir = data.CACHE      # indexes of shards, and copies of remote ones
 cache_gb = 100.0            # of copies
-tokenizer = 'bytes'         # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file
-#                             or a folder of one, in data_dir or as a path | a model on the
-#                             Hugging Face hub
-processor = 'auto'          # how a sample is written as tokens: auto (as the task does) |
-#                             paligemma | text | chat | gemma | llava | smolvlm | a model folder,
-#                             or one on the Hugging Face hub | file.py:function
+tokenizer = 'bytes'         # bytes | a .model (sentencepiece), .tiktoken or tokenizer.json file or
+#                             a folder of one, in data_dir or as a path | a model on the hub
+processor = 'auto'          # how a sample becomes tokens: auto (as the task has it) | paligemma |
+#                             text | chat | gemma | llava | smolvlm | a model folder, or one on
+#                             the hub | file.py:function
 seq_len = 96                # tokens a row, patches and padding included
 workers = 2                 # processes that read data (0: none but this one)
 lanes = 64                  # parallel streams of the order; fixed for a run
@@ -73,8 +66,8 @@ max_bad_fraction = 0.001    # more unusable samples than this stop the run
 # length: one of the three
 max_steps = 0
 max_samples = 0
-epochs = 0.0                # times the samples that the data sets of the mix hold together; each
-#                             of them goes through epochs of its own, at the pace of its weight
+epochs = 0.0                # 1: as many samples as all data sets of the mix hold together; each of
+#                             them goes through epochs of its own, at the pace of its weight
 allow_repeat = True         # False: refuse a run that would see a sample twice
 
 # batch
@@ -82,8 +75,7 @@ batch_size = 128            # samples a step, over all ranks
 micro_batch_size = 0        # samples a rank takes at once (0: its whole share)
 
 # optimizer
-optimizer = 'adamw'         # adamw | muon (torch.optim.Muon for the matrices of the layers, adamw
-#                             for the rest)
+optimizer = 'adamw'         # adamw | muon (for the matrices of the layers, adamw for the rest)
 lr = 1e-3                   # peak learning rate
 schedule = 'cosine'         # cosine | linear | constant | wsd (warm-up, stable, decay)
 min_lr = 0.0                # at the end of the schedule, as a fraction of lr
@@ -95,21 +87,16 @@ grad_clip = 1.0             # 0: none
 groups = [(r'norm|bias|scale|pos_embed|embedding', {'weight_decay': 0.0}), (r'.*', {})]
 #                             the first regex found in a parameter's name sets its lr_scale,
 #                             weight_decay, freeze; --parameters lists the names
-ema = 0.0                   # decay of a moving average of the weights, kept and saved beside them
-#                             (0: none)
+ema = 0.0                   # decay of a moving average of the weights, saved beside them (0: none)
 loss_weights = {}           # data set of the mix -> what its targets weigh (1.0)
-skip_bad_steps = 0          # so many steps in a row may have a loss or gradient that is not
-#                             finite
+skip_bad_steps = 0          # steps in a row that may have a loss or gradient that is not finite
 
 # precision and devices
-dtype = 'float32'           # float32 | bfloat16 | float16: of the compute; weights and optimizer
-#                             stay float32
-matmul = 'highest'          # highest: float32 means float32 | high: TensorFloat-32 | medium:
-#                             bfloat16
+dtype = 'float32'           # of the compute: float32 | bfloat16 | float16; weights stay float32
+matmul = 'highest'          # highest: float32 means float32 | high: TensorFloat-32 | medium: bf16
 compile = False             # torch.compile the layers
 fsdp = 1                    # ranks that share one copy of weights and optimizer: 1: each has its
-#                             own (DDP) | 0: all share one (FSDP2) | between: several copies
-#                             (HSDP)
+#                             own (DDP) | 0: all share one (FSDP2) | between: several (HSDP)
 deterministic = False       # only operations that give the same bits every time
 device = 'auto'             # auto: cuda if there is one, else cpu
 seed = 0
@@ -119,15 +106,15 @@ log_every = 10              # steps
 eval_every = 0              # steps (0: only at the end)
 num_checkpoints = 1         # exactly so many, evenly spaced, the last at the end
 keep_last = 0               # checkpoints kept on disk (0: all)
-remote = ''                 # URL (s3://..., any fsspec) that gets a copy of checkpoints and logs,
-#                             and fills an out_dir that has none
+remote = ''                 # URL (any fsspec) that gets a copy of checkpoints and logs, and fills
+#                             an out_dir that has none
 wandb_project = ''          # empty: no wandb; WANDB_MODE=offline needs no network
 
 show_parameters = '--parameters' in sys.argv
 config = configure(globals(), [arg for arg in sys.argv[1:] if arg != '--parameters'],
                    more=tasks.train_settings, elsewhere=tasks.that_have)
 task = tasks.load(task)
-warnings.filterwarnings('ignore', 'torch.distributed is disabled')   # one process writes checkpoints
+warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one rank writes checkpoints
 
 # -----------------------------------------------------------------------------------------------
 # processes and devices
@@ -146,15 +133,39 @@ def fail(message, code):
     parallel.leave(code)
 
 
+# -----------------------------------------------------------------------------------------------
+# data, tokenizer, model
+
 try:
     for check in (data.check, optim.check, checkpoint.check, task.check):
         check(config, world)
-except ValueError as error:
+    micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
+    folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
+    steps, checkpoint_steps = data.length(config, order)
+    lr_at = optim.learning_rate(config, steps)
+
+    torch.manual_seed(seed)                         # the same weights on every rank
+    run = checkpoint.make_run(config, device)
+    run.kept = task.statistics(config, folders)
+    task.prepare(run)
+    raw_model = run.model
+    options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
+
+    augmenting = seed if config.get('augment') else None
+    train_data = data.Batches(folders, order, run.processor, augmenting, pack,
+                              micro_batch if pack else 1, window * lanes)
+    # answers can be told apart only where each has a row of its own
+    count_right = task.scorer(config)
+    val_sets = data.open_validation(config, run.processor, pack and not count_right)
+    constants = task.constants(run, folders)
+except (ValueError, OSError) as error:
     fail(error, 2)
+if show_parameters:
+    from usage import describe
+    say('\n'.join(describe(groups, dict(raw_model.named_parameters()))))
+    sys.exit(0)
 if lr == 0:
     say('lr=0: nothing will change but what is measured')
-micro_batch = micro_batch_size or batch_size // world
-pack = config.get('pack', False)
 
 torch.set_float32_matmul_precision(matmul)
 torch.backends.cudnn.allow_tf32 = matmul != 'highest'
@@ -164,37 +175,11 @@ if deterministic:
 autocast = torch.autocast(torch.device(device).type, getattr(torch, dtype),
                           enabled=dtype != 'float32')
 
-# -----------------------------------------------------------------------------------------------
-# data, tokenizer, model
-
-try:
-    folders, order = data.open_mix(mix, data_dir, seed, lanes, window, cache_dir, cache_gb)
-    val_folders = {name: shards.Folder(path, data_dir, cache_dir, cache_gb)
-                   for name, path in val.items()}
-    tok = hub.open_tokenizer(tokenizer, data_dir)
-    torch.manual_seed(seed)                         # the same weights on every rank
-    if processors.is_folder(processor):
-        processor = hub.locate(processor, data_dir, 'processor')
-    run = checkpoint.make_run(config, tok, processor, device)
-    run.kept = task.statistics(config, folders)
-    task.prepare(run)
-    raw_model = run.model
-    augmenting = seed if config.get('augment') else None
-    train_data = data.Batches(folders, order, run.processor, augmenting, pack,
-                              micro_batch if pack else 1, window * lanes)
-    # answers can be told apart only where each has a row of its own
-    count_right = task.scorer(config)
-    val_data = {name: data.Batches([folder], data.InOrder(folder.sizes), run.processor,
-                                   pack=pack and not count_right)
-                for name, folder in val_folders.items()}
-    constants = task.constants(run, folders)
-    steps, checkpoint_steps = data.length(config, order)
-    lr_at = optim.learning_rate(config, steps)
-except (ValueError, OSError) as error:
-    fail(error, 2)
-dataset_samples = order.samples_in_use
-
 # what is learned: kinds of targets, each a mean of its own, and what that weighs
+dataset_samples = order.samples_in_use
+empty_batch = processors.collate([], run.processor) | dict(bad=[])
+kinds = list(task.count(empty_batch))
+weights, arguments = task.weights(config), task.arguments(config)
 
 
 def checked(batch):
@@ -202,12 +187,6 @@ def checked(batch):
     if 'error' in batch:
         fail(batch['error'], 1)
     return batch
-
-
-empty_batch = processors.collate([], run.processor) | dict(bad=[])
-kinds = list(task.count(empty_batch))
-weights = task.weights(config)
-arguments = task.arguments(config)
 
 
 def total(sums, counts):
@@ -221,16 +200,8 @@ def total(sums, counts):
 # -----------------------------------------------------------------------------------------------
 # what is trained, over the ranks: DDP, or FSDP2 layer by layer; compiled layer by layer
 
-try:
-    options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
-except ValueError as error:
-    fail(error, 2)
-if show_parameters:
-    say('\n'.join(optim.describe(groups, dict(raw_model.named_parameters()))))
-    sys.exit(0)
 for name, parameter in raw_model.named_parameters():
     parameter.requires_grad_(parameter.requires_grad and not options[name].get('freeze'))
-
 
 # before layers are compiled, whose operations are not counted
 first_batch = checked(train_data[np.arange(micro_batch)])
@@ -242,10 +213,7 @@ with autocast:
 step_flops = 3 * flops * batch_size // micro_batch      # the backward pass takes two of three
 
 if compile:
-    # one graph for all layers, whatever their number, inside what FSDP puts around a layer
-    torch._dynamo.config.allow_unspec_int_on_nn_module = True
-    for layer in parallel.layers_of(raw_model):
-        layer.forward = torch.compile(layer.forward)
+    parallel.compile_layers(raw_model)      # inside what FSDP puts around them
 model = parallel.spread(raw_model, fsdp, device)
 run.gathered = lambda: parallel.gathered(raw_model)
 
@@ -253,23 +221,18 @@ trained = {name: p for name, p in raw_model.named_parameters() if p.requires_gra
 averages = {name: p.detach().clone() for name, p in trained.items()} if ema else {}
 optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 
-
 # -----------------------------------------------------------------------------------------------
-# begin, or go on: checkpoint.py holds how they are written and read
+# begin, or go on
 
-log_path = os.path.join(out_dir, 'log.jsonl')
-checkpoints = os.path.join(out_dir, 'checkpoints')
-progress = dict(step=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0,
-                loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
+log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
+progress = dict(step=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0, loss_scale=1.0)
+if dtype == 'float16':
+    progress['loss_scale'] = 2.0 ** 16
 
 
 def load_checkpoint(path, saved):
-    """Weights, averages, optimizer and progress of a checkpoint, whatever number of ranks wrote
-    it."""
-    changed, refused = checkpoint.changes(path, config, tasks.kept(task))
-    if refused:
-        fail(refused, 2)
-    for line in changed:
+    """Weights, averages, optimizer, progress of a checkpoint that any number of ranks wrote."""
+    for line in checkpoint.changes(path, config, tasks.kept(task)):
         say(line)
     checkpoint.load(raw_model.state_dict(), path)
     if ema:
@@ -282,8 +245,11 @@ try:
     if master:
         os.makedirs(checkpoints, exist_ok=True)
     newest = None
-    if master:
-        newest = checkpoint.find(out_dir, remote, say)
+    if master and remote:
+        import mirror
+        newest = mirror.find(out_dir, remote, say)
+    elif master:
+        newest = checkpoint.find(out_dir, say)
     resumed, saved, problem = parallel.from_master(newest)
     if problem:
         fail(problem, 2)
@@ -293,15 +259,15 @@ try:
         load_checkpoint(resumed, saved)
         say(f'resumed from {resumed}')
     elif init_from:
-        say(hub.begin(raw_model, init_from, init_skip, cache_dir))
+        import initial
+        say(initial.begin(raw_model, init_from, init_skip, cache_dir))
         for name, average in averages.items():
             average.copy_(trained[name].detach())
     parallel.barrier()              # all have read before the first writes
     if master:
         checkpoint.remove_leftovers(out_dir)
-        checkpoint.write_json(os.path.join(out_dir, 'config.json'), config)
-        checkpoint.write_json(os.path.join(out_dir, 'environment.json'),
-                              logs.environment(device, world))
+        checkpoint.write_json(f'{out_dir}/config.json', config)
+        checkpoint.write_json(f'{out_dir}/environment.json', logs.environment(device, world))
         logs.cut_log(log_path, progress['step'])
 except checkpoint.ERRORS as error:
     fail(f'out_dir={out_dir!r}: {str(error).strip().splitlines()[-1]}', 2)
@@ -317,15 +283,13 @@ def save():
 
 
 def saving(action):
-    """`action` of the saver; what went wrong while it wrote ends the run, the last good checkpoint
-    stays."""
+    """`action` of the saver; what goes wrong ends the run, the last good checkpoint stays."""
     try:
         action()
     except checkpoint.ERRORS as error:
         reason = str(error).strip().splitlines()[-1]        # DCP puts a traceback before it
-        last = (checkpoint.names(checkpoints) or ['none'])[0]
         fail(f'step {saver.step}: the checkpoint could not be written ({reason}); the last good '
-             f'one is {last}', 1)
+             f'one is {checkpoint.newest_name(checkpoints)}', 1)
 
 
 def log(row):
@@ -339,42 +303,38 @@ def log(row):
             wandb_run.log(row, step=row['step'])
 
 
-wandb_run = None
+wandb_run = copy = None
 if wandb_project and master:
     wandb_run = logs.open_wandb(wandb_project, out_dir, config)
-copy = None
 if remote and master:
-    from remote import Mirror
-    copy = Mirror(remote, out_dir, say)
+    copy = mirror.Mirror(remote, out_dir, say)
+    copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
 peak = logs.peak_flops(device, dtype, world)
 saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,
                          lambda: logs.plot(out_dir, val))
-if copy:
-    copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
 
 # -----------------------------------------------------------------------------------------------
 # validation: every sample of a data set once, whatever the number of ranks
 
 
-def validation_batches(name, folder):
+def validation_batches(name, folder, batches):
     """Micro-batches of this rank's part of a data set, chunk by chunk; each rank gives as many."""
     mine = np.arange(len(folder))[rank::world]
     for chunk in np.array_split(mine, math.ceil(len(folder) / world / micro_batch)):
-        batch = checked(val_data[name][chunk]) if len(chunk) else empty_batch
+        batch = checked(batches[chunk]) if len(chunk) else empty_batch
         if batch['bad']:
             fail(f'validation set {name!r}: {batch["bad"][0]}', 1)
         cut = processors.split(batch, micro_batch, run.processor)
-        passes = int(all_ranks(len(cut)).max())
-        yield cut + [empty_batch] * (passes - len(cut))
+        yield cut + [empty_batch] * (int(all_ranks(len(cut)).max()) - len(cut))
 
 
 @torch.no_grad()
-def validate(name, folder):
+def validate(name, folder, batches):
     """A row with `val_loss` (means over targets), and what the task measures beyond it."""
     model.eval()
     parallel.swap(trained, averages, raw_model)     # the averages are validated, if there are any
     sums, counts, right = [0.0] * len(kinds), [0] * len(kinds), 0
-    for cut in validation_batches(name, folder):
+    for cut in validation_batches(name, folder, batches):
         cut = [(batch, run.inputs(batch)) for batch in cut]
         for _, tensors in cut:
             with autocast:
@@ -391,7 +351,7 @@ def validate(name, folder):
     row = dict(step=progress['step'], val=name, val_loss=total(sums, counts))
     if count_right:
         row['exact_match'] = right / len(folder)
-    row |= task.summary(run, folder, val_data[name], dict(zip(kinds, sums)))
+    row |= task.summary(run, folder, batches, dict(zip(kinds, sums)))
     parallel.swap(trained, averages, raw_model)
     model.train()
     return row
@@ -410,13 +370,12 @@ todo = (positions for step in range(first, steps)
         for positions in data.positions_of_step(step, batch_size, at_once, rank, world))
 feed = iter(data.loader(train_data, todo, workers))
 set_weights = np.array([float(loss_weights.get(name, 1.0)) for name in mix])
-set_weights_there = torch.tensor(set_weights, dtype=torch.float32, device=device)
+weights_there = torch.tensor(set_weights, dtype=torch.float32, device=device)
 if master:
-    parameters = sum(p.numel() for p in trained.values()) / 1e6
-    print(f'{config["task"]}: {parameters:.2f} M parameters trained, {steps} steps of {batch_size} '
-          f'samples = {world} ranks x {batch_size // world // micro_batch} x {micro_batch}; '
-          f'{len(mix)} data sets of {dataset_samples} samples, '
-          f'{steps * batch_size / dataset_samples:.1f} epochs')
+    print(f'{config["task"]}: {sum(p.numel() for p in trained.values()) / 1e6:.2f} M parameters '
+          f'trained, {steps} steps of {batch_size} samples = {world} ranks x '
+          f'{batch_size // world // micro_batch} x {micro_batch}; {len(mix)} data sets of '
+          f'{dataset_samples} samples, {steps * batch_size / dataset_samples:.1f} epochs')
     bar = tqdm(total=steps, initial=first, desc=os.path.basename(out_dir), mininterval=1,
                dynamic_ncols=True)
 
@@ -426,47 +385,41 @@ class Counted:
     """What a step holds, over all ranks."""
     learned: list               # targets of each kind
     tokens: int
-    bad: int                    # samples that could not be used
-    stopping: float             # not 0: a rank was told to stop
+    stopping: bool              # a rank was told to stop
     passes: int                 # micro-batches of the rank that has most
 
 
 def count_step(batches, num_micro):
     """The Counted of every rank's batches, before the backward pass: the gradient is of one mean,
-    however the batch is cut."""
+    however the batch is cut. Ends a run that meets too many bad samples, or nothing to learn."""
     learned = [sum(task.count(batch)[kind] for batch in batches) for kind in kinds]
     tokens = sum(batch['num_tokens'] for batch in batches)
     bad = sum(len(batch['bad']) for batch in batches)
     each = all_ranks(*learned, tokens, bad, stop['signal'], num_micro)
     *learned, tokens, bad, stopping, _ = each.sum(0).tolist()
-    return Counted(learned, int(tokens), int(bad), stopping, passes=int(each[:, -1].max()))
 
-
-def check_step(counted):
-    """Ends a run that meets too many bad samples, or nothing to learn."""
-    progress['bad_samples'] += counted.bad
+    progress['bad_samples'] += int(bad)
     bad, seen = progress['bad_samples'], (progress['step'] + 1) * batch_size
     if bad > max(1, max_bad_fraction * max(seen, dataset_samples)):
         fail(f'{bad} bad samples of {seen} are over max_bad_fraction={max_bad_fraction}; they are '
              'named above: mend the data set or raise the bound', 1)
-    if not any(counted.learned):
+    if not any(learned):
         fail(f'no sample of step {progress["step"]} has anything to learn: is seq_len={seq_len} '
              'too short?', 1)
+    return Counted(learned, int(tokens), stopping > 0, passes=int(each[:, -1].max()))
 
 
 def forward_backward(batch, learned_counts, by_set):
-    """Gradients of a micro-batch; its losses and counts are added to by_set (kinds, 2, data
-    sets)."""
+    """Gradients of a micro-batch; losses and counts are added to by_set (kinds, 2, data sets)."""
     tensors = run.inputs(batch)
     with autocast:
         learned = model(**tensors, **constants, **arguments)
     parts = torch.as_tensor(batch['parts']).to(device, non_blocking=True).int()
-    parts = parts.expand(len(parts), seq_len).flatten()
-    sums = []
+    parts, sums = parts.expand(len(parts), seq_len).flatten(), []
     for k, kind in enumerate(kinds):
         losses, counts, places = learned[kind]
         of_set = parts[places]
-        sums.append((losses * set_weights_there[of_set]).sum())
+        sums.append((losses * weights_there[of_set]).sum())
         by_set[k].index_add_(1, of_set, torch.stack((losses.detach().double(), counts.double())))
     # the mean over the ranks, which DDP and FSDP take, is to be the sum
     (total(sums, learned_counts) * (world * progress['loss_scale'])).backward()
@@ -521,7 +474,7 @@ def update(loss, grad_norm):
              f'{out_dir}/config.json --show_steps={step}:{step + 1}')
     if progress['bad_steps'] > skip_bad_steps:
         saving(saver.wait)
-        last = (checkpoint.names(checkpoints) or ['none'])[0]
+        last = checkpoint.newest_name(checkpoints)
         fail(f'{where}. Last good checkpoint: {last}. Try a lower lr, a longer warmup, '
              'dtype=float32, or skip_bad_steps', 1)
     say(f'\n{where}. The weights stay as they are')
@@ -542,12 +495,10 @@ while progress['step'] < steps:
 
     # where texts are long or packed a rank may have fewer rows: it goes through empty ones
     counted = count_step(batches, len(micro))
-    check_step(counted)
     micro += [empty_batch] * (counted.passes - len(micro))
 
-    # gradients, which travel once a step
-    dropout_seed = data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)
-    torch.manual_seed(int(dropout_seed))
+    # gradients, which travel once a step; dropout follows from the seed
+    torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))
     by_set = torch.zeros(len(kinds), 2, len(mix), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro):
         parallel.synchronize(model, is_last=i == counted.passes - 1)
@@ -555,10 +506,7 @@ while progress['step'] < steps:
     if progress['loss_scale'] != 1:
         gradients = [p.grad for p in trained.values() if p.grad is not None]
         torch._foreach_mul_(gradients, 1 / progress['loss_scale'])
-    grad_norm = torch.nn.utils.clip_grad_norm_(trained.values(), grad_clip or math.inf)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    grad_norm = grad_norm.item()
+    grad_norm = parallel.clip_gradients(trained.values(), grad_clip)
 
     # the loss, over all ranks, and the step
     by_set = all_ranks(*by_set.flatten().tolist()).sum(0).numpy().reshape(len(kinds), 2, -1)
@@ -579,26 +527,25 @@ while progress['step'] < steps:
         log(log_row(step, loss, grad_norm, by_set, since))
         since = dict.fromkeys(since, 0)
     if master:
-        speed = batch_size / (ended - begun)
-        bar.set_postfix_str(f'loss {loss:.4f}, {speed:.0f} samples/s', refresh=False)
+        speed = f'{batch_size / (ended - begun):.0f} samples/s'
+        bar.set_postfix_str(f'loss {loss:.4f}, {speed}', refresh=False)
         bar.update()
 
     # validate, save, stop
-    is_due = step == steps or (eval_every > 0 and step % eval_every == 0)
-    for name, folder in val_folders.items():
-        if is_due:
-            row = validate(name, folder)
+    if step == steps or (eval_every > 0 and step % eval_every == 0):
+        for name, (folder, batches) in val_sets.items():
+            row = validate(name, folder, batches)
             log(row)
             if master:
                 bar.write(logs.line_of(row))
     if step in checkpoint_steps or counted.stopping:
         saving(save)
-    if step == steps or counted.stopping:
-        saving(saver.wait)
-    if counted.stopping and step < steps:
-        say(f'\nstopped by a signal after step {step}, saved; the same command goes on')
+    if counted.stopping:
         break
 
+saving(saver.wait)
+if progress['step'] < steps:
+    say(f'\nstopped by a signal after step {step}, saved; the same command goes on')
 if master:
     bar.close()
     if first >= steps:

@@ -1,9 +1,13 @@
-"""Settings as their source has them, for --help and for refusals: nothing is imported or run.
+"""Settings as their source has them, for --help; what was meant by one that does not exist.
+
+Nothing is imported or run.
 
 Of a script the assignments before it calls configure(), of a task those in the body of a class:
 each with its default and its whole comment, in sections.
 """
 import ast
+import difflib
+import glob
 import io
 import os
 import re
@@ -11,6 +15,7 @@ import shutil
 import signal
 import textwrap
 import tokenize
+import traceback
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace as Group
@@ -124,9 +129,9 @@ def before_configure(body):
     return body
 
 
-def show(script, task_class, choose_task):
-    """Print what a script and its task take. choose_task: the script's own task -> the one that
-    the command line leaves."""
+def show(script, task_class, task, choose_task):
+    """Print what a script and its task take. task: if '', the script's own, if it has one, as the
+    command line leaves it: choose_task(default)."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # ... | head ends in silence
 
     # What stands in the script itself.
@@ -136,13 +141,12 @@ def show(script, task_class, choose_task):
     print_settings(own.values())
 
     # What the task adds, if there is one.
-    task = ''
-    if 'task' in own:
+    if 'task' in own and not task:
         task = ast.literal_eval(own['task'].default)
-    try:
-        task = choose_task(task)
-    except SystemExit:  # it has said why; the default task has settings, too
-        pass
+        try:
+            task = choose_task(task)
+        except SystemExit:  # it has said why; the default task has settings, too
+            pass
     if not task:
         return
     path = Path(os.path.expanduser(task))
@@ -174,3 +178,141 @@ def print_settings(settings):
             for line in lines:
                 print(f'{flag:40} {line}'.rstrip())
                 flag = ''
+
+
+def describe(groups, parameters):
+    """Lines of {name: parameter}: name, shape, its rule, the rule's options, trained or frozen."""
+    from optim import rules_of
+    rows = []
+    for name, (regex, options) in rules_of(groups, parameters).items():
+        parameter = parameters[name]
+        shape = ' x '.join(map(str, parameter.shape)) or 'scalar'
+        said = ', '.join(f'{option}={value}' for option, value in options.items()) or '-'
+
+        # A model freezes some of its own, as the autoencoder of latents.
+        is_frozen = options.get('freeze') or not parameter.requires_grad
+        state = 'frozen' if is_frozen else 'trained'
+        rows.append((name, shape, repr(regex), said, state))
+
+    # Each column as wide as the widest of it.
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        lines.append('  '.join(map(str.ljust, row, widths)).rstrip())
+    return lines
+
+
+# What may have been meant, for refusals
+
+OTHER_NAMES = dict(  # ours = what other trainers call it
+    lr='learning_rate', schedule='lr_scheduler_type lr_schedule', weight_decay='wd',
+    warmup='warmup_steps warmup_ratio warmup_iters', grad_clip='max_grad_norm clip_grad',
+    micro_batch_size='gradient_accumulation_steps per_device_train_batch_size device_batch_size',
+    batch_size='batch', max_steps='max_iters total_steps num_steps', dtype='bf16 fp16 precision',
+    epochs='num_epochs num_train_epochs', mix='dataset train_data', seed='random_seed',
+    workers='num_workers', out_dir='output_dir', num_checkpoints='save_steps save_every',
+    log_every='logging_steps log_interval', eval_every='eval_interval eval_steps',
+    resume='resume_from_checkpoint',
+)  # fmt: skip
+
+
+def unknown_key(key, label, flat, may_skip, elsewhere):
+    """What to say of a key that is no setting; '' where it may be another script's."""
+    parts = [known for known in flat if known.startswith(f'{key}.')]
+    if parts:
+        return f'{label}: {key} is a group of settings, set its parts, such as {parts[0]}'
+    if may_skip:
+        return ''
+    owner = owner_of(key, flat, elsewhere)
+    if owner:
+        return f'unknown setting {label}: {owner}'
+    tip = 'start the names of helpers with _' if label.endswith('.py') else '--help lists all'
+    return f'unknown setting {label}: did you mean {nearest(key, flat, 0.0)}? ({tip})'
+
+
+def fault_in_file(path, error, flat, partial=False, elsewhere=None):
+    """Where in a config file an error was, and what may have been meant."""
+    # The last line that was run, or the one that could not be read.
+    line = 1
+    for frame in traceback.extract_tb(error.__traceback__):
+        if frame.filename == str(path):
+            line = frame.lineno
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        line = error.lineno
+    message = f'{path}:{line}: {type(error).__name__}: {error}'
+
+    # Python says `dit` where the file has `dit.depth`.
+    if isinstance(error, (NameError, AttributeError)):
+        name, text = str(error.name), path.read_text().split('\n')[line - 1]
+        key = re.search(rf'\b{name}(\.\w+)*|$', text)[0]
+        owner, near = owner_of(key, flat, elsewhere), nearest(name, flat, 0.6)
+        if owner:
+            message += f': {key} is {owner}'
+        elif near:
+            message += f': did you mean {near}?'
+    if partial:
+        message += ' (if it is a setting of another script: pass the saved config.json of the run)'
+    return message
+
+
+def owner_of(key, flat, elsewhere):
+    """'a setting of task=t2i, this run is task=vlm'; '' where no other task has the key."""
+    tasks = elsewhere(key) if elsewhere else []
+    if not tasks:
+        return ''
+    owner = f'a setting of task={", task=".join(tasks)}'
+    if 'task' in flat:
+        owner += f', this run is task={flat["task"]}'
+    return owner
+
+
+def nearest(name, keys, cutoff):
+    """The key that others call `name`, else the most like it, whole or its last part; or ''."""
+    # Others' names first: max_iters looks more like max_samples than like max_steps.
+    name = name.lower().replace('-', '_')
+    for ours, theirs in OTHER_NAMES.items():
+        if ours in keys and name in theirs.split():
+            return ours
+
+    # `depth` is near to vit.depth, the first that ends so, if no setting is called just that.
+    names = dict(zip(keys, keys))
+    for key in keys:
+        names.setdefault(key.rpartition('.')[2], key)
+    match = difflib.get_close_matches(name, names, 1, cutoff)
+    if not match:
+        return ''
+    return names[match[0]]
+
+
+def nearest_file(path):
+    """'did you mean config/pali.py?', of a config file that is not there."""
+    near = []
+    for root in (Path(), HOME):
+        # Near is what lies beside it, or has its name in a folder beside its own; but no script.
+        folder = (root / path).parent
+        paths = [*root.glob('config/**/*.py'), *folder.glob('*.py'), *folder.glob('*.json')]
+        paths += [sibling / path.name for sibling in folder.parent.glob('*')]
+        for other in paths:
+            if not other.is_file() or other.resolve().parent == HOME:
+                continue
+            # as the one who asks has written it
+            if path.is_absolute():
+                near.append(str(other))
+            else:
+                near.append(os.path.relpath(other, root))
+
+    # However little it looks like it.
+    match = difflib.get_close_matches(str(path), near, 1, 0.0)
+    return f'did you mean {match[0]}?' if match else 'and none near it'
+
+
+def nearest_folder(path, data_dir):
+    """The folder in data_dir, or one level down, that is most like `path`; '' without one."""
+    # without data_dir there is no place that holds data sets alone
+    if not data_dir:
+        return ''
+    folders = []
+    for root in (data_dir, HOME / data_dir):
+        folders += glob.glob('*/', root_dir=root) + glob.glob('*/*/', root_dir=root)
+    near = difflib.get_close_matches(path.rstrip('/') + '/', sorted(folders), 1)
+    return near[0].rstrip('/') if near else ''

@@ -26,6 +26,7 @@ from images.dit import DiTConfig
 from images.sd import UNet2DCondition, UNetConfig, build, schedule_of
 from images.vae import AutoencoderKL, VAEConfig
 from tokenizer import read_json
+from vocabularies.clip import clip_row
 
 # a folder's parts
 MODELS = {
@@ -472,7 +473,7 @@ def open_run(folder, device='cpu', ema=True):
     tok = tokenizers.load(os.path.join(folder, 'tokenizer'))
     dit = DiTConfig(image_size=settings['dit.image_size'])
     unet, vae, text = (from_folder(folder, part) for part in MODELS)
-    empty = tokenizers.clip_row(tok, '', settings['seq_len'])
+    empty = clip_row(tok, '', settings['seq_len'])
     model = build(dit, unet, text, vae, empty).to(device).eval()
     task = tasks.load('t2i')
     processor = processors.build(settings, tok, task, 0)

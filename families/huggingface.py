@@ -215,9 +215,14 @@ def export_model(model, folder, dtype=torch.float32, max_shard_size='5GB'):
                          'Decoder, ViT and VLM do')
     theirs = to_theirs(model.config) | dict(dtype=str(dtype).removeprefix('torch.'))
 
-    ours = model.state_dict()
+    # Whoever exports a whole model does not want a part of it (a VLA without its actions).
+    ours, names = model.state_dict(), our_names(model)
+    if lost := sorted({part_of(name) for name in ours.keys() - set(names.values())}):
+        raise ValueError(f'a {type(model).__name__} can not be exported: no model of transformers '
+                         f'has its {", ".join(lost)}')
+
     out = {}
-    for key, name in our_names(model).items():
+    for key, name in names.items():
         tensor = ours[name].detach().to('cpu', dtype).contiguous()
         if name.endswith('pos_embed'):
             tensor = tensor[0]          # (1, P, D) -> (P, D)

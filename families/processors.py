@@ -9,17 +9,21 @@ split.
 import os
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 
-import tokenizer as tokenizers
 from chat import CHATS, read_template
 from checkpoint import write_json
-from tokenizer import read_json
+from processor import Processor
+from tokenizer import Bytes, read_json
+from vocabularies.json_file import HuggingFace
+from vocabularies.pieces import SentencePiece
 
-# How the class of a processor or image processor begins -> our form.
-FORMS = {'PaliGemma': 'paligemma', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
-         'Siglip': 'pair'}
+# How the class of a processor or image processor begins -> our form. (auto: the task's own, which
+# for vlm is PaliGemma's, for policy and vla that and the actions beside it.)
+FORMS = {'PaliGemma': 'auto', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llava': 'llava',
+         'Siglip': 'auto'}
 
 # CLIP's pictures, where a folder leaves them out (CLIPImageProcessor's defaults).
 CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073],
@@ -87,6 +91,28 @@ class ProcessorSettings:
         if len(values) != 3 or not are_numbers:
             raise self.wrong(key, values)
         return np.array(values, float)
+
+
+def open_processor(settings, tokenizer, eyes, image_tokens):
+    """The processor.Processor of the model folder that settings['processor'] is. eyes: of the
+    model's pictures, or None; image_tokens: how many it takes a picture. Raises ValueError."""
+    folder = settings['processor']
+    files = read_model_folder(folder, eyes is not None)
+
+    # What the model has must be what the folder wants.
+    ours = dict(image_size=eyes.size if eyes else 0, image_tokens=image_tokens)
+    for key, value in ours.items():
+        theirs = files.pop(key, 0)
+        if theirs not in (0, value):
+            raise ValueError(f'processor={folder!r} wants {key} {theirs}, the model has {value}: '
+                             'change vit.image_size, vit.patch_size or pixel_shuffle')
+
+    # Pixels as transformers has them, which decodes whole.
+    if 'resize' in files:
+        looks = {key: files.pop(key) for key in ('mean', 'std', 'resample', 'resize')}
+        eyes = replace(eyes, draft=False, **looks)
+    return Processor(settings, tokenizer, eyes=eyes, image_tokens=image_tokens,
+                     where=f'processor={folder!r}', **files)
 
 
 def read_model_folder(folder, pictures=True):
@@ -167,7 +193,7 @@ def colours(said, form):
         raise said.wrong('do_resize, do_pad', [said.get('do_resize'), said.get('do_pad')],
                          'expected true, false')
 
-    # to_pixels divides by 255, whatever a folder's rescale_factor says.
+    # Eyes.to_tensor divides by 255, whatever a folder's rescale_factor says.
     factor = said.get('rescale_factor', 1 / 255, NUMBER, 1e-6)
     if not said.get('do_rescale', True, bool):
         factor = 1
@@ -228,7 +254,7 @@ def tokens_of_a_picture(said, form, image_size):
 def text_rule_of(folder, form):
     """What the tokenizer of a SigLIP does to a text first: siglip, siglip2, or nothing."""
     path = os.path.join(folder, 'tokenizer_config.json')
-    if form != 'pair' or not os.path.isfile(path):
+    if form != 'auto' or not os.path.isfile(path):
         return ''
     return TEXT_RULES.get(str(read_json(path).get('tokenizer_class')), '')
 
@@ -293,9 +319,9 @@ def write_tokenizer(tokenizer, folder):
 
     # Bytes have no file of their own. A tokenizer.model does not say which class reads it.
     kind = 'PreTrainedTokenizerFast'
-    if isinstance(tokenizer, tokenizers.Bytes):
+    if isinstance(tokenizer, Bytes):
         write_json(os.path.join(folder, 'tokenizer.json'), bytes_tokenizer(added))
-    elif isinstance(tokenizer, tokenizers.SentencePiece):
+    elif isinstance(tokenizer, SentencePiece):
         kind = 'GemmaTokenizer' if names['bos_token'] == '<bos>' else 'LlamaTokenizer'
 
     # What the tokenizer came with is kept, and wins.
@@ -310,9 +336,9 @@ def write_tokenizer(tokenizer, folder):
 
 def piece_of(tokenizer, number):
     """The text of a token in the tokenizer's own file; None or '' of one that it has not."""
-    if isinstance(tokenizer, tokenizers.SentencePiece) and number < tokenizer.size:
+    if isinstance(tokenizer, SentencePiece) and number < tokenizer.size:
         return tokenizer.model.id_to_piece(number)
-    if isinstance(tokenizer, tokenizers.HuggingFace):
+    if isinstance(tokenizer, HuggingFace):
         return tokenizer.model.id_to_token(number)
     return None
 

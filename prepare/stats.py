@@ -1,13 +1,14 @@
-"""Statistics of a data set's actions and states, for normalisation: mean, std, min, max, quantiles, of each dimension.
+"""Statistics of actions and states, for normalisation: mean, std, min, max, quantiles.
 
-    python prepare/stats.py --data=datasets/metaworld                       # writes datasets/metaworld/stats.json
-    python prepare/stats.py --data=a,b --out=stats.json                     # of both together
+    python prepare/stats.py --data=datasets/metaworld               # datasets/metaworld/stats.json
+    python prepare/stats.py --data=a,b --out=stats.json             # of both together
     python prepare/stats.py --data=a --action_steps=16 --pairs='[(0, 0), (1, 1), (2, 2)]'
 
-stats.json holds `actions` and `proprio`, each as `Statistics.to_dict` gives it, where it says how exact it is.
-Every time step counts once: of a chunk only its first action does. Relative actions (--pairs, --rotations, as
-`robots.actions.relative` takes them) depend on the anchor, so there every action of a chunk counts that is not padding.
-Data sets of several robots: a dimension's statistics are of those samples that have it.
+stats.json holds `actions` and `proprio`, each as `Statistics.to_dict` of robots/actions.py gives
+it, where it says how exact it is; each dimension has its own. Every time step counts once: of a
+chunk only its first action does. Relative actions (--pairs, --rotations, as `relative` there takes
+them) depend on the anchor, so there every action of a chunk counts that is not padding. Data sets
+of several robots: a dimension's statistics are of those samples that have it.
 """
 
 import json
@@ -20,97 +21,140 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
+import shards  # noqa: E402
 from configurator import configure  # noqa: E402
 from processor import fields  # noqa: E402
-from robots.actions import Statistics, relative  # noqa: E402
-from shards import CACHE, BadSample, Folder  # noqa: E402
+from robots.actions import Statistics, read, relative  # noqa: E402
+from shards import BadSample, Folder  # noqa: E402
 
-
-def collect(folder, action_steps, pairs, rotations, found):
-    """Add a data set to found['actions'] and found['proprio']; lines about samples that can not be read."""
-    folder.horizon, bad = action_steps, []
-    held = {'actions': [], 'proprio': []}
-
-    def flush():
-        for key, arrays in held.items():
-            if arrays and arrays[0].shape[-1]:
-                seen = Statistics(arrays[0].shape[-1])
-                seen.update(np.concatenate(arrays))
-                if len(found[key].count) < len(seen.count):
-                    found[key] = seen.merge(found[key])
-                else:
-                    found[key].merge(seen)
-            arrays.clear()
-
-    for shard in range(len(folder.sizes)):
-        for i in range(folder.sizes[shard]):
-            try:
-                members = folder.read(shard, i)
-                sample = fields(members, pictures=False, lowdim=True)
-                if 'lowdim' not in sample:
-                    raise BadSample('it has no .lowdim.npz or .lowdim.npy')
-            except BadSample as error:
-                bad.append(f'{folder.base}{folder.name(shard)}.tar, {folder.key(shard, i)}: {error}')
-                continue
-            low = sample['lowdim']
-            actions = low['actions'][~low['is_pad']]
-            if pairs or rotations:
-                try:
-                    actions = relative(torch.tensor(actions), torch.tensor(low['proprio']), pairs, rotations).numpy()
-                except IndexError as error:
-                    raise ValueError(f'pairs={pairs}, rotations={rotations}: actions have {actions.shape[-1]} numbers, '
-                                     f'proprio {len(low["proprio"])} ({error})') from None
-            else:
-                actions = actions[:1]
-            new = {'actions': actions, 'proprio': low['proprio'][None]}
-            if any(held[k] and held[k][0].shape[-1] != new[k].shape[-1] for k in new) or len(held['proprio']) >= 16384:
-                flush()
-            for key, array in new.items():
-                held[key].append(array)
-    flush()
-    return bad
+data = ''                       # data sets, separated by commas
+out = ''                        # empty: stats.json in the data set's folder
+action_steps = 1                # of a chunk; only relative actions need more than one
+pairs = []                      # (action index, proprio index) that are relative
+rotations = []                  # where 6D rotations begin that are relative
+data_dir = 'datasets'           # where data sets are, else as paths
+cache_dir = shards.CACHE
 
 
 def fail(message, code):
+    """End with one line on stderr."""
     print(f'prepare/stats.py: {message}', file=sys.stderr)
     sys.exit(code)
 
 
+def read_lowdim(folder, shard, index):
+    """Actions (T, A), states (P,) and padding (T,) of a sample. Raises BadSample."""
+    members = folder.read(shard, index)
+    fields(members, with_pictures=False)        # training reads its .json, too
+    sample = read(members)
+    if not sample:
+        raise BadSample('it has no .lowdim.npz or .lowdim.npy')
+    return sample['lowdim']
+
+
+def counted_actions(lowdim, pairs, rotations):
+    """The actions of a sample that count. Raises ValueError."""
+    actions, proprio = lowdim['actions'][~lowdim['is_pad']], lowdim['proprio']
+    # the next action is the first one of the next sample, unless it depends on this one's state
+    if not pairs and not rotations:
+        return actions[:1]
+    try:
+        moved = relative(torch.tensor(actions), torch.tensor(proprio), pairs, rotations)
+    except IndexError as error:
+        raise ValueError(f'pairs={pairs}, rotations={rotations}: actions have {actions.shape[-1]} '
+                         f'numbers, proprio {len(proprio)} ({error})') from None
+    return moved.numpy()
+
+
+def add_rows(found, key, arrays):
+    """Add arrays (n, D) of one width to found[key], which may have fewer dimensions."""
+    width = arrays[0].shape[-1]
+    if width == 0:
+        return
+    seen = Statistics(width)
+    seen.update(np.concatenate(arrays))
+    # the narrower one goes into the wider one
+    if len(found[key].count) < len(seen.count):
+        found[key] = seen.merge(found[key])
+    else:
+        found[key].merge(seen)
+
+
+def collect(folder, action_steps, pairs, rotations, found):
+    """Add a data set to found['actions'] and found['proprio']; lines about its bad samples."""
+    folder.horizon = action_steps
+    bad, held = [], {'actions': [], 'proprio': []}
+    for shard in range(len(folder.sizes)):
+        for index in range(folder.sizes[shard]):
+            try:
+                lowdim = read_lowdim(folder, shard, index)
+            except BadSample as error:
+                name, key = folder.name(shard), folder.key(shard, index)
+                bad.append(f'{folder.base}{name}.tar, {key}: {error}')
+                continue
+            rows = {'actions': counted_actions(lowdim, pairs, rotations),
+                    'proprio': lowdim['proprio'][None]}
+
+            # rows of one width are added together; the same pieces give the same bits
+            is_full = len(held['proprio']) >= 16384
+            is_other = any(held[k] and held[k][0].shape[-1] != rows[k].shape[-1] for k in rows)
+            if is_full or is_other:
+                for key in held:
+                    add_rows(found, key, held[key])
+                    held[key] = []
+            for key in held:
+                held[key].append(rows[key])
+
+    for key, arrays in held.items():
+        if arrays:
+            add_rows(found, key, arrays)
+    return bad
+
+
+def write(path, found, s):
+    """stats.json, whole or not at all."""
+    content = {key: stats.to_dict() for key, stats in found.items()}
+    # training refuses statistics of other chunks
+    content |= {key: s[key] for key in ('action_steps', 'pairs', 'rotations')}
+    with open(f'{path}.part', 'w', encoding='utf-8') as file:
+        file.write(json.dumps(content, indent=1) + '\n')
+    os.replace(f'{path}.part', path)
+
+
 def main(s):
+    """The command; s: the settings above."""
     names = [name for name in s['data'].split(',') if name]
     if not names:
         fail('--data= names no data set: --data=datasets/metaworld', 2)
     if len(names) > 1 and not s['out']:
         fail('several data sets: say with --out=stats.json where their statistics go', 2)
+
     found, bad, folders = {'actions': Statistics(0), 'proprio': Statistics(0)}, [], []
     try:
         for name in names:
-            folders.append(Folder(name, s['data_dir'], s['cache_dir']))
-            bad += collect(folders[-1], max(s['action_steps'], 1), s['pairs'], s['rotations'], found)
+            folder = Folder(name, s['data_dir'], s['cache_dir'])
+            folders.append(folder)
+            bad += collect(folder, max(s['action_steps'], 1), s['pairs'], s['rotations'], found)
     except (OSError, ValueError) as error:
         fail(error, 1)
+
+    # the first ones say what is wrong with them
     for line in bad[:10]:
         print(f'prepare/stats.py: {line}', file=sys.stderr)
-    if not found['actions'].count.any():
+    actions, proprio = found['actions'].count, found['proprio'].count
+    if not actions.any():
         fail('no sample has actions', 1)
-    out = s['out'] or os.path.join(folders[0].base, 'stats.json')
-    text = json.dumps({key: stats.to_dict() for key, stats in found.items()} | {
-        'action_steps': s['action_steps'], 'pairs': s['pairs'], 'rotations': s['rotations']}, indent=1)
-    with open(out + '.part', 'w', encoding='utf-8') as file:
-        file.write(text + '\n')
-    os.replace(out + '.part', out)
-    print(f'{out}: {found["proprio"].count.max(initial=0)} samples, actions of {len(found["actions"].count)} and '
-          f'states of {len(found["proprio"].count)} numbers' + (f', {len(bad)} bad samples left out' if bad else ''))
+
+    path = s['out'] or os.path.join(folders[0].base, 'stats.json')
+    write(path, found, s)
+    message = f'{path}: {proprio.max(initial=0)} samples, actions of {len(actions)} and ' \
+              f'states of {len(proprio)} numbers'
+    if bad:
+        message += f', {len(bad)} bad samples left out'
+    print(message)
     if bad:
         fail(f'{len(bad)} samples can not be read', 1)
 
 
 if __name__ == '__main__':
-    data = ''                   # data sets, separated by commas
-    out = ''                    # empty: stats.json in the data set's folder
-    action_steps = 1            # of a chunk; only relative actions need more than one
-    pairs = []                  # (action index, proprio index) of what is relative, see robots.actions.relative
-    rotations = []              # where 6D rotations begin that are relative
-    data_dir = 'datasets'       # where data sets are, else as paths
-    cache_dir = CACHE
     main(configure(globals()))

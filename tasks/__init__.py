@@ -9,8 +9,8 @@ A task is a file of plain names. It must have
                                     the model; load_weights=False: those of towers of transformers
                                     are not read, for a checkpoint has them
 
-and the model's forward(**inputs) returns {kind: model.Learned}. It may have any of the names below,
-which stand here as they are where a task does not say otherwise.
+and the model's forward(**inputs) returns {kind: model.Learned}. It may have any of the names
+below, which stand here as they are where a task does not say otherwise.
 """
 import importlib
 import importlib.util
@@ -71,7 +71,7 @@ def arguments(settings):
 
 
 def scorer(settings):
-    """A function of (run, batch, tensors) that counts samples which are answered right, or None."""
+    """A function of (run, batch, tensors) that counts the samples answered right, or None."""
 
 
 def summary(run, folder, batches, losses):
@@ -88,8 +88,8 @@ class SampleSettings:
     """None."""
 
 
-OPTIONAL = ('KEPT FILES SampleSettings check eyes statistics prepare constants inputs count weights '
-            'arguments scorer summary sample').split()
+OPTIONAL = ('KEPT FILES SampleSettings check eyes statistics prepare constants inputs count '
+            'weights arguments scorer summary sample').split()
 
 # -----------------------------------------------------------------------------------------------
 # where tasks are
@@ -143,24 +143,26 @@ def train_settings(name):
     return body_of(load(name).TrainSettings)
 
 
-def sample_settings(name):
-    """{name: default} of what a task adds to sample.py. Raises ValueError."""
-    return body_of(load(name).SampleSettings)
-
-
-def body_of(settings):
-    return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
-
-
 def defaults(name):
     """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
     return flatten(train_settings(name))
 
 
-def that_have(key, task_class='TrainSettings'):
+def body_of(settings):
+    """{name: default} of a class of settings."""
+    return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
+
+
+def defaults(name):
+    """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
+    return flatten(body_of(load(name).TrainSettings))
+
+
+def that_have(key, settings='TrainSettings'):
     """The tasks that have a setting, for the one who gave it to another."""
-    from usage import settings_in       # which is for those who ask for help, and here
-    return [name for name in names() if key in settings_in(path_of(name), task_class)]
+    # which is for those who ask for help, and here
+    from usage import settings_in
+    return [name for name in names() if key in settings_in(path_of(name), settings)]
 
 
 def kept(task):
@@ -168,3 +170,23 @@ def kept(task):
     parts = [key + '.' for key, value in body_of(task.TrainSettings).items()
              if hasattr(value, '__dataclass_fields__')]
     return *task.KEPT, *parts
+
+
+# -----------------------------------------------------------------------------------------------
+# what others made
+
+
+def family(name):
+    """A module of families/, imported when it is met: what is ours does not need it. Raises
+    ValueError."""
+    if not os.path.isdir(os.path.join(os.path.dirname(HERE), 'families')):
+        raise ValueError('families/ is not here: models of others can not be fetched or opened')
+    return importlib.import_module(f'families.{name}')
+
+
+def tower(part, config, tokenizer, load_weights):
+    """A model of transformers as a part of ours, where its config names one (`vit.hf`), else None.
+    part: vit | decoder | text. Raises ValueError."""
+    if not config.hf:
+        return None
+    return family('towers').open_tower(part, config, tokenizer.vocab_size, load_weights)

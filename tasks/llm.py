@@ -6,10 +6,11 @@
 import json
 import math
 
-import hub
 from configurator import part
 from model import Decoder, DecoderConfig, generate, sized
-from processor import padded, text as form  # noqa: F401
+from processor import padded
+from processor import text as form  # noqa: F401
+from tasks import tower
 
 
 class TrainSettings:
@@ -49,7 +50,7 @@ def check_text_loss(settings):
 def build(settings, tokenizer, load_weights=True):
     """The Decoder of the settings. Raises ValueError."""
     config = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
-    return hub.tower('decoder', config, tokenizer, load_weights) or Decoder(config)
+    return tower('decoder', config, tokenizer, load_weights) or Decoder(config)
 
 
 def arguments(settings):

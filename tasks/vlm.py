@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 import data
-import hub
 import pictures
 import shards
 from configurator import part
 from model import VLM, DecoderConfig, ViTConfig, VLMConfig, generate, sized
-from processor import paligemma as form  # noqa: F401
+from processor import LEARNED, SEEN, document, is_document, question
+from tasks import tower
 from tasks.llm import answers, arguments, check_sampling, check_text_loss  # noqa: F401
 
 
@@ -72,8 +72,8 @@ def eyes(settings):
 def build(settings, tokenizer, load_weights=True):
     """The VLM of the settings. Raises ValueError."""
     config = config_of(settings, tokenizer)
-    vit = hub.tower('vit', config.vit, tokenizer, load_weights)
-    decoder = hub.tower('decoder', config.decoder, tokenizer, load_weights)
+    vit = tower('vit', config.vit, tokenizer, load_weights)
+    decoder = tower('decoder', config.decoder, tokenizer, load_weights)
     return VLM(config, vit, decoder)
 
 
@@ -82,6 +82,17 @@ def config_of(settings, tokenizer):
     decoder = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
     return VLMConfig(part(settings, 'vit', ViTConfig), decoder, tokenizer.image_id,
                      settings['pixel_shuffle'], settings['connector_bias'])
+
+
+def form(sample, p):
+    """<image>..., bos, prefix, newline | suffix, eos: left of the bar seen by all (arXiv
+    2407.07726)."""
+    if is_document(sample):
+        return document(sample, p)
+    prefix, suffix = question(sample, p)
+    pictures = [(picture, SEEN) for picture in sample['pictures']]
+    return [*pictures, (p.tokenizer.bos_id, SEEN), (prefix + '\n', SEEN),
+            (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 
 # -----------------------------------------------------------------------------------------------

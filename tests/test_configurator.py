@@ -72,7 +72,8 @@ def run(tmp_path):
     (tmp_path / 'project').mkdir()
     (tmp_path / 'elsewhere').mkdir()
     (tmp_path / 'project/train.py').write_text(SCRIPT)
-    (tmp_path / 'project/configurator.py').write_text((HOME / 'configurator.py').read_text())
+    for name in ('configurator.py', 'usage.py'):
+        (tmp_path / 'project' / name).write_text((HOME / name).read_text())
 
     def call(*argv, partial=False, files=None):
         for path, text in (files or {}).items():

@@ -11,7 +11,9 @@ import pytest
 from test_configurator import HOME, refusal, script
 
 import configurator
-from configurator import answer_help, configure, find_task, part, settings_in
+import usage
+from configurator import answer_help, configure, find_task, part
+from usage import settings_in
 
 # Tasks: a script's `task` names a file with further settings
 
@@ -97,6 +99,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / 'here').mkdir()
     monkeypatch.chdir(tmp_path / 'here')
     monkeypatch.setattr(configurator, 'HOME', tmp_path / 'home')
+    monkeypatch.setattr(usage, 'HOME', tmp_path / 'home')
     monkeypatch.setenv('COLUMNS', '100')
     return tmp_path / 'home'
 
@@ -368,7 +371,7 @@ def test_help_of_the_real_scripts_is_quick(script):
     ],
 )  # fmt: skip
 def test_what_others_call_it(capsys, theirs, ours):
-    settings = dict.fromkeys([*configurator.OTHER_NAMES, theirs + 's'], 1)
+    settings = dict.fromkeys([*usage.OTHER_NAMES, theirs + 's'], 1)
     refusal(capsys, settings, [f'--{theirs}=1'], f'--{theirs}=1: did you mean {ours}?')
 
 

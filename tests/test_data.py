@@ -1,41 +1,22 @@
-"""data.py: the order of a run, reading of shards, bad samples, rows, batches and --show_steps."""
-import gzip
+"""data.py: the order of a run, what it saw, and --show_steps."""
 import hashlib
 import json
 import os
-import pickle
-import shutil
-import struct
 import subprocess
 import sys
-import tarfile
 import time
 import tracemalloc
-import zlib
 from fractions import Fraction
 
 import numpy as np
 import pytest
-import torch
-import webdataset
-from conftest import ROOT, encode, picture, sample, write_set, write_tar
+from conftest import ROOT, write_set
 
 import data
-import processor as processors
-import shards
-from data import Batches, InOrder, Order, Random, hash64, permute
-from processor import Processor, augment, collate
-from shards import BadSample, Folder
-from tokenizer import Bytes
-
-BOS, EOS, PAD, IMAGE = 256, 257, 258, 259
-
+from data import InOrder, Order, Random, hash64, permute
+from shards import Folder
 
 GOLDEN = '2d9e3accdd8410e33fffe867cc649faa1e5189eae0a846b8b03639f9c2055c76'
-
-
-def list_of(folder):
-    return list(zip([name.decode() for name in folder.names.tolist()], folder.sizes.tolist()))
 
 
 def shards_of(sizes):
@@ -47,13 +28,15 @@ def located(order, n):
     return list(zip(*(x.tolist() for x in order.locate(np.asarray(n)))))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # hashing
 
 
 def test_splitmix64_gives_the_published_sequence_of_seed_0():
-    states = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)      # the function adds one more itself
-    assert data.splitmix64(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    # the function adds one more itself
+    states = np.arange(3, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert data.splitmix64(states).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4,
+                                                0x06C45D188009454F]
 
 
 def test_hash64_broadcasts_depends_on_every_value_and_stays_as_it_is():
@@ -62,15 +45,18 @@ def test_hash64_broadcasts_depends_on_every_value_and_stays_as_it_is():
     assert grid.shape == (3, 5) and grid.dtype == np.uint64
     assert all(hash64(7, i, j, -1)[0] == grid[j, i] for i in range(5) for j in range(3))
     assert len(set(grid.ravel().tolist())) == 15
-    assert len({int(hash64(*key)[0]) for key in [(1, 2), (2, 1), (1,), (1, 2, 0), (-1, 2), (1, 2 + 2 ** 40)]}) == 6
+    assert len({int(hash64(*key)[0])
+                for key in [(1, 2), (2, 1), (1,), (1, 2, 0), (-1, 2), (1, 2 + 2 ** 40)]}) == 6
     assert int(hash64(1, -2, 3)[0]) == 12056474070484764355
     assert hash64(hash64(5), 1)[0] == hash64(int(hash64(5)[0]), 1)[0], 'a hash may be a value'
 
 
 def test_random_is_pinned_keyed_and_uniform():
-    assert Random(1, 2, 3).uniform(size=3).tolist() == [0.03142468112206298, 0.07195283435997135, 0.2140216723910111]
+    assert Random(1, 2, 3).uniform(size=3).tolist() == [0.03142468112206298, 0.07195283435997135,
+                                                        0.2140216723910111]
     rng, again = Random(4), Random(4)
-    apart = [rng.uniform(-2, 6) for _ in range(3)] + rng.uniform(-2, 6, (2, 2)).ravel().tolist() + [rng.uniform(-2, 6)]
+    apart = [rng.uniform(-2, 6) for _ in range(3)] + rng.uniform(
+        -2, 6, (2, 2)).ravel().tolist() + [rng.uniform(-2, 6)]
     assert apart == again.uniform(-2, 6, 8).tolist(), 'one stream, however it is asked for'
     assert isinstance(apart[0], float) and Random(4).uniform(-2, 6, (2, 2)).shape == (2, 2)
     assert len({Random(*key).uniform() for key in [(0,), (1,), (0, 1), (1, 0)]}) == 4
@@ -91,7 +77,8 @@ def test_permute_is_pointwise_and_takes_arrays():
     keys, sizes = hash64(np.arange(50)), np.arange(50) + 3
     together = permute(np.arange(50) % 3, sizes, keys)
     assert together.dtype == np.int64
-    assert together.tolist() == [int(permute(i % 3, int(sizes[i]), keys[i:i + 1])[0]) for i in range(50)]
+    assert together.tolist() == [int(permute(i % 3, int(sizes[i]), keys[i:i + 1])[0])
+                                 for i in range(50)]
 
 
 def chi_square(counts):
@@ -99,14 +86,16 @@ def chi_square(counts):
 
 
 def test_permute_looks_uniform():
-    for size, bound in ((2, 20), (3, 30), (4, 60)):     # all size! permutations equally often: p of about 1e-5
+    # all size! permutations equally often: p of about 1e-5
+    for size, bound in ((2, 20), (3, 30), (4, 60)):
         keys = hash64(np.arange(6000))
         rows = np.stack([permute(np.full(6000, i), size, keys) for i in range(size)], 1)
         code = rows @ size ** np.arange(size)
         _, counts = np.unique(code, return_counts=True)
         assert len(counts) == {2: 2, 3: 6, 4: 24}[size]
         assert chi_square(counts) < bound, (size, counts)
-    size = 9                                            # each index goes everywhere, and neighbours part
+    # each index goes everywhere, and neighbours part
+    size = 9
     keys = hash64(np.arange(4000), 1)
     rows = np.stack([permute(np.full(4000, i), size, keys) for i in range(size)], 1)
     places = np.stack([np.bincount(rows[:, i], minlength=size) for i in range(size)])
@@ -115,16 +104,16 @@ def test_permute_looks_uniform():
     assert steps[0] == 0 and chi_square(steps[1:]) < 35
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # the order
 
 
-CASES = [([7], 64, 4), ([1], 7, 5), ([1], 1, 1), ([2], 64, 1), ([63], 64, 8), ([64], 64, 1), ([65], 64, 2),
-         ([5, 0, 3, 9], 4, 3), ([100, 37, 1], 8, 16), ([13] * 11, 6, 1000), ([1000, 3], 64, 1024), ([9, 0], 10, 3),
-         ([129], 64, 1)]
+CASES = [([7], 64, 4), ([1], 7, 5), ([1], 1, 1), ([2], 64, 1),
+         ([63], 64, 8), ([64], 64, 1), ([65], 64, 2), ([5, 0, 3, 9], 4, 3), ([100, 37, 1], 8, 16),
+         ([13] * 11, 6, 1000), ([1000, 3], 64, 1024), ([9, 0], 10, 3), ([129], 64, 1)]
 rng = np.random.default_rng(0)
-CASES += [(rng.integers(0, 60, rng.integers(1, 9)).tolist() + [1], int(rng.integers(1, 40)), int(rng.integers(1, 50)))
-          for _ in range(25)]
+CASES += [(rng.integers(0, 60, rng.integers(1, 9)).tolist() + [1], int(rng.integers(1, 40)),
+           int(rng.integers(1, 50))) for _ in range(25)]
 
 
 @pytest.mark.parametrize('sizes, lanes, window', CASES)
@@ -134,7 +123,8 @@ def test_every_sample_stands_exactly_once_in_every_epoch(sizes, lanes, window):
     orders = []
     for epoch in range(6):
         rows = located(order, np.arange(epoch * total, (epoch + 1) * total))
-        assert {row[:2] for row in rows} == {(0, epoch)}, 'an epoch ends after its last sample, not at the next round'
+        assert {row[:2] for row in rows} == {(0, epoch)}, (
+            'an epoch ends after its last sample, not at the next round')
         assert sorted(row[2:] for row in rows) == everything
         orders.append(tuple(row[2:] for row in rows))
     if total > 40 and window > 1:
@@ -143,31 +133,36 @@ def test_every_sample_stands_exactly_once_in_every_epoch(sizes, lanes, window):
 
 def test_a_seed_makes_the_order():
     def first(seed):
-        return located(Order([shards_of([50] * 4)], [1], seed=seed, lanes=4, window=16), np.arange(100))
+        return located(Order([shards_of([50] * 4)], [1], seed=seed, lanes=4, window=16),
+                       np.arange(100))
     assert first(0) == first(0)
     assert len({tuple(first(seed)) for seed in range(10)}) == 10
 
 
 def test_epochs_differ_in_shards_and_inside_them():
     order = Order([shards_of([20] * 12)], [1], lanes=1, window=5)
-    shards = [tuple(dict.fromkeys(r[2] for r in located(order, np.arange(e * 240, e * 240 + 240)))) for e in range(8)]
+    shards = [tuple(dict.fromkeys(r[2] for r in located(order, np.arange(e * 240, e * 240 + 240))))
+              for e in range(8)]
     assert len(set(shards)) == 8
     one = Order([shards_of([20])], [1], lanes=1, window=5)
     inside = [tuple(r[3] for r in located(one, np.arange(e * 20, e * 20 + 20))) for e in range(8)]
     assert len(set(inside)) == 8
 
 
-@pytest.mark.parametrize('weights', [[0.5, 0.3, 0.2], [1, 1, 1], [3, 0, 1], [1, 4000, 3], [7, 11, 13]])
+@pytest.mark.parametrize('weights',
+                         [[0.5, 0.3, 0.2], [1, 1, 1], [3, 0, 1], [1, 4000, 3], [7, 11, 13]])
 def test_mixing_is_exact_in_every_block(weights):
     lanes = 3
-    order = Order([shards_of([5, 40]), shards_of([33]), shards_of([1, 2])], weights, seed=5, lanes=lanes, window=7)
+    order = Order([shards_of([5, 40]), shards_of([33]), shards_of([1, 2])], weights, seed=5,
+                  lanes=lanes, window=7)
     exact = [Fraction(str(w)) * 4096 / sum(Fraction(str(v)) for v in weights) for w in weights]
     quotas = [int(x) for x in exact]
     for i in sorted(range(3), key=lambda i: quotas[i] - exact[i])[:4096 - sum(quotas)]:
         quotas[i] += 1                                  # largest remainder, in fractions
     blocks = []
     for block in (0, 1, 2, 123456):
-        dataset = order.locate(np.arange(block * 4096 * lanes, (block + 1) * 4096 * lanes))[0].reshape(4096, lanes)
+        dataset = order.locate(np.arange(block * 4096 * lanes,
+                                         (block + 1) * 4096 * lanes))[0].reshape(4096, lanes)
         assert (dataset == dataset[:, :1]).all(), 'a round is of one data set'
         assert np.bincount(dataset[:, 0], minlength=3).tolist() == quotas
         blocks.append(tuple(dataset[:, 0].tolist()))
@@ -191,7 +186,8 @@ def test_each_data_set_of_a_mix_runs_through_epochs_of_its_own():
         for e in range(len(mine) // total):
             assert len(set(mine[e * total:(e + 1) * total])) == total
     alone = located(Order([shards_of(sizes[1])], [1], seed=1, lanes=5, window=16), np.arange(33))
-    assert alone != [(0, *row[1:]) for row in rows if row[0] == 1][:33], 'data sets of one size have different orders'
+    assert alone != [(0, *row[1:]) for row in rows if row[0] == 1][:33], (
+        'data sets of one size have different orders')
 
 
 def test_bad_weights_and_settings_are_refused():
@@ -204,7 +200,8 @@ def test_bad_weights_and_settings_are_refused():
         Order([], [])
     with pytest.raises(ValueError, match='empty'):
         Order([shards_of([4]), shards_of([0])], [1, 1])
-    assert {row[0] for row in located(Order([shards_of([0]), shards_of([4])], [0, 1]), np.arange(100))} == {1}
+    assert {row[0] for row in located(Order([shards_of([0]), shards_of([4])], [0, 1]),
+                                      np.arange(100))} == {1}
     for key in ('lanes', 'window'):
         with pytest.raises(ValueError, match=key):
             Order(two, [1, 1], **{key: 0})
@@ -214,7 +211,8 @@ def test_bad_weights_and_settings_are_refused():
 
 @pytest.mark.parametrize('total, lanes', [(1000, 16), (1001, 16), (1015, 16), (40, 64), (77, 5)])
 def test_lanes_own_contiguous_ranges_whose_sizes_differ_by_one_at_most(total, lanes):
-    order = Order([shards_of([total])], [1], lanes=lanes, window=8)     # one shard: the index is the place
+    # one shard: the index is the place
+    order = Order([shards_of([total])], [1], lanes=lanes, window=8)
     for epoch in range(5):
         n = np.arange(epoch * total, (epoch + 1) * total)
         index = order.locate(n)[3]
@@ -233,9 +231,12 @@ def test_a_lane_is_shuffled_in_windows():
         own = index[slot::lanes]
         for a in range(0, len(own), window):
             part = own[a:a + window]
-            assert (np.sort(part) == own.min() + np.arange(a, a + len(part))).all(), 'a window is a contiguous range'
+            assert (np.sort(part) == own.min() + np.arange(a, a + len(part))).all(), (
+                'a window is a contiguous range')
             orders.add(tuple(part - part.min()))
-    assert len(orders) > 38, 'windows and lanes are shuffled apart'     # 40 full ones and those of one sample
+    # 40 full ones and those of one sample
+    assert len(orders) > 38, (
+        'windows and lanes are shuffled apart')
 
 
 def test_ranks_read_their_own_shards_when_they_divide_the_lanes():
@@ -257,9 +258,11 @@ def test_ranks_read_their_own_shards_when_they_divide_the_lanes():
 def test_ranks_and_micro_batches_cut_a_step_without_changing_it(world, micro):
     for step in (0, 1, 1000):
         ranks = [data.positions_of_step(step, 24, micro, rank, world) for rank in range(world)]
-        assert sorted(n for rank in ranks for part in rank for n in part) == list(range(step * 24, step * 24 + 24))
+        assert sorted(n for rank in ranks for part in rank
+                      for n in part) == list(range(step * 24, step * 24 + 24))
         for rank, parts in enumerate(ranks):
-            assert all(len(part) == micro and (part % world == (step * 24 + rank) % world).all() for part in parts)
+            assert all(len(part) == micro and (part % world == (step * 24 + rank) % world).all()
+                       for part in parts)
             assert np.concatenate(parts).tolist() == sorted(np.concatenate(parts).tolist())
 
 
@@ -270,7 +273,8 @@ def test_locate_of_an_array_is_locate_of_each_point():
     assert all(x.shape == n.shape and x.dtype == np.int64 for x in together)
     fresh = Order([shards_of([30, 70]), shards_of([11])], [2, 1], seed=8, lanes=6, window=9)
     for i, j in np.ndindex(*n.shape):
-        assert tuple(int(x) for x in fresh.locate(n[i, j])) == tuple(int(x[i, j]) for x in together)
+        assert tuple(int(x)
+                     for x in fresh.locate(n[i, j])) == tuple(int(x[i, j]) for x in together)
     assert all(x.shape == (0,) for x in order.locate(np.array([], np.int64)))
 
 
@@ -280,11 +284,14 @@ def test_large_numbers():
     rows = located(order, np.arange(e * 1000, (e + 1) * 1000))
     assert {row[1] for row in rows} == {e} and len({row[2:] for row in rows}) == 1000
     big = Order([shards_of([10 ** 9] * 1000), shards_of([10 ** 15])], [1, 1], lanes=64)
-    n = 2 * 10 ** 12 - 50_000 + np.arange(100_000)      # the first data set's epoch ends somewhere here
+    # the first data set's epoch ends somewhere here
+    n = 2 * 10 ** 12 - 50_000 + np.arange(100_000)
     dataset, epoch, shard, index = big.locate(n)
     assert set(epoch[dataset == 0].tolist()) <= {0, 1} and set(epoch[dataset == 1].tolist()) == {0}
-    assert (index >= 0).all() and index[dataset == 0].max() < 10 ** 9 and index[dataset == 1].max() < 10 ** 15
-    assert len(set(zip(dataset.tolist(), epoch.tolist(), shard.tolist(), index.tolist()))) == len(n)
+    assert (index >= 0).all() and index[dataset == 0].max() < 10 ** 9
+    assert index[dataset == 1].max() < 10 ** 15
+    assert len(set(zip(dataset.tolist(), epoch.tolist(), shard.tolist(),
+                       index.tolist()))) == len(n)
 
 
 def test_a_manifest_of_100_000_shards_is_quick_and_small():
@@ -310,559 +317,24 @@ def test_what_was_seen_is_counted_without_going_through_it():
 
 def test_the_order_never_changes():
     """A golden hash: runs that are resumed or looked into later rely on it. Never change it."""
-    order = Order([shards_of([1000, 234, 1]), shards_of([77]), shards_of([50, 5000])], [0.5, 0.2, 0.3], seed=1234,
-                  lanes=16, window=128)
+    order = Order([shards_of([1000, 234, 1]), shards_of([77]), shards_of([50, 5000])],
+                  [0.5, 0.2, 0.3], seed=1234, lanes=16, window=128)
     n = np.concatenate([np.arange(100_000), 10 ** 12 + np.arange(1000)])
     rows = np.stack(order.locate(n), 1).astype('<i8')
     assert hashlib.sha256(rows.tobytes()).hexdigest() == GOLDEN
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# reading
+def test_in_order_is_file_order():
+    n = np.array([0, 4, 5, 11, 12, 14])
+    assert located(InOrder([5, 7, 3]), n) == [(0, 0, 0, 0), (0, 0, 0, 4), (0, 0, 1, 0),
+                                              (0, 0, 1, 6), (0, 0, 2, 0), (0, 0, 2, 2)]
+    assert located(InOrder([2, 0, 1]), [1, 2]) == [(0, 0, 0, 1), (0, 0, 2, 0)]
 
 
 @pytest.fixture(scope='module')
 def emoji(tmp_path_factory):
     """A data set of 5 + 7 + 3 samples."""
     return write_set(tmp_path_factory.mktemp('sets') / 'toy', [5, 7, 3])
-
-
-def test_a_folder_reads_what_webdataset_reads(emoji, tmp_path):
-    bare = tmp_path / 'bare'
-    shutil.copytree(emoji, bare)
-    (bare / 'manifest.jsonl').unlink()
-    (bare / 'notes.md').write_text('not a shard')
-    for path in (emoji, bare):
-        folder = Folder(str(path))
-        assert list_of(folder) == shards_of([5, 7, 3]) and len(folder) == 15
-        for s, (name, count) in enumerate(list_of(folder)):
-            theirs = list(webdataset.WebDataset(str(path / f'{name}.tar'), shardshuffle=False))
-            ours = [(folder.key(s, i), folder.read(s, i)) for i in range(count)]
-            assert [key for key, _ in ours] == [row['__key__'] for row in theirs]
-            assert [members for _, members in ours] == [{k: row[k] for k in ('png', 'txt')} for row in theirs]
-
-
-def test_names_that_webdataset_groups_in_its_own_way(tmp_path):
-    write_tar(tmp_path / '0.tar', [('./a/b.c/key', {'left.png': b'1', 'txt': b'2'}), ('x' * 150, {'json': b'{}'}),
-                                   ('sub/key', {'txt': b'3'}), ('sub/näme', {'TXT': b'4'})])
-    with tarfile.open(tmp_path / '0.tar', 'a') as tar:
-        tar.addfile(tarfile.TarInfo('README'))
-        tar.addfile(tarfile.TarInfo('.DS_Store'))
-        folder = tarfile.TarInfo('a.folder')
-        folder.type = tarfile.DIRTYPE
-        tar.addfile(folder)
-    theirs = [{k: v for k, v in row.items() if k not in ('__url__', '__local_path__')}
-              for row in webdataset.WebDataset(str(tmp_path / '0.tar'), shardshuffle=False)]
-    folder = Folder(str(tmp_path))
-    ours = [(folder.key(0, i), folder.read(0, i)) for i in range(len(folder))]
-    assert [{'__key__': key, **members} for key, members in ours] == theirs
-
-
-def test_few_open_files_and_indexes_are_enough(emoji):
-    whole, narrow = Folder(str(emoji)), Folder(str(emoji), max_open=1, max_index_bytes=1)
-    before = len(os.listdir('/proc/self/fd'))
-    for i in range(12):
-        assert narrow.read(i % 3, i % 3) == whole.read(i % 3, i % 3)
-        assert len(narrow.files) == len(narrow.indexes) == 1
-    assert len(os.listdir('/proc/self/fd')) <= before + 4, 'descriptors leak'
-
-
-def refused(path, *words):
-    """Opening the set and reading its first shard is refused, by an error that holds the words."""
-    with pytest.raises((ValueError, OSError)) as error:
-        folder = Folder(str(path))
-        for s in range(len(folder.names)):
-            folder.index(s)
-    assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_a_tar_that_is_cut_anywhere_is_an_error_that_names_it(tmp_path):
-    whole = write_set(tmp_path / 'whole', [[('a', sample(1)), ('b' * 120, sample(2)), ('c', sample(3))]])
-    content = (whole / '00000000.tar').read_bytes()
-    with tarfile.open(whole / '00000000.tar') as tar:
-        members = tar.getmembers()
-    last = members[-1]
-    end = last.offset_data + (last.size + 511) // 512 * 512
-    cuts = {'nothing left': 0, 'in the first header': 100, 'in the end blocks': end + 100, 'no end blocks': end}
-    for i, m in enumerate(members):
-        cuts |= {f'data {i}': m.offset_data + 1, f'before data {i}': m.offset_data, f'header {i}': m.offset + 200}
-        cuts |= {f'edge {i}': m.offset, f'padding {i}': m.offset_data + m.size}
-    cuts |= {f'long name {k}': members[2].offset + k for k in range(0, 1600, 256)}
-    cut = write_set(tmp_path / 'cut', [[]])
-    bare = write_set(tmp_path / 'bare', [[]], manifest=False)
-    (cut / 'manifest.jsonl').write_text('{"shard": "00000000", "num_sequences": 3}')
-    passed = []
-    for name, size in cuts.items():
-        for folder in (cut, bare):      # with a manifest and without
-            (folder / '00000000.tar').write_bytes(content[:size])
-            try:
-                refused(folder, '00000000.tar')
-            except BaseException as error:      # noqa: B036 - pytest's Failed is one, and all cases shall be tried
-                passed.append(f'{name}, {size} bytes, {folder.name}: {error!r:.100}')
-    assert not passed, '\n'.join(passed)
-    (cut / '00000000.tar').write_bytes(content[:end + 512])
-    assert len(Folder(str(cut)).index(0)) == 3, 'nothing is lost with the second end block'
-
-
-@pytest.mark.parametrize('content', [b'', b'no tar at all' * 100, os.urandom(4096)], ids=['empty', 'text', 'noise'])
-def test_a_file_that_is_no_tar_is_an_error_that_names_it(tmp_path, content):
-    (tmp_path / 'x.tar').write_bytes(content)
-    refused(tmp_path, 'x.tar')
-
-
-def test_a_damaged_header_is_an_error(tmp_path):
-    path = write_set(tmp_path / 'set', [6]) / '00000000.tar'
-    with tarfile.open(path) as tar:
-        offset = tar.getmembers()[5].offset
-    content = bytearray(path.read_bytes())
-    content[offset + 3] ^= 0xFF
-    path.write_bytes(content)
-    refused(path.parent, '00000000.tar', str(offset))
-
-
-def test_a_compressed_tar_is_refused(tmp_path):
-    path = write_set(tmp_path / 'set', [2]) / '00000000.tar'
-    path.write_bytes(gzip.compress(path.read_bytes() + bytes(100_000)))     # its offsets are not the file's
-    refused(path.parent, '00000000.tar')
-
-
-def test_repeated_members_are_placeholders_and_interleaved_ones_find_together(tmp_path):
-    again = Folder(str(write_set(tmp_path / 'apart', [[('a', sample(1)), ('b', sample(2)), ('a', sample(3))]])))
-    assert again.read(0, 0) == sample(1) and again.read(0, 1) == sample(2) and again.key(0, 2) == 'a'
-    with pytest.raises(BadSample, match='twice'):
-        again.read(0, 2)
-    beside = Folder(str(write_set(tmp_path / 'beside', [[('b', sample(2)), ('b', sample(3))]], manifest=False)))
-    assert len(beside) == 1
-    with pytest.raises(BadSample, match='twice'):
-        beside.read(0, 0)
-    mixed = [('a', {'png': b'1'}), ('b', {'png': b'2'}), ('a', {'txt': b'3'}), ('b', {'txt': b'4'})]
-    mixed = Folder(str(write_set(tmp_path / 'mixed', [mixed], manifest=False)))
-    assert [mixed.read(0, i) for i in range(2)] == [{'png': b'1', 'txt': b'3'}, {'png': b'2', 'txt': b'4'}]
-
-
-@pytest.mark.parametrize('line', ['{"shard": "00000001"', '{"shard": "00000001"}', '{"num_sequences": 3}', '[1, 2]',
-                                  '{"shard": "00000001", "num_sequences": -1}', '7', 'null',
-                                  '{"shard": "00000001", "num_sequences": 1.5}', '\udcff',
-                                  '{"shard": "00000001", "num_sequences": true}', '{"shard": null, "num_sequences": 3}',
-                                  '\ufeff{"shard": "00000001"}'])
-def test_a_damaged_manifest_line_is_named(tmp_path, line):
-    text = '{"shard": "00000000", "num_sequences": 5}\n\n' + line + '\n'
-    (tmp_path / 'manifest.jsonl').write_bytes(text.encode('utf-8', errors='surrogateescape'))
-    refused(tmp_path, 'manifest.jsonl', 'line 3')
-
-
-def test_a_shard_stands_in_the_manifest_once(tmp_path):
-    folder = write_set(tmp_path / 'set', [3])
-    row = (folder / 'manifest.jsonl').read_text()
-    (folder / 'manifest.jsonl').write_text(row + row.replace('00000000', '00000000.tar'))
-    refused(folder, 'manifest.jsonl', '00000000')
-
-
-def test_the_manifest_may_say_tar_and_more(tmp_path):
-    folder = write_set(tmp_path / 'set', [4])
-    (folder / 'manifest.jsonl').write_text('\n{"shard": "00000000.tar", "num_sequences": 4, "more": 9}\n\n')
-    assert list_of(Folder(str(folder))) == [('00000000', 4)]
-
-
-def test_a_wrong_count_a_missing_shard_and_an_empty_folder(tmp_path):
-    folder = write_set(tmp_path / 'set', [4])
-    for count in (3, 5):
-        (folder / 'manifest.jsonl').write_text(json.dumps({'shard': '00000000', 'num_sequences': count}))
-        refused(folder, '00000000.tar', '4 samples', f'says {count}')
-    (folder / '00000000.tar').unlink()
-    refused(folder, '00000000.tar')
-    (folder / 'manifest.jsonl').write_text('\n')
-    refused(folder, str(folder), 'no shards')
-    (folder / 'manifest.jsonl').unlink()
-    refused(folder, str(folder), 'no shards')
-
-
-def test_a_file_cut_short_after_it_was_indexed_gives_bad_samples(tmp_path):
-    path = write_set(tmp_path / 'set', [4])
-    folder = Folder(str(path))
-    members = {ext: offset for ext, offset, _, _ in folder.index(0).members(2)}
-    size = os.path.getsize(path / '00000000.tar')
-    os.truncate(path / '00000000.tar', members['png'] + 5)
-    assert folder.read(0, 1) == sample(1)
-    with pytest.raises(BadSample, match='5 of'):
-        folder.read(0, 2)
-    with pytest.raises(BadSample, match='0 of'):
-        folder.read(0, 3)
-    assert size > members['png']
-
-
-def test_find_looks_in_data_dir_and_beside_the_scripts(emoji, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'here').mkdir()
-    assert shards.find('here') == 'here'
-    assert shards.find('toy', str(emoji.parent)) == str(emoji)
-    assert shards.find(str(emoji), 'elsewhere') == str(emoji)
-    assert os.path.samefile(shards.find('test_data.py', 'tests'), __file__), 'beside the scripts, from any folder'
-    with pytest.raises(FileNotFoundError, match='nothing'):
-        shards.find('nothing', 'datasets')
-
-
-@pytest.mark.parametrize('typed, meant', [('emoji/nota', 'emoji/noto'), ('emojy/noto', 'emoji/noto'),
-                                          ('shakespear/', 'shakespeare'), ('text', ''), ('a/b/third-levol', '')])
-def test_a_mistyped_data_set_is_told_its_neighbour(tmp_path, typed, meant):
-    for name in ('emoji/noto', 'emoji/fluent', 'shakespeare', 'a/b/third-level'):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / 'texts').write_text('no folder')
-    with pytest.raises(FileNotFoundError) as error:
-        Folder(typed, str(tmp_path))
-    said = str(error.value)
-    assert repr(typed) in said and 'prepare/' in said and '\n' not in said
-    assert f'did you mean {meant!r}?' in said if meant else 'did you mean' not in said
-    with pytest.raises(FileNotFoundError) as error:
-        shards.find('emoji/nota')
-    assert 'did you mean' not in str(error.value), 'no data_dir: nothing to compare with'
-
-
-def test_what_is_local_does_not_import_what_is_remote(emoji):
-    code = ('import sys, checkpoint, data, shards; shards.Folder(sys.argv[1], cache_dir=sys.argv[2]).read(1, 0); '
-            'checkpoint.names(sys.argv[1]); print("remote" in sys.modules, "fsspec" in sys.modules)')
-    out = subprocess.run([sys.executable, '-c', code, str(emoji), str(emoji.parent / 'cache')], cwd=ROOT, text=True,
-                         capture_output=True, timeout=60)
-    assert out.stdout.startswith('False'), out
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# samples to rows
-
-
-def chunk_of(kind, body):
-    return struct.pack('>I', len(body)) + kind + body + struct.pack('>I', zlib.crc32(kind + body))
-
-
-def png(*chunks, size=16):
-    """A PNG of 16 x 16 RGBA pixels, or one that says so."""
-    return (b'\x89PNG\r\n\x1a\n' + chunk_of(b'IHDR', struct.pack('>IIBBBBB', size, size, 8, 6, 0, 0, 0))
-            + b''.join(chunks) + chunk_of(b'IDAT', PIXELS) + chunk_of(b'IEND', b''))
-
-
-PIXELS = zlib.compress(b''.join(b'\0' + np.random.default_rng(0).bytes(64) for _ in range(16)))
-
-
-def bomb(size):
-    """A PNG of a few bytes that says it is size x size pixels."""
-    return png(size=size)
-
-
-def rgba_of(content):
-    return np.array(processors.open_picture(content).convert('RGBA'))
-
-
-def test_pictures_are_decoded_whatever_their_kind():
-    rgba = picture(1)
-    assert (rgba_of(encode(rgba)) == rgba).all() and rgba_of(png()).any()
-    assert (rgba_of(encode(rgba, 'WEBP', lossless=True, exact=True)) == rgba).all()
-    smooth = np.full((16, 16, 3), (200, 100, 50), np.uint8)
-    jpeg = rgba_of(encode(smooth, 'JPEG', quality=95)).astype(int)
-    assert jpeg.shape == (16, 16, 4) and np.abs(jpeg[..., :3] - smooth).max() < 6 and (jpeg[..., 3] == 255).all()
-    grey = rgba_of(encode(rgba[..., 0]))
-    assert (grey[..., :3] == rgba[..., :1]).all() and (grey[..., 3] == 255).all()
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_pictures_that_can_not_be_decoded_are_bad_samples():
-    whole = encode(picture(2))
-    for name, content in {'empty': b'', 'text': b'hello', 'cut': whole[:len(whole) // 2], 'header': whole[:20],
-                          'too long a text': png(chunk_of(b'zTXt', b'a\0\0' + zlib.compress(bytes(1 << 23)))),
-                          'bad chunk': png(chunk_of(b'IDAT', PIXELS[:50]), chunk_of(b'\0\1\2\3', b'')),
-                          'bomb': bomb(30000), 'over the bound': bomb(9000)}.items():
-        with pytest.raises(BadSample) as error:
-            rgba_of(content)
-        assert 'picture' in str(error.value), name
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_a_damaged_picture_is_a_bad_sample_or_a_picture():
-    """Whatever Pillow raises, nothing else may leave decode_picture: it would end the run."""
-    rng = np.random.default_rng(0)
-    forms = [encode(picture(3)), encode(picture(3)[..., :3], 'JPEG'), encode(picture(3), 'WEBP'),
-             encode(picture(3), 'TIFF'), encode(picture(3), 'GIF'), encode(picture(3), 'ICO')]
-    for content in forms:
-        for _ in range(150):
-            damaged = bytearray(content)
-            for _ in range(rng.integers(1, 4)):
-                damaged[rng.integers(0, min(len(damaged), 120))] = rng.integers(0, 256)
-            try:
-                out = rgba_of(bytes(damaged))
-            except BadSample:
-                continue
-            assert out.dtype == np.uint8 and out.shape[2] == 4
-
-
-def test_on_background_blends_by_alpha():
-    rgba = np.zeros((1, 3, 4), np.uint8)
-    rgba[0, :, :3] = (250, 0, 9)
-    rgba[0, :, 3] = (255, 0, 51)
-    assert processors.on_background(rgba).tolist() == [[[250, 0, 9], [255, 255, 255], [254, 204, 206]]]
-    assert processors.on_background(rgba, (0, 100, 255)).tolist() == [[[250, 0, 9], [0, 100, 255], [50, 80, 206]]]
-    value, alpha = np.meshgrid(np.arange(256), np.arange(256))
-    for colour in (0, 77, 255):
-        blended = processors.on_background(np.stack([value, value, value, alpha], -1).astype(np.uint8), (colour,) * 3)
-        exact = value / 255 * alpha + colour * (1 - alpha / 255)
-        assert np.abs(blended - exact[..., None]).max() <= 0.5
-
-
-def test_pixels_fill_the_square():
-    wide = np.zeros((10, 40, 3), np.uint8)
-    wide[:, 20:] = 255
-    out = Processor(Bytes(), 8, 1).pixels(encode(wide))
-    assert out.shape == (8, 8, 3) and (out[:, :2] == 0).all() and (out[:, 6:] == 255).all()
-    same = picture(4)
-    assert (Processor(Bytes(), 16, 1).pixels(encode(same)) == processors.on_background(same)).all()
-
-
-def test_a_jpeg_may_be_decoded_small():
-    rgb = np.kron(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8), np.ones((40, 40, 1), np.uint8))
-    content = encode(rgb, 'JPEG', quality=95)
-    small, whole = (Processor(Bytes(), 40, 1, draft=draft).pixels(content).astype(int) for draft in (True, False))
-    assert small.shape == whole.shape == (40, 40, 3) and 0 < np.abs(small - whole).mean() < 6
-    assert processors.open_picture(content, 40).size == (40, 40), '1/8 of 320'
-
-
-def test_augmentation_is_keyed_by_seed_and_position():
-    rgba = picture(5, 32)
-    one = augment(rgba, Random(0, 4, 17))
-    assert one.shape == (32, 32, 3) and one.dtype == np.uint8
-    assert (one == augment(rgba, Random(0, 4, 17))).all()
-    assert len({augment(rgba, Random(seed, 4, n)).tobytes() for seed in range(3) for n in range(5)}) == 15
-
-
-def test_augmentation_never_mirrors_or_turns_a_picture_over():
-    rgba = np.zeros((48, 48, 4), np.uint8)
-    rgba[..., 3] = 255
-    rgba[:22, :30, :3] = 255                            # light in the upper left
-    processor, content = Processor(Bytes(), 48, 36), encode(rgba)
-    plain = rgba[8:40, 8:40, 0].astype(float)
-    views = [plain, plain[:, ::-1], plain[::-1], plain[::-1, ::-1]]
-    seen = []
-    for n in range(300):
-        out = processor.pixels(content, Random(1, 4, n))[8:40, 8:40].astype(float).mean(-1)
-        seen.append(int(np.argmax([np.corrcoef(out.ravel(), view.ravel())[0, 1] for view in views])))
-    assert seen.count(0) >= 294, np.bincount(seen)      # a hole may hide a corner
-
-
-def test_augmentation_is_not_too_strong_and_not_nothing():
-    rgba = picture(6, 32)
-    rgba[...] = 0
-    rgba[10:22, 10:22] = (200, 60, 30, 255)
-    plain, moved = processors.on_background(rgba), [augment(rgba, Random(2, 4, n)) for n in range(200)]
-    assert 0 < sum((out == plain).all() for out in moved) < 50, 'some are left as they are'
-    assert len({tuple(out[0, 0]) for out in moved}) > 30, 'the ground changes colour'
-    assert len({tuple(out[16, 16]) for out in moved}) > 100, 'and the picture'
-    distance = [np.abs(out.astype(int) - out[0, 0]).sum(-1) for out in moved]
-    masks = [d > d.max() / 2 for d in distance if d.max() > 100]    # others: a ground like the picture
-    assert len(masks) > 150
-    centres = np.array([np.argwhere(mask).mean(0) for mask in masks])
-    areas = np.array([mask.sum() for mask in masks]) / 144
-    assert np.quantile(np.abs(centres - 15.5), 0.95) < 5 and centres.std(0).min() > 0.5, 'shifted, and in the frame'
-    assert 0.6 < np.median(areas) < 1.3 and areas.std() > 0.1, 'it is scaled'
-
-
-class PadIsEos(Bytes):
-    """Many real tokenizers pad with their end token."""
-
-    def __init__(self):
-        super().__init__()
-        self.pad_id = self.eos_id
-
-
-def batch_of(processor, *samples, **options):
-    """A batch of samples, {extension: bytes}; None is a placeholder."""
-    pieces = [p | {'part': 0} if p else None for m in samples for p in (processor.pieces(m) if m else [None])]
-    return collate(pieces, processor, **options)
-
-
-def test_a_row_is_picture_bos_prompt_newline_then_caption_eos():
-    processor = Processor(Bytes(), 16, 4, 'en', 16)
-    ids = [IMAGE] * 4 + [BOS, *b'en\n', *b'cat', EOS]
-    assert processor.prefix() == ids[:8] and processor.prefix('x') == [IMAGE] * 4 + [BOS, *b'x\n']
-    batch = batch_of(processor, {'png': encode(picture(1)), 'txt': b' cat\n'})
-    assert batch['tokens'].tolist() == [ids + [PAD] * 4]
-    assert batch['targets'].tolist() == [[-100] * 7 + [*b'cat', EOS] + [-100] * 5], 'shifted; the answer and its end'
-    assert batch['blocks'].tolist() == [[0] * 8 + [1] * 8] and batch['segments'].tolist() == [[1] * 12 + [0] * 4]
-    assert batch['texts'] == ['cat'] and batch['pixels'].shape == (1, 16, 16, 3) and batch['pixels'].dtype == np.uint8
-    assert (batch['pixels'][0] == processors.on_background(picture(1))).all(), 'on white, not changed'
-    assert batch['num_tokens'] == 12 and batch['num_targets'] == 4
-
-
-def test_the_end_is_learned_where_pad_and_end_are_one_token():
-    batch = batch_of(Processor(PadIsEos(), 16, 4, '', 12), sample(1, 'ab'))
-    assert batch['tokens'].tolist() == [[IMAGE] * 4 + [BOS, *b'\nab', EOS] + [EOS] * 3]
-    assert batch['targets'].tolist() == [[-100] * 5 + [*b'ab', EOS] + [-100] * 4]
-    assert batch['segments'].tolist() == [[1] * 9 + [0] * 3]
-
-
-def test_a_row_without_a_picture_is_causal_text():
-    processor = Processor(Bytes(), 16, 4, 'prompt', 12)
-    batch = batch_of(processor, {'txt': 'zoë'.encode()})
-    assert batch['tokens'][0, :6].tolist() == [BOS, *'zoë'.encode(), EOS]
-    assert batch['targets'].tolist() == [[*'zoë'.encode(), EOS] + [-100] * 7]
-    assert 'blocks' not in batch and 'pixels' not in batch
-    mixed = batch_of(Processor(Bytes(), 16, 4, '', 12), {'txt': b'zoe'}, sample(1, 'q'))
-    assert mixed['pixels'].shape[0] == 1 and mixed['blocks'][1].tolist() == [0] * 6 + [1] * 6
-    assert mixed['blocks'][0].tolist() == [1] * 12 and mixed['pictures'].tolist() == [0, 1]
-
-
-def test_pairs_hold_the_caption_alone_and_one_target():
-    processor = Processor(Bytes(), 16, 0, 'prompt', 6, form='pair')
-    batch = batch_of(processor, sample(1, 'dog'), None)
-    assert batch['tokens'].tolist() == [[*b'dog', EOS, PAD, PAD], [PAD] * 6]
-    assert (batch['targets'] != -100).sum(1).tolist() == [1, 0]
-    assert batch['segments'].tolist() == [[1] * 4 + [0] * 2, [0] * 6] and len(batch['pixels']) == 1
-    with pytest.raises(BadSample, match='0 pictures'):
-        processor.pieces({'txt': b'dog'})
-
-
-def test_a_language_model_leaves_pictures_out():
-    processor = Processor(Bytes(), form='text', pictures=False, seq_len=12)
-    batch = batch_of(processor, {'png': b'broken', 'txt': b'dog'})
-    assert batch['tokens'][0, :5].tolist() == [BOS, *b'dog', EOS] and 'pixels' not in batch
-
-
-def test_rows_that_can_not_be_are_bad_samples():
-    processor = Processor(Bytes(), 16, 4, '', 12)
-    for members, word in [({'png': b'1'}, 'empty'), ({}, 'none'),
-                          ({'png': encode(picture(1)), 'txt': b'\xff'}, 'UTF-8'),
-                          (sample(1, 'seven77'), '14 tokens'), ({'png': b'x', 'txt': b'a'}, 'decoded'),
-                          ({'json': b'{'}, 'json'), ({'json': b'[1]'}, 'object'), ({'json': b'[' * 100_000}, 'json'),
-                          ({'json': b'{"text": 3}'}, 'text'), ({'json': b'{"text": "\\ud800"}'}, 'surrogate')]:
-        with pytest.raises(BadSample, match=word):
-            processor.pieces(members)
-    assert len(processor.pieces(sample(1, 'fives'))[0]['tokens']) == 12, 'as long as it may be'
-
-
-def test_tensors_for_the_model():
-    batch = batch_of(Processor(Bytes(), 16, 4, '', 12), sample(1, 'q'))
-    out = processors.to_device(batch, 'cpu', Processor(Bytes(), 16, 4, '', 12))
-    assert set(out) == {'tokens', 'targets', 'blocks', 'segments', 'pixels'}
-    assert all(out[k].dtype == torch.long and out[k].tolist() == batch[k].tolist() for k in out if k != 'pixels')
-    assert out['pixels'].shape == (1, 3, 16, 16) and out['pixels'].dtype == torch.float32
-    close = torch.testing.assert_close
-    extremes = processors.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu')
-    close(extremes, torch.tensor([-1.0, 1.0, -0.6]).view(1, 3, 1, 1))
-    rows = np.arange(18, dtype=np.uint8).reshape(1, 2, 3, 3)
-    close(processors.to_pixels(rows, 'cpu')[0, 1, 1], torch.tensor([10, 13, 16.0]) / 127.5 - 1)  # green, lower row
-    other = processors.to_pixels(np.array([[[[0, 255, 51]]]], np.uint8), 'cpu', mean=0.4, std=0.2)
-    close(other, torch.tensor([-2.0, 3.0, -1.0]).view(1, 3, 1, 1))
-    p = Processor(Bytes(), 16, 4, '', 12, mean=0.4, std=0.2)
-    close(processors.to_device(batch, 'cpu', p)['pixels'], (out['pixels'] + 0.2) / 0.4)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# batches
-
-
-def toy(emoji, seed=7, prompt=''):
-    folder = Folder(str(emoji))
-    order = Order([folder.sizes], [1.0], seed=1, lanes=4, window=8)
-    return Batches([folder], order, Processor(Bytes(), 16, 4, prompt, 24), seed)
-
-
-def same(a, b):
-    """Are two batches equal in every entry?"""
-    return a.keys() == b.keys() and all(np.array_equal(np.asarray(a[k]), np.asarray(b[k])) for k in a)
-
-
-def test_workers_change_nothing(emoji):
-    positions = [p for step in range(4) for p in data.positions_of_step(step, 8, 4)]
-    alone = list(data.loader(toy(emoji), positions, 0))
-    workers = list(data.loader(toy(emoji), positions, 2))
-    assert len(alone) == 8 and all(map(same, alone, workers))
-    assert all(same(batch, toy(emoji)[p]) for batch, p in zip(workers, positions))
-    assert any((b['pixels'] != c['pixels']).any() for b, c in zip(alone, data.loader(toy(emoji, None), positions)))
-
-
-def test_ranks_change_nothing(emoji):
-    whole = toy(emoji)[np.arange(16, 24)]
-    for world, micro in ((2, 4), (2, 2), (4, 2), (8, 1)):
-        for rank in range(world):
-            for part in data.positions_of_step(2, 8, micro, rank, world):
-                batch = toy(emoji)[part]
-                assert all((batch[k] == whole[k][part - 16]).all()
-                           for k in ('tokens', 'targets', 'blocks', 'segments', 'pixels'))
-
-
-def test_a_position_seen_again_in_the_next_epoch_is_augmented_anew(emoji):
-    batches = toy(emoji)
-    rows = located(batches.order, np.arange(45))
-    twins = [(i, j) for i in range(15) for j in range(15, 45) if rows[i][2:] == rows[j][2:]]
-    assert len(twins) == 30
-    pixels = batches[np.arange(45)]['pixels']
-    assert sum((pixels[i] != pixels[j]).any() for i, j in twins) > 25, 'few may be left as they are both times'
-    plain = toy(emoji, None)[np.arange(45)]['pixels']
-    assert all((plain[i] == plain[j]).all() for i, j in twins)
-
-
-def test_a_batch_holds_what_the_order_says(emoji):
-    batches = toy(emoji, None)
-    names = {(s, i): folder_row['txt'].decode() for s, n in enumerate((5, 7, 3)) for i in range(n)
-             for folder_row in [batches.folders[0].read(s, i)]}
-    batch = batches[np.arange(30, 45)]
-    assert batch['texts'] == [names[row[2:]] for row in located(batches.order, np.arange(30, 45))]
-    numbers = [int(text.split()[1]) for text in batch['texts']]
-    assert all((processors.on_background(picture(k)) == pixels).all() for k, pixels in zip(numbers, batch['pixels']))
-
-
-@pytest.mark.filterwarnings('ignore')
-def test_bad_samples_become_rows_that_weigh_nothing(tmp_path):
-    bad = {'cut': {'png': encode(picture(1))[:60], 'txt': b'a'}, 'bomb': {'png': bomb(30000), 'txt': b'a'},
-           'latin': {'png': encode(picture(1)), 'txt': 'é'.encode('latin-1')}, 'mute': {'png': encode(picture(1))},
-           'long': sample(1, 'a caption of more than its share')}
-    samples = [('good0', sample(0)), *bad.items(), ('good1', sample(1))]
-    folder = Folder(str(write_set(tmp_path / 'set', [samples])))
-    batches = Batches([folder], InOrder(folder.sizes), Processor(Bytes(), 16, 4, '', 24))
-    batch = batches[np.arange(7)]
-    assert len(batch['bad']) == 5
-    assert all('00000000.tar' in line and key in line for key, line in zip(bad, batch['bad']))
-    assert (batch['targets'][1:6] == -100).all() and (batch['segments'][1:6] == 0).all()
-    assert (batch['tokens'][1:6] == PAD).all() and len(batch['pixels']) == 2 and batch['texts'][1:6] == [''] * 5
-    alone = batches[np.array([0, 6])]
-    assert all((batch[k][[0, 6]] == alone[k]).all() for k in ('tokens', 'targets', 'blocks', 'segments'))
-    assert (batch['pixels'] == alone['pixels']).all() and not alone['bad']
-    with_workers = list(data.loader(batches, [np.arange(7)], 1))[0]
-    assert same(batch, with_workers)
-    only = batches[np.arange(1, 6)]
-    assert 'pixels' not in only and (only['targets'] == -100).all()
-
-
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_shard_that_is_gone_or_damaged_is_an_error_that_names_it(tmp_path, workers):
-    path = write_set(tmp_path / 'set', [3, 3])
-    os.truncate(path / '00000001.tar', 700)
-    folder = Folder(str(path))
-    batches = Batches([folder], InOrder(folder.sizes), Processor(Bytes(), 16, 4, '', 24))
-    good, cut = data.loader(batches, [np.arange(3), np.arange(2, 5)], workers)
-    assert 'error' not in good and not good['bad']
-    assert '00000001.tar' in cut['error'] and '\n' not in cut['error'], 'a line for the user, not a placeholder'
-    (path / '00000000.tar').unlink()
-    gone = Batches([Folder(str(path))], batches.order, batches.processor)[np.arange(2)]
-    assert '00000000.tar' in gone['error']
-
-
-def test_all_texts_holds_every_text_once(emoji, tmp_path):
-    other = write_set(tmp_path / 'other', [[('a', sample(1)), ('b', sample(2, 'new')), ('c', sample(3, 'name 4'))]])
-    processor = Processor(Bytes(), 16, 4, '', 24, form='pair')
-    tokens, segments = data.all_texts([Folder(str(emoji)), Folder(str(other))], processor)
-    assert tokens.shape == segments.shape == (16, 24)
-    texts = {Bytes().decode(row[:length - 1].tolist()) for row, length in zip(tokens, segments.sum(1))}
-    assert texts == {f'name {i}' for i in range(15)} | {'new'}
-    short = Processor(Bytes(), 16, 4, '', 7, form='pair')          # 'name 10' and on do not fit: placeholders
-    tokens, segments = data.all_texts([Folder(str(emoji))], short)
-    assert len(tokens) == 10 and segments.any(1).all()
-    os.truncate(other / '00000000.tar', 700)
-    with pytest.raises(ValueError, match='00000000.tar'):
-        data.all_texts([Folder(str(other))], processor)
-
-
-def test_in_order_is_file_order():
-    n = np.array([0, 4, 5, 11, 12, 14])
-    assert located(InOrder([5, 7, 3]), n) == [(0, 0, 0, 0), (0, 0, 0, 4), (0, 0, 1, 0), (0, 0, 1, 6),
-                                                         (0, 0, 2, 0), (0, 0, 2, 2)]
-    assert located(InOrder([2, 0, 1]), [1, 2]) == [(0, 0, 0, 1), (0, 0, 2, 0)]
 
 
 @pytest.mark.parametrize('lanes, window', [(4, 8), (1, 1), (7, 3), (64, 1024), (16, 2)])
@@ -877,18 +349,20 @@ def test_provenance_counts_every_sample(emoji, tmp_path, lanes, window):
         for d, folder in enumerate(folders):
             ours = [row for row in rows if row[0] == d]
             found = counts[folder.path]
-            assert found['samples'] == len(ours) and found['whole_epochs'] == len(ours) // len(folder)
+            assert found['samples'] == len(ours)
+            assert found['whole_epochs'] == len(ours) // len(folder)
             late = [folder.name(row[2]) for row in ours if row[1] == found['whole_epochs']]
-            assert found['shards_of_next_epoch'] == {name: late.count(name) for name in sorted(set(late))}
+            assert found['shards_of_next_epoch'] == {name: late.count(name)
+                                                     for name in sorted(set(late))}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # python data.py --show_steps
 
 
 def show(*args, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / 'data.py'), *map(str, args)], capture_output=True, text=True,
-                          cwd=cwd, timeout=60)
+    return subprocess.run([sys.executable, str(ROOT / 'data.py'), *map(str, args)],
+                          capture_output=True, text=True, cwd=cwd, timeout=60)
 
 
 @pytest.fixture
@@ -896,8 +370,9 @@ def config(emoji, tmp_path):
     """The config.json of a run on two data sets, with settings that data.py does not have."""
     other = write_set(tmp_path / 'other', [4, 2])
     path = tmp_path / 'config.json'
-    path.write_text(json.dumps({'mix': {str(emoji): 2.0, str(other): 1.0}, 'batch_size': 6, 'seed': 3, 'lanes': 4,
-                                'window': 8, 'data_dir': 'datasets', 'lr': 1e-3, 'vit.depth': 2, 'task': 'vlm'}))
+    path.write_text(json.dumps(
+        {'mix': {str(emoji): 2.0, str(other): 1.0}, 'batch_size': 6, 'seed': 3, 'lanes': 4,
+         'window': 8, 'data_dir': 'datasets', 'lr': 1e-3, 'vit.depth': 2, 'task': 'vlm'}))
     return path
 
 
@@ -906,31 +381,37 @@ def test_show_steps_prints_what_the_order_gives(config, emoji, tmp_path):
     assert out.returncode == 0 and out.stderr == ''
     folders = [Folder(str(emoji)), Folder(str(tmp_path / 'other'))]
     order = Order([f.sizes for f in folders], [2, 1], seed=3, lanes=4, window=8)
-    expected = [[str(n // 6), str(n), folders[d].path, str(e), folders[d].name(s), folders[d].key(s, i)]
+    expected = [[str(n // 6), str(n), folders[d].path, str(e), folders[d].name(s),
+                 folders[d].key(s, i)]
                 for n, (d, e, s, i) in zip(range(42, 60), located(order, np.arange(42, 60)))]
     assert [line.split('\t') for line in out.stdout.splitlines()] == expected
-    flags = show(config, '--show_steps=7:10', '--batch_size=3', '--seed=4', cwd=tmp_path).stdout.splitlines()
-    assert [line.split('\t')[:2] for line in flags] == [[str(n // 3), str(n)] for n in range(21, 30)]
+    flags = show(config, '--show_steps=7:10', '--batch_size=3', '--seed=4',
+                 cwd=tmp_path).stdout.splitlines()
+    assert [line.split('\t')[:2]
+            for line in flags] == [[str(n // 3), str(n)] for n in range(21, 30)]
 
 
 def test_show_steps_where(config, tmp_path):
     lines = show(config, '--show_steps=0:30', cwd=tmp_path).stdout.splitlines()
     keys = {line.split('\t')[-1] for line in lines}
-    for where, wanted in [(key := max(keys), {key}), ('*3', {k for k in keys if k.endswith('3')}), ('none', set())]:
+    for where, wanted in [(key := max(keys), {key}), ('*3', {k for k in keys if k.endswith('3')}),
+                          ('none', set())]:
         out = show(config, '--show_steps=0:30', f'--where={where}', cwd=tmp_path)
         assert out.returncode == 0
-        assert out.stdout.splitlines() == [line for line in lines if line.split('\t')[-1] in wanted]
-    assert show(config, '--show_steps=0:30', '--where=00000000', cwd=tmp_path).stdout.splitlines() == [
-        line for line in lines if line.split('\t')[-2] == '00000000']
+        assert out.stdout.splitlines() == [line
+                                           for line in lines if line.split('\t')[-1] in wanted]
+    assert show(config, '--show_steps=0:30', '--where=00000000',
+                cwd=tmp_path).stdout.splitlines() == [
+                    line for line in lines if line.split('\t')[-2] == '00000000']
 
 
 def test_show_steps_says_what_is_wrong_in_one_line(config, tmp_path):
     gone, weights = tmp_path / 'gone.json', tmp_path / 'weights.json'
     gone.write_text(config.read_text().replace('other', 'others'))
     weights.write_text(config.read_text().replace('1.0', '-1.0'))
-    for args, word in [([config], 'show_steps'), ([config, '--show_steps=5'], 'a:b'),
-                       ([config, '--show_steps=1:x'], 'a:b'), ([config, '--show_steps=-1:2'], 'a:b'),
-                       ([gone, '--show_steps=0:1'], 'others'), ([weights, '--show_steps=0:1'], 'weight'),
+    for args, word in [([config], 'show_steps'), ([config, '--show_steps=5'], 'a:b'), (
+        [config, '--show_steps=1:x'], 'a:b'), ([config, '--show_steps=-1:2'], 'a:b'), (
+            [gone, '--show_steps=0:1'], 'others'), ([weights, '--show_steps=0:1'], 'weight'),
                        ([config, '--show_step=0:1'], 'show_steps'),
                        ([config, '--show_steps=0:1', '--lanes=0'], 'lanes')]:
         out = show(*args)
@@ -943,10 +424,3 @@ def test_show_steps_names_a_damaged_shard_in_one_line(config, tmp_path):
     out = show(config, '--show_steps=0:10')
     assert out.returncode in (1, 2) and '00000001.tar' in out.stderr
     assert out.stderr.count('\n') == 1 and 'Traceback' not in out.stderr, out.stderr
-
-
-def test_batches_travel_to_workers_that_are_not_forked(emoji):
-    """Pickled, as under spawn and forkserver: the default on macOS, and on Linux from Python 3.14 on."""
-    batches = toy(emoji)
-    batches[np.arange(4)]
-    assert same(pickle.loads(pickle.dumps(batches))[np.arange(9)], batches[np.arange(9)])

@@ -17,6 +17,7 @@ from test_remote import proxy, s3  # noqa: F401  (fixtures)
 from tiny import Process, losses, names, rows, run, same_weights, wait_until, weights
 
 import checkpoint
+import mirror
 import remote
 from model import Decoder, DecoderConfig, token_losses
 
@@ -419,7 +420,7 @@ def far(s3):  # noqa: F811
 
 def far_names(far):
     fs, base = remote.filesystem(far.far)
-    return sorted(remote.remote_names(fs, base))
+    return sorted(mirror.remote_names(fs, base))
 
 
 def test_a_run_is_copied_elsewhere_and_goes_on_from_there(far, tmp_path):
@@ -455,7 +456,7 @@ def test_a_copy_that_would_leave_its_folder_is_refused(tmp_path):
     for file in ('../../../stolen', '/tmp/stolen'):
         (far / 'progress.json').write_text(json.dumps({'step': 1, 'files': {file: [0, 0]}}))
         with pytest.raises(OSError, match='leave the folder'):
-            checkpoint.download(f'file://{tmp_path}/far', str(tmp_path / 'here'))
+            mirror.download(f'file://{tmp_path}/far', str(tmp_path / 'here'))
     (far / 'progress.json').write_text('{"step": 1}')
     train(tmp_path / 'run', '--max_steps=1',
           f'--init_from=file://{tmp_path}/far', f'--cache_dir={tmp_path}/c').refused(

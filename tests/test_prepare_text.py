@@ -30,6 +30,7 @@ import tokenizer
 SCRIPT = ROOT / "prepare" / "text.py"
 sys.path.append(str(SCRIPT.parent))  # by name, so that its worker processes find it too
 import text  # noqa: E402
+import text_files  # noqa: E402
 
 MB = 1 << 20
 
@@ -455,8 +456,8 @@ def test_chunks_wait_in_bounded_number():
 def test_a_place_far_in_a_file():
     lines = [b"x" * 999_999 + b"\n"] * 5
     for kept in range(5):
-        rest = list(
-            text.read_lines(io.BytesIO(b"".join(lines[:-1]) + b"end"), MB, kept * 1_000_000, kept))
+        data = io.BytesIO(b"".join(lines[:-1]) + b"end")
+        rest = list(text_files.read_lines(data, MB, kept * 1_000_000, kept))
         assert [count for _, _, count in rest] == list(range(kept + 1, 6))
         assert rest[-1][:2] == (b"end", 4_000_003)
 

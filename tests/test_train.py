@@ -20,7 +20,6 @@ from tiny import Process, losses, names, rows, run, same_weights, wait_until, we
 
 import checkpoint
 import shards
-import tokenizer
 from model import generate
 
 STEPS = 24
@@ -185,7 +184,7 @@ def begin_run(out):
     """The checkpoint.Run of a folder's config, with the weights that its seed gives."""
     settings = json.loads((out / 'config.json').read_text())
     torch.manual_seed(settings['seed'])
-    return checkpoint.make_run(settings, tokenizer.load('bytes'), settings['processor'], 'cpu')
+    return checkpoint.make_run(settings, 'cpu')
 
 
 def one_by_one(begun, folder, keys=None):

@@ -1,0 +1,107 @@
+"""Weights that a model begins with (`init_from`): those of a run of ours, or of others.
+
+train.py imports this where there are such.
+"""
+import os
+import re
+
+import checkpoint
+import hub
+from shards import is_url
+
+
+def begin(model, path, skip, cache_dir):
+    """Weights to begin from, of a run or a checkpoint (every parameter of the same name, a URL,
+    too) or of another project's model; what was loaded, new and unused, as a line. Raises
+    ValueError.
+
+    A language or vision-language model begins what reads for a denoiser: `model.reader` names
+    that part."""
+    try:
+        folder = path
+        if is_url(path):
+            from mirror import local_copy
+            folder = local_copy(path, cache_dir)
+        target, prefix, unused = model, '', set()
+        reader = getattr(model, 'reader', '')
+        if hub.is_foreign(folder):
+            folder = hub.fetch(folder)
+            if reader and not hasattr(hub.family_of(folder), 'open_run'):
+                target, prefix = getattr(model, reader), f'{reader}.'
+            loaded = hub.load(target, folder, skip)
+        else:
+            if reader and not has_denoiser(folder):
+                target, prefix = getattr(model, reader), f'{reader}.'
+            loaded, unused = load_weights(target, folder, skip)
+    except checkpoint.ERRORS as error:
+        raise ValueError(f'init_from={path!r}: {error}') from None
+
+    loaded = {prefix + name for name in loaded}
+    fresh = model.state_dict().keys() - loaded
+    return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
+            f'{parts(fresh) or "none"} begin anew, {parts(unused) or "none"} left there unused')
+
+
+def has_weights(folder):
+    return os.path.exists(os.path.join(folder, 'model.safetensors'))
+
+
+def weights_folder(path):
+    """The folder with the weights of a run or of a checkpoint; '' where it has none."""
+    for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
+        if has_weights(folder):
+            return folder
+    return ''
+
+
+def has_denoiser(path):
+    """Is it a run of a DiffusionPolicy or TextToImage, or a checkpoint of one?"""
+    folder = weights_folder(path)
+    if not folder:
+        return False
+    return any(name.startswith('denoiser.') for name in checkpoint.shapes(folder))
+
+
+def load_weights(model, path, skip=()):
+    """Fill the parameters that a run, a checkpoint or its ema/ has by the same name, but for those
+    in which a regex of `skip` is found: (names loaded, names there that are not used). Raises
+    ValueError, and ERRORS of a damaged file."""
+    folder = weights_folder(path)
+    if not folder:
+        raise ValueError('no model.safetensors there, nor in checkpoints/latest below it')
+
+    # views of the parameters: loading fills the model
+    wanted = {}
+    for name, tensor in model.state_dict().items():
+        if not any(re.search(regex, name) for regex in skip):
+            wanted[name] = tensor
+
+    # an ema/ has what was trained, the rest is in the folder above it
+    folders = [folder]
+    above = os.path.dirname(os.path.abspath(folder))
+    if has_weights(above):
+        folders = [above, folder]
+
+    # the folder comes last: its averages are to stand
+    loaded, there = set(), set()
+    for source in folders:
+        # a shape that differs is told before anything is filled
+        theirs = checkpoint.shapes(source)
+        shared = theirs.keys() & wanted.keys()
+        for name in sorted(shared):
+            if theirs[name] != tuple(wanted[name].shape):
+                raise ValueError(
+                    f'{name} is {theirs[name]} there and {tuple(wanted[name].shape)} here: change '
+                    'the model\'s settings, or name it in init_skip')
+        filled = {name: tensor for name, tensor in wanted.items() if name in shared}
+        checkpoint.load(filled, source)
+        loaded |= shared
+        there |= theirs.keys()
+    if not loaded:
+        raise ValueError('it holds none of the parameters of this model')
+    return loaded, there - loaded
+
+
+def parts(names):
+    """The first parts of parameter names: vit, decoder."""
+    return ', '.join(sorted({name.partition('.')[0] for name in names}))

@@ -1,0 +1,53 @@
+"""Members of shards that are .npy files: what their headers say, and where the samples of an
+episode are.
+
+shards.py imports this where it meets one.
+"""
+import io
+import math
+import os
+
+import numpy as np
+
+
+def npy_header(fd, at, size, where):
+    """(shape, dtype, bytes of the header) of a .npy of so many bytes. Raises ValueError."""
+    # far more than a header has; it is a stranger's
+    header = io.BytesIO(os.pread(fd, min(size, 4096), at))
+    try:
+        read = np.lib.format.read_array_header_2_0
+        if np.lib.format.read_magic(header)[0] == 1:
+            read = np.lib.format.read_array_header_1_0
+        shape, fortran, dtype = read(header)
+        if fortran and len(shape) > 1 or dtype.hasobject:
+            raise ValueError(f'{dtype} in columns')
+    except ValueError as error:
+        raise ValueError(f'{where}: no .npy file ({error})') from None
+    return shape, dtype, header.tell()
+
+
+def read_episodes(table, firsts, fd, path):
+    """How many samples each key of a shard is: with a `.lowdim.npy` one a row, else one.
+
+    table: of shards.index_tar; firsts: where each key's rows begin in it, and the end. Gives the
+    number of each key's first sample (one more: the count), the keys, and for each the type of its
+    rows and the bytes before them. Raises ValueError."""
+    starts, keys, episodes = [0], [], []
+    for first, last in zip(firsts, firsts[1:]):
+        # a key without such a member is one sample
+        row_type, header, steps = None, 0, 1
+        for _, key, ext, offset, size, _ in table[first:last].tolist():
+            if ext != b'lowdim.npy':
+                continue
+            where = f'{path}, {key.decode()}'
+            shape, row_type, header = npy_header(fd, offset, size, where)
+            steps = math.prod(shape)
+
+            # a row for each step, and nothing behind them
+            if len(shape) != 1 or not steps or size != header + steps * row_type.itemsize:
+                raise ValueError(f'{where}: .lowdim.npy has {size} bytes and {shape} rows of '
+                                 f'{row_type.itemsize}: make the data set again')
+        starts.append(starts[-1] + steps)
+        keys.append(table['key'][first])
+        episodes.append((row_type, header))
+    return starts, keys, episodes
