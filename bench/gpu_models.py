@@ -156,7 +156,7 @@ def training(config, compiled, batch):
     return dict(
         parameters_m=round(size_of(model) / 1e6, 2), batch=batch, step_ms=round(1e3 * seconds, 2),
         tokens_per_sec=round(inputs['tokens'].numel() / seconds),
-        tflops=round(flops / seconds / 1e12, 3), mfu=round(flops / seconds / peak, 4))
+        tflops=round(flops / seconds / 1e12, 3), mfu=peak and round(flops / seconds / peak, 4))
 
 
 def largest(config, compiled, batch):

@@ -37,10 +37,10 @@ def model_card(run, name):
     table = []
     trained = [row for row in rows if 'loss' in row]
     if trained:
-        table.append(f'| train | {trained[-1]["step"]} | {trained[-1]["loss"]:.4f} |')
+        table.append(line_of('train', trained[-1]['step'], trained[-1]['loss']))
     validated = {row['val']: row for row in rows if 'val' in row}
     for key, row in validated.items():
-        table.append(f'| {key} | {row["step"]} | {row["val_loss"]:.4f} |')
+        table.append(line_of(key, row['step'], row['val_loss']))
 
     # What the Hub lists it under.
     tags = {'vlm': 'image-text-to-text', 'llm': 'text-generation',
@@ -70,6 +70,11 @@ def model_card(run, name):
         '```',
         '</details>',
         ''])
+
+
+def line_of(data_set, step, loss):
+    """A row of the table; a loss that was not finite is null in the log."""
+    return f'| {data_set} | {step} | {"nan" if loss is None else round(loss, 4)} |'
 
 
 def read_log(run):

@@ -101,7 +101,7 @@ def form(sample, p):
         raise BadSample(f'{len(images)} pictures (.png, .jpg, .webp): expected one')
 
     # who asks says the whole caption
-    if sample.get('asking'):
+    if sample.get('_asking'):
         caption = sample['prefix']
     else:
         caption = filled_in(p.prompt or '{text}', sample | dict(text=question(sample, p)[1]))
@@ -301,7 +301,7 @@ def judge_pictures(run, options):
         print(f'{"data set":14} {"pictures":>20}  {"exact match":>11}  {"words (F1)":>10}  '
               f'{"another name":>12}  {"Fréchet":>8}')
     for name in options.eval.split(','):
-        real, texts, sentences = vlm.read_sets(run, name, options)
+        real, texts, sentences, _ = vlm.read_sets(run, name, options)
         drawn = paint(run, sentences, options)
         of_drawn = features(captioner, drawn, options)
         of_real = features(captioner, real, options)

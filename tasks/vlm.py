@@ -104,7 +104,7 @@ def scorer(settings):
 
 
 def count_right(run, batch, tensors):
-    """How many rows are answered to the letter, from the picture and its prompt alone."""
+    """How many rows are answered to the letter, from the picture and its question alone."""
     tok = run.tokenizer
     learned = (tensors['targets'] != -100).int()
     if not learned.any():
@@ -166,8 +166,12 @@ def evaluate(run, options):
         heads = '  '.join(f'{name:>17}' for name in COLUMNS)
         print(f'{"data set":26} {"pictures":>8}  {heads}')
     for name in options.eval.split(','):
-        pixels, texts, _ = read_sets(run, name, options)
-        prompts = [run.processor.asked(options.prompt or None)] * len(texts)
+        pixels, texts, sentences, prompts = read_sets(run, name, options)
+        if options.prompt:
+            prompts = [run.processor.asked(options.prompt)] * len(texts)
+        # an answer may be as long as the longest that is right, and its end
+        longest = max(len(ids) for ids in sentences) - min(len(ids) for ids, _ in prompts)
+        options.max_new_tokens = max(options.max_new_tokens, longest + 1)
         # every picture goes to another name
         shuffled = np.roll(pixels, len(pixels) // 2 + 1, 0)
         given = [[text.strip() for text in answers(run, prompts, x, options)]
@@ -189,7 +193,8 @@ def share_right(given, texts):
 
 
 def read_all(run, name, data_dir):
-    """The pictures (uint8, on white), texts and sentences (lists of token ids) of a data set."""
+    """The pictures (uint8, on white), texts, and sentences (lists of token ids) of a data set; and
+    its questions, (token ids, blocks) of each, up to the first token that is learned."""
     folder = shards.Folder(name, data_dir)
     batches = data.Batches([folder], data.InOrder(folder.sizes), run.processor)
     batch = batches[np.arange(len(folder))]
@@ -202,7 +207,13 @@ def read_all(run, name, data_dir):
     if 'segments' in batch:
         lengths = batch['segments'].sum(1)
     sentences = [ids[:length].tolist() for ids, length in zip(batch['tokens'], lengths)]
-    return batch['pixels'], batch['texts'], sentences
+
+    # as validation asks: a question ends where the first token is learned
+    questions, blocks = [], batch.get('blocks', np.ones_like(batch['tokens']))
+    for ids, kinds, learned in zip(sentences, blocks, batch['targets'] != -100):
+        end = int(learned.argmax()) + 1 if learned.any() else len(ids)
+        questions.append((ids[:end], kinds[:end].tolist()))
+    return batch['pixels'], batch['texts'], sentences, questions
 
 
 def read_sets(run, name, options):
@@ -214,8 +225,8 @@ def read_sets(run, name, options):
         sets = [read_all(run, each, folder) for each, folder in places]
     except FileNotFoundError as error:
         raise ValueError(error) from None
-    pixels, texts, sentences = zip(*sets)
-    return np.concatenate(pixels), sum(texts, []), sum(sentences, [])
+    pixels, *lists = zip(*sets)
+    return np.concatenate(pixels), *(sum(each, []) for each in lists)
 
 
 def nearest_neighbour(run, pixels, options, size=8):
@@ -226,7 +237,7 @@ def nearest_neighbour(run, pixels, options, size=8):
         x = x[:, :step * size, :step * size].astype(np.float32)
         return x.reshape(n, size, step, size, step, 3).mean((2, 4)).reshape(n, -1)
 
-    known, names, _ = read_sets(run, 'mix', options)
+    known, names, *_ = read_sets(run, 'mix', options)
     theirs = small(known)
     # the square of the distance, less a constant of each picture
     distance = (theirs ** 2).sum(1) - 2 * small(pixels) @ theirs.T

@@ -102,8 +102,7 @@ def test_log_rows(base):
     assert [row['samples'] for row in found] == [12 * row['step'] for row in found]
     # 12 + 12 + 25 samples
     assert all(row['epoch'] == pytest.approx(row['samples'] / 49, abs=1e-4) for row in found)
-    assert all(
-        row['bad_samples'] == 0 and row['mem_gb'] > 0.05 and row['mfu'] > 0 for row in found)
+    assert all(row['bad_samples'] == 0 and row['mem_gb'] > 0.05 for row in found)
     for row in found:
         assert row['samples_per_sec'] == pytest.approx(12 / row['step_time'], rel=0.05)
         assert row['samples_per_sec_per_gpu'] == row['samples_per_sec']
