@@ -362,8 +362,8 @@ class Chat:
 
 
 def chat(sample, p):
-    """A conversation: `messages` (see `read_messages`), or one question and its answer, as the chat
-    template writes it. Answers alone are learned, with the token that ends them."""
+    """A conversation: `messages` (see `read_messages`), or one question and its answer, as the
+    chat template writes it. Answers alone are learned, with the token that ends them."""
     if is_document(sample):
         return document(sample, p)
     pictures, asking = sample['pictures'], sample.get('asking', False)

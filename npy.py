@@ -27,7 +27,7 @@ def npy_header(fd, at, size, where):
 
 
 def read_episodes(table, firsts, fd, path):
-    """How many samples each key of a shard is: with a `.lowdim.npy` one a row, an anchor, else one.
+    """How many samples each key of a shard is: with a `.lowdim.npy` one a row, else one.
 
     table: of shards.index_tar; firsts: where each key's rows begin in it, and the end. Gives the
     number of each key's first sample (one more: the count), the keys, and for each the type of its
