@@ -542,11 +542,6 @@ def open_validation(settings, processor, pack):
     return opened
 
 
-def seed_of(seed, step, rank):
-    """What a rank's dropout of a step follows from."""
-    return int(hash64(seed, 5, step, rank)[0] >> np.uint64(1))
-
-
 if __name__ == '__main__':
     # the command is a script of its own, which imports this file
     import runpy

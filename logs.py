@@ -98,8 +98,10 @@ def peak_flops(device, dtype, world):
     if device != 'cpu':
         return world * peak_of_gpu(torch.cuda.get_device_name(device), dtype)
 
-    # The best of five, as anything else on the machine can only slow it down.
-    a = torch.randn(1024, 1024, dtype=getattr(torch, dtype))
+    # The best of five, as anything else on the machine can only slow it down. Small, as a CPU may
+    # take a hundred times as long in float16.
+    n = 512
+    a = torch.randn(n, n, dtype=getattr(torch, dtype))
     times = []
     for _ in range(5):
         began = time.perf_counter()
@@ -107,7 +109,7 @@ def peak_flops(device, dtype, world):
         times.append(time.perf_counter() - began)
 
     # A product of n x n matrices has n^3 multiplications and as many additions.
-    return world * 2 * 1024 ** 3 / min(times)
+    return world * 2 * n ** 3 / min(times)
 
 
 def peak_of_gpu(name, dtype):

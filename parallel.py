@@ -97,10 +97,12 @@ def compile_layers(model):
 
 def spread(model, fsdp, device):
     """The model as it is to be called. fsdp: ranks that share one copy of it; 1 is DDP, 0 all."""
-    if world == 1 or fsdp == 1:
+    # torchrun may start a world of one: --fsdp=0 shards there, too, so that one GPU can try it
+    is_sharded = fsdp != 1 and dist.is_initialized()
+    if not is_sharded:
         # convolutions are fastest with channels last, which FSDP can not shard
         model.to(memory_format=getattr(model, 'memory_format', torch.preserve_format))
-    if world == 1:
+    if world == 1 and not is_sharded:
         return model
     if fsdp == 1:
         index = None if device == 'cpu' else [torch.device(device).index]

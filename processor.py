@@ -387,7 +387,7 @@ def fill_rows(lengths, seq_len):
 def collate(pieces, p, pack=False, multiple=1, ready=()):
     """Pieces (None: a placeholder, an empty row) -> a batch, a dict of small arrays:
 
-    tokens, targets int32, blocks uint8, segments int16 (B, T), left out where just causal;
+    tokens, targets int32, blocks uint8, segments int16 (B, T), left out if rows are just causal;
     parts int16 (B, T) or (B, 1), the data set of a target; positions (B,) in the run; pixels
     uint8 (I, H, W, 3) or as the form gave them, and pictures (B,), how many of them each row has;
     beside: a dict of arrays (A, ...), with `rows` and `positions` (A,); texts, one a row;

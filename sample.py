@@ -59,7 +59,7 @@ import torch
 
 import hub
 from shards import BadSample
-from tasks import body_of, load
+from tasks import body_of, load, that_have
 
 try:
     if not _task:
@@ -68,7 +68,8 @@ try:
     globals().update(body_of(load(_task).SampleSettings))
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
-options = SimpleNamespace(**configure(globals()))
+options = SimpleNamespace(**configure(
+    globals(), elsewhere=lambda key: that_have(key, 'SampleSettings')))
 if options.batch_size < 1:
     fail(f'batch_size={options.batch_size} must be at least 1')
 if options.device == 'auto':

@@ -474,7 +474,8 @@ def update(loss, grad_norm):
              f'{out_dir}/config.json --show_steps={step}:{step + 1}')
     if progress['bad_steps'] > skip_bad_steps:
         saving(saver.wait)
-        fail(f'{where}. Last good checkpoint: {checkpoint.newest_name(checkpoints)}. Try a lower lr, a longer warmup, '
+        last = checkpoint.newest_name(checkpoints)
+        fail(f'{where}. Last good checkpoint: {last}. Try a lower lr, a longer warmup, '
              'dtype=float32, or skip_bad_steps', 1)
     say(f'\n{where}. The weights stay as they are')
 
@@ -496,8 +497,8 @@ while progress['step'] < steps:
     counted = count_step(batches, len(micro))
     micro += [empty_batch] * (counted.passes - len(micro))
 
-    # gradients, which travel once a step
-    torch.manual_seed(data.seed_of(seed, progress['step'], rank))       # of dropout
+    # gradients, which travel once a step; dropout follows from the seed
+    torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))
     by_set = torch.zeros(len(kinds), 2, len(mix), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro):
         parallel.synchronize(model, is_last=i == counted.passes - 1)

@@ -196,7 +196,7 @@ def vlas():
     blocks = torch.zeros_like(tokens)
     pixels, state = torch.randn(cameras, 3, 96, 96), torch.randn(1, proprio_dim)
     noise = torch.randn(1, action_steps, action_dim)
-    given = dict(actions=torch.zeros_like(noise), proprio=state)
+    given = dict(actions=torch.zeros_like(noise), proprio=state, rows=torch.arange(1))
 
     def once():
         return model.sample(tokens, pixels, blocks, lowdim=given, noise=noise)
@@ -210,7 +210,7 @@ def vlas():
         for t, t_next in model.schedule.pairs(10):
             # Of actions that are 0, noise x / t is at time t what x is.
             time_of_step = torch.full((1,), t)
-            model.loss(tokens, None, pixels, blocks, None, given, x / t, time_of_step)
+            model(tokens, given, pixels=pixels, blocks=blocks, noise=x / t, time=time_of_step)
             x = model.schedule.step(said.pop(), t, t_next, x)
         hook.remove()
         return x

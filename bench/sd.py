@@ -18,17 +18,11 @@ import torch.nn.functional as F
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-import hub_sd  # noqa: E402
 from configurator import configure  # noqa: E402
-from diffusion import DiTConfig  # noqa: E402
-from sd import (  # noqa: E402
-    AutoencoderKL,
-    UNet2DCondition,
-    UNetConfig,
-    VAEConfig,
-    build,
-    schedule_of,
-)
+from families import diffusers  # noqa: E402
+from images.dit import DiTConfig  # noqa: E402
+from images.sd import UNet2DCondition, UNetConfig, build, schedule_of  # noqa: E402
+from images.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 rows = 32                       # of a latent: pictures have 8 times as many
 channels = (96, 192, 384, 384)  # Stable Diffusion: (320, 640, 1280, 1280)
@@ -104,19 +98,21 @@ def our_calls(config, unet, table, latents, noise, t):
     dit = DiTConfig(image_size=rows, drop=0.0)
     model = build(dit, unet, Text(table), AutoencoderKL(small), [0] * 77)
     model.vae = None
-    # As train.py and hub_sd.load_run have it.
+    # As train.py and families/diffusers.py have it.
     model.to(device, memory_format=torch.channels_last)
 
     # Text looks at the first token alone. Token 1 is the sentence with words, 0 that without.
     told = torch.ones(pictures, 77, dtype=torch.long, device=device)
     tokens = torch.arange(2, batch_size + 2, device=device)[:, None].expand(-1, 77)
     start = noise[:1].expand(pictures, -1, -1, -1)
+    given = dict(tokens=tokens, segments=torch.ones_like(tokens), pixels=latents,
+                 rows=torch.arange(batch_size, device=device), noise=noise, time=t)
 
     def sample():
         return model.sample(told, noise=start, steps=steps, guidance=GUIDANCE)
 
     def mean_loss():
-        loss, count = model.loss(tokens, pixels=latents, noise=noise, time=t)
+        loss, count = model.loss(**given)
         return loss / count
     return unet, sample, mean_loss
 
@@ -124,7 +120,7 @@ def our_calls(config, unet, table, latents, noise, t):
 def their_calls(config, unet, table, latents, noise, t):
     """(the U-Net, a sample, a mean loss) of diffusers, with the weights of `unet`."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
-    theirs = UNet2DConditionModel(**hub_sd.their_config(config, 'unet'))
+    theirs = UNet2DConditionModel(**diffusers.their_config(config, 'unet'))
     theirs.load_state_dict(unet.state_dict())
     theirs.to(device)
     ddim = DDIMScheduler(

@@ -1,7 +1,7 @@
 """What a robot waits for: OMP_NUM_THREADS=1 python bench/serve.py --out_dir=out/policy_...
 
-Starts `sample.py --serve_policy` and asks it, with the client that README.md prints, from so many
-robots at once, each of which asks again as soon as it has an answer. Prints medians and 99 %
+Starts `sample.py --serve_policy` and asks it, with the client that docs/robots.md prints, from so
+many robots at once, each of which asks again as soon as it has an answer. Prints medians and 99 %
 quantiles of the time from the call to the actions, beside the mean time that the policy took for a
 batch: the rest is the network, the queue and the wait.
 """
@@ -30,9 +30,9 @@ device = 'auto'
 
 
 def client():
-    """The class Robot of README.md."""
+    """The class Robot of docs/robots.md."""
     # What users copy is what is measured.
-    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'robots.md').read_text(), re.S)
     code, = (block for block in blocks if 'class Robot' in block)
     names = {}
     exec(code, names)

@@ -112,6 +112,7 @@ def beside(name, model, theirs, output):
     t = torch.rand(batch_size, device=device)
     tokens = torch.zeros(batch_size, sentence, dtype=torch.long, device=device)
     segments = is_text.long().expand(batch_size, -1)
+    rows = torch.arange(batch_size, device=device)
 
     # And what pictures are drawn from, which may be more of them.
     start = torch.randn(pictures, 3, image_size, image_size, device=device)
@@ -119,8 +120,8 @@ def beside(name, model, theirs, output):
     asked_segments = is_text.long().expand(pictures, -1)
 
     def our_loss():
-        loss, count = model.loss(tokens, pixels=x, segments=segments, noise=noise, time=t)
-        return loss / count
+        losses, counts, _ = model(tokens, segments, x, rows, noise=noise, time=t)['pictures']
+        return losses.sum() / counts.sum()
 
     def their_loss():
         noisy = flow.add_noise(x, noise, t)

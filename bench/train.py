@@ -66,7 +66,7 @@ def our_step(compiled, activation='gelu'):
                 module.forward = torch.compile(module.forward)
 
     def mean_loss(tokens, targets):
-        loss, count = model(tokens, targets)
+        loss, count = model.loss(tokens, targets)
         return loss / count
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
     return step_of(model, optimizer, mean_loss)

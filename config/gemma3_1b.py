@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=8 train.py config/gemma3_1b.py --mix='{"/data/chats": 1.0}'
 
-8 GPUs of 24 GB or more. A sample is a .json with `messages`: answers alone are learned. Not run at this size by us: the
-model equals transformers' at random weights, layer by layer (tests/test_hub.py), and has its 999,885,952 parameters.
+8 GPUs of 24 GB or more. A sample is a .json with `messages`: answers alone are learned. Not run at
+this size by us: the model equals transformers' at random weights, layer by layer
+(tests/test_hub.py), and has its 999,885,952 parameters.
 """
 task = 'llm'
 out_dir = 'out/gemma3_1b'

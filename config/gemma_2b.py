@@ -1,10 +1,11 @@
 """Go on training Gemma 2B on your text.
 
-    python prepare/text.py --input='raw/*.jsonl.gz' --out=datasets/mine --tokenizer=google/gemma-2b --seq_len=2048
+    python prepare/text.py --input='raw/*.jsonl.gz' --out=datasets/mine \
+        --tokenizer=google/gemma-2b --seq_len=2048
     torchrun --nproc_per_node=8 train.py config/gemma_2b.py --mix='{"mine": 1.0}'
 
-8 GPUs of 80 GB. Not run at this size by us: the model equals transformers' at random weights, layer by layer
-(tests/test_hub.py), and has its 2,506,172,416 parameters.
+8 GPUs of 80 GB. Not run at this size by us: the model equals transformers' at random weights,
+layer by layer (tests/test_hub.py), and has its 2,506,172,416 parameters.
 """
 task = 'llm'
 out_dir = 'out/gemma_2b'

@@ -1,11 +1,12 @@
 """python train.py config/llm_tiny.py
 
-A language model of 1.1 M parameters on Shakespeare's plays, from nothing (python prepare/shakespeare.py makes the data
-set: 38 works to learn from, four whole plays held out). 8 minutes on 2 cores of an AMD EPYC, without a GPU.
+A language model of 1.1 M parameters on Shakespeare's plays, from nothing (python
+prepare/shakespeare.py makes the data set: 38 works to learn from, four whole plays held out). 8
+minutes on 2 cores of an AMD EPYC, without a GPU.
 
-Held out: 2.03 bits per byte after 1,300 steps (2.14 after 650; xz -9e that has seen the other works: 2.43). What was
-tried, all at 16 x 256 tokens a step: with dropout 0.1, 2.05; twice the width and 4 M parameters, 2.28 after 300 steps and
-5.5 minutes, where this one has 2.30 after 2.
+Held out: 2.03 bits per byte after 1,300 steps (2.14 after 650; xz -9e that has seen the other
+works: 2.43). What was tried, all at 16 x 256 tokens a step: with dropout 0.1, 2.05; twice the
+width and 4 M parameters, 2.28 after 300 steps and 5.5 minutes, where this one has 2.30 after 2.
 """
 task = 'llm'
 out_dir = 'out/llm_tiny'

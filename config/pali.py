@@ -2,10 +2,11 @@
 
     torchrun --nproc_per_node=8 train.py config/pali.py --mix='{"/data/captions": 1.0}' --lr=1e-5
 
-8 GPUs of 80 GB: weights, gradients and AdamW's state are float32, 16 bytes a parameter, shared by all ranks (fsdp=0), 6 GB
-each. Every sample is a picture (.jpg, .png, .webp) with a .txt, or a .json with `prefix` ("caption en") and `suffix`. The
-licence has to be accepted once on the model's page, and HF_TOKEN set. Not run at this size by us: the model equals
-transformers' at random weights, layer by layer, and has its 2,923,466,480 parameters (tests/test_hub.py).
+8 GPUs of 80 GB: weights, gradients and AdamW's state are float32, 16 bytes a parameter, shared by
+all ranks (fsdp=0), 6 GB each. Every sample is a picture (.jpg, .png, .webp) with a .txt, or a
+.json with `prefix` ("caption en") and `suffix`. The licence has to be accepted once on the model's
+page, and HF_TOKEN set. Not run at this size by us: the model equals transformers' at random
+weights, layer by layer, and has its 2,923,466,480 parameters (tests/test_hub.py).
 """
 task = 'vlm'
 out_dir = 'out/pali'
@@ -31,8 +32,10 @@ decoder.num_kv_heads = 1
 decoder.head_dim = 256
 decoder.remat = True
 
-# the tower stays as it is; r'^decoder\.blocks\.\d\.' with freeze would leave the first ten layers, too
-groups = [(r'^vit\.', {'freeze': True}), (r'norm|bias|embedding', {'weight_decay': 0.0}), (r'.*', {})]
+# the tower stays as it is; r'^decoder\.blocks\.\d\.' with freeze would leave the first ten
+# layers, too
+groups = [(r'^vit\.', {'freeze': True}),
+          (r'norm|bias|embedding', {'weight_decay': 0.0}), (r'.*', {})]
 epochs = 3.0
 batch_size = 64
 micro_batch_size = 8

@@ -1,9 +1,11 @@
 """Fine-tune PaliGemma 2 3B (224 px): config/pali.py with Gemma 2's decoder.
 
-    torchrun --nproc_per_node=8 train.py config/pali.py config/pali2_3b_224.py --mix='{"/data/captions": 1.0}'
+    torchrun --nproc_per_node=8 train.py config/pali.py config/pali2_3b_224.py \
+        --mix='{"/data/captions": 1.0}'
 
-8 GPUs of 80 GB. Not run at this size by us (see config/pali.py). For 448 px: --vit.image_size=448 --seq_len=1152 and the
-448 repository in init_from, tokenizer and processor; other sizes interpolate the positions.
+8 GPUs of 80 GB. Not run at this size by us (see config/pali.py). For 448 px: --vit.image_size=448
+--seq_len=1152 and the 448 repository in init_from, tokenizer and processor; other sizes
+interpolate the positions.
 """
 out_dir = 'out/pali2'
 init_from = 'google/paligemma2-3b-pt-224'

@@ -1,12 +1,15 @@
-"""pi0 (arXiv 2410.24164): PaliGemma 3B and an action expert of 300 M, on your robot's demonstrations.
+"""pi0 (arXiv 2410.24164): PaliGemma 3B and an action expert of 300 M, on your robot's
+demonstrations.
 
-    python prepare/lerobot.py --source=/data/droid --out=datasets/robot && python prepare/stats.py --data=datasets/robot
+    python prepare/lerobot.py --data=/data/droid --out=datasets/robot
+    python prepare/stats.py --data=datasets/robot
     torchrun --nproc_per_node=8 train.py config/pi0_like.py --mix='{"robot": 1.0}'
 
-8 GPUs of 80 GB: weights, gradients and AdamW's state are float32, 16 bytes a parameter and 4 more for their average, shared
-by all ranks (fsdp=0), 8 GB each. Several robots: name each data set in `mix`; one with fewer numbers or cameras is padded
-and masked. The actions' sizes, the learning rate and its schedule are openpi's. Not run at this size by us: the model equals
-transformers' PI0 at random weights, and has its 3,238,179,600 parameters (tests/test_policy.py).
+8 GPUs of 80 GB: weights, gradients and AdamW's state are float32, 16 bytes a parameter and 4 more
+for their average, shared by all ranks (fsdp=0), 8 GB each. Several robots: name each data set in
+`mix`; one with fewer numbers or cameras is padded and masked. The actions' sizes, the learning
+rate and its schedule are openpi's. Not run at this size by us: the model equals transformers' PI0
+at random weights, and has its 3,238,179,600 parameters (tests/test_policy.py).
 """
 task = 'vla'
 out_dir = 'out/pi0_like'

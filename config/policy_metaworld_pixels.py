@@ -7,11 +7,12 @@
     python sample.py --out_dir=out/policy_metaworld_pixels --env=metaworld \
         --tasks=button-press-topdown,window-open,door-open,reach [--held_out=true]
 
-2 cores of an AMD EPYC, no GPU: 17 CPU-minutes. Goals that are in no demonstration, 20 episodes a task, seed 0: 85.0 % of 80
-(95 %: 75.6 to 91.2): button, window and door 20 times of 20, reach 8. In words of no demonstration 72.5 % (14, 19, 20, 5).
-5 episodes a task: the expert 100 %, a replayed demonstration 25 % (reach 0, door 0), random 0, zero 0, with another task's
-sentence 35 %, with a blank picture 5 %. (The demonstrations were older ones, whose first step had the picture of before the
-reset; prepare/metaworld.py has since been mended.)
+2 cores of an AMD EPYC, no GPU: 17 CPU-minutes. Goals that are in no demonstration, 20 episodes a
+task, seed 0: 85.0 % of 80 (95 %: 75.6 to 91.2): button, window and door 20 times of 20, reach 8.
+In words of no demonstration 72.5 % (14, 19, 20, 5). 5 episodes a task: the expert 100 %, a
+replayed demonstration 25 % (reach 0, door 0), random 0, zero 0, with another task's sentence 35 %,
+with a blank picture 5 %. (The demonstrations were older ones, whose first step had the picture of
+before the reset; prepare/metaworld.py has since been mended.)
 """
 task = 'policy'
 out_dir = 'out/policy_metaworld_pixels'

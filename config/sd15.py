@@ -1,17 +1,21 @@
-"""Stable Diffusion 1.5 (860 M parameters) goes on learning from your pictures and captions, on GPUs.
+"""Stable Diffusion 1.5 (860 M parameters) goes on learning from your pictures and captions, on
+GPUs.
 
-    hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir=models/sd15 --include='*.json' '*.txt' \
-        'unet/*.fp16.safetensors' 'vae/*.fp16.safetensors' 'text_encoder/*.fp16.safetensors'
+    hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --local-dir=models/sd15 \
+        --include='*.json' '*.txt' 'unet/*.fp16.safetensors' 'vae/*.fp16.safetensors' \
+        'text_encoder/*.fp16.safetensors'
     python prepare/latents.py --data=datasets/mine --vae=models/sd15 --image_size=512
     torchrun --nproc_per_node=8 train.py config/sd15.py --mix='{"mine-latents": 1.0}'
-    python sample.py --out_dir=out/sd15 --prompt='...' --guidance=7.5 --n=4     (or --out_dir=models/sd15: as it was)
-    python hub.py export out/sd15 folder                                        (a folder that diffusers loads)
+    python sample.py --out_dir=out/sd15 --prompt='...' --guidance=7.5 --n=4
+        (or --out_dir=models/sd15: as it was)
+    python hub.py export out/sd15 folder     (a folder that diffusers loads)
 
-Not run at full size by us. What was checked (tests/test_sd.py, random weights): every part's output and gradients, and
-whole pictures, against diffusers; the full-size models have as many parameters as published. The settings of unet, clip
-and vae are Stable Diffusion 1.5's; python hub.py config <folder> prints those of another folder. A data set of pictures
-does without prepare/latents.py: they are then encoded every time. Learning rate, batch and averaging: as the model
-cards of 1.4 and 1.5 have them (1e-4 for a batch of 2048), less for less.
+Not run at full size by us. What was checked (tests/test_sd.py, random weights): every part's
+output and gradients, and whole pictures, against diffusers; the full-size models have as many
+parameters as published. The settings of unet, clip and vae are Stable Diffusion 1.5's; python
+hub.py config <folder> prints those of another folder. A data set of pictures does without
+prepare/latents.py: they are then encoded every time. Learning rate, batch and averaging: as the
+model cards of 1.4 and 1.5 have them (1e-4 for a batch of 2048), less for less.
 """
 task = 't2i'
 denoiser = 'unet'

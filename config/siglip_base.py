@@ -1,9 +1,11 @@
-"""Match pictures and texts of your own, with the vision tower of SigLIP base/16 (224 px) to start from.
+"""Match pictures and texts of your own, with the vision tower of SigLIP base/16 (224 px) to start
+from.
 
-    python train.py config/siglip_base.py --mix='{"/data/captions": 1.0}' --tokenizer=google/siglip-base-patch16-224
+    python train.py config/siglip_base.py --mix='{"/data/captions": 1.0}' \
+        --tokenizer=google/siglip-base-patch16-224
 
-One GPU of 80 GB. The text tower begins anew: it is ours, not SigLIP's. Not run at this size by us: the tower equals
-transformers' at random weights, layer by layer (tests/test_hub.py).
+One GPU of 80 GB. The text tower begins anew: it is ours, not SigLIP's. Not run at this size by us:
+the tower equals transformers' at random weights, layer by layer (tests/test_hub.py).
 """
 task = 'siglip'
 out_dir = 'out/siglip_base'
@@ -22,7 +24,8 @@ decoder.mlp_dim = 2048
 decoder.num_heads = 12
 decoder.num_kv_heads = 12
 
-groups = [(r'^vit\.', {'lr_scale': 0.1}), (r'norm|bias|scale|embedding', {'weight_decay': 0.0}), (r'.*', {})]
+groups = [(r'^vit\.', {'lr_scale': 0.1}),
+          (r'norm|bias|scale|embedding', {'weight_decay': 0.0}), (r'.*', {})]
 epochs = 1.0
 batch_size = 512                # every picture is compared with every text of the batch
 lr = 3e-4

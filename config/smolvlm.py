@@ -2,8 +2,9 @@
 
     python train.py config/smolvlm.py --mix='{"/data/captions": 1.0}'
 
-One GPU of 24 GB. A picture is 64 tokens: 32 x 32 patches, 4 x 4 of them side by side in each. Not run at this size by us:
-the model equals transformers' at random weights, layer by layer (tests/test_hub.py).
+One GPU of 24 GB. A picture is 64 tokens: 32 x 32 patches, 4 x 4 of them side by side in each. Not
+run at this size by us: the model equals transformers' at random weights, layer by layer
+(tests/test_hub.py).
 """
 task = 'vlm'
 out_dir = 'out/smolvlm'
@@ -35,7 +36,8 @@ decoder.norm_offset = 0.0
 decoder.norm_eps = 1e-5
 decoder.rope_theta = 100000.0
 
-groups = [(r'^vit\.', {'lr_scale': 0.1}), (r'norm|bias|embedding', {'weight_decay': 0.0}), (r'.*', {})]
+groups = [(r'^vit\.', {'lr_scale': 0.1}),
+          (r'norm|bias|embedding', {'weight_decay': 0.0}), (r'.*', {})]
 epochs = 1.0
 batch_size = 64
 micro_batch_size = 16

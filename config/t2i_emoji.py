@@ -2,17 +2,20 @@
 
     python prepare/emoji.py && python train.py config/t2i_emoji.py
     python sample.py --out_dir=out/t2i_emoji --prompt='noto: red apple' --guidance=2 --n=16
-    python sample.py --out_dir=out/t2i_emoji --eval=heldout,mix --guidance=2 --judge=out/vlm_judge      (config/emoji_judge.py)
+    python sample.py --out_dir=out/t2i_emoji --eval=heldout,mix --guidance=2 \
+        --judge=out/vlm_judge       (config/emoji_judge.py)
 
-2 cores of an AMD EPYC, no GPU: 29 minutes, reckoned from the last 2,400 steps, which took 11 (the first 4,000 are those of a
-run of 8,000, which are the same). The judge, a captioner of 64 pixels that has seen all the real pictures, reads the right
-name, to the letter, in 97.9 % of the 1,183 that were drawn of trained pairs of a style and a name (in the real ones 100 %),
-and in 45.9 % of 61 pairs that were never trained (words, F1: 48.7 %; the name 143 further in the list: 0.0 % of both). Fréchet
-distance of the judge's features to the real pictures 34; of one half of the real ones to the other 152. (Of 61 pictures it
-says nothing.)
+2 cores of an AMD EPYC, no GPU: 29 minutes, reckoned from the last 2,400 steps, which took 11 (the
+first 4,000 are those of a run of 8,000, which are the same). The judge, a captioner of 64 pixels
+that has seen all the real pictures, reads the right name, to the letter, in 97.9 % of the 1,183
+that were drawn of trained pairs of a style and a name (in the real ones 100 %), and in 45.9 % of
+61 pairs that were never trained (words, F1: 48.7 %; the name 143 further in the list: 0.0 % of
+both). Fréchet distance of the judge's features to the real pictures 34; of one half of the real
+ones to the other 152. (Of 61 pictures it says nothing.)
 
-A pair has one picture, and that is learned by heart: of 16 drawn from one sentence, 16 are alike. --max_steps=8000
---decay=0.5: 98.7 and 44.3 %, distance 38; with --guidance=4 95.4 and 39.3 %, 171; with 1, held-out pairs 41.0 %.
+A pair has one picture, and that is learned by heart: of 16 drawn from one sentence, 16 are alike.
+--max_steps=8000 --decay=0.5: 98.7 and 44.3 %, distance 38; with --guidance=4 95.4 and 39.3 %, 171;
+with 1, held-out pairs 41.0 %.
 """
 task = 't2i'
 out_dir = 'out/t2i_emoji'

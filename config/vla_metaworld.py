@@ -1,4 +1,5 @@
-"""A vision-language-action model from the captioner of `make demo`: four tasks of MetaWorld, told apart by the sentence.
+"""A vision-language-action model from the captioner of `make demo`: four tasks of MetaWorld, told
+apart by the sentence.
 
     make demo
     (the data as config/policy_metaworld_pixels.py makes them)
@@ -6,11 +7,13 @@
     python sample.py --out_dir=out/vla_metaworld --env=metaworld \
         --tasks=button-press-topdown,window-open,door-open,reach [--held_out=true]
 
-2 cores of an AMD EPYC, no GPU: 20 CPU-minutes. Goals that are in no demonstration, 20 episodes a task, seed 0: 83.8 % of 80
-(95 %: 74.2 to 90.3): button, window and door 20 times of 20, reach 7. In words of no demonstration 87.5 % (20, 19, 19, 12).
-5 episodes a task: the expert 100 %, a replayed demonstration 25 % (reach 0, door 0), random 0, zero 0, with another
-task's sentence 50 % (button and window are done all the same: the picture says enough), with a blank picture 5 %. Measured
-with --init_from=out/vlm_judge (config/emoji_judge.py, the same model, which saw 61 pictures more), not out/vlm_emoji.
+2 cores of an AMD EPYC, no GPU: 20 CPU-minutes. Goals that are in no demonstration, 20 episodes a
+task, seed 0: 83.8 % of 80 (95 %: 74.2 to 90.3): button, window and door 20 times of 20, reach 7.
+In words of no demonstration 87.5 % (20, 19, 19, 12). 5 episodes a task: the expert 100 %, a
+replayed demonstration 25 % (reach 0, door 0), random 0, zero 0, with another task's sentence 50 %
+(button and window are done all the same: the picture says enough), with a blank picture 5 %.
+Measured with --init_from=out/vlm_judge (config/emoji_judge.py, the same model, which saw 61
+pictures more), not out/vlm_emoji.
 """
 task = 'vla'
 out_dir = 'out/vla_metaworld'

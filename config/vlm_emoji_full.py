@@ -1,5 +1,5 @@
-"""All 1,510 names, in one stage. Not part of the demo: 12,000 steps of 128 take about an hour on 2 cores, reckoned
-from the speed of the others; it has not been run to its end.
+"""All 1,510 names, in one stage. Not part of the demo: 12,000 steps of 128 take about an hour on 2
+cores, reckoned from the speed of the others; it has not been run to its end.
 
     python prepare/emoji.py && python train.py config/vlm_emoji_full.py
 """

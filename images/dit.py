@@ -203,7 +203,7 @@ class TextToImage(nn.Module):
         return torch.where(rows, empty, tokens), torch.where(rows, empty_segments, segments)
 
     def forward(self, tokens, segments, pixels, rows, keys=None, noise=None, time=None):
-        """{'pictures': their mean squared errors}. pixels (I, C, H, W), of the rows of tokens (I,).
+        """{'pictures': their mean squared errors}. pixels (I, C, H, W), of rows (I,) of tokens.
 
         keys int64 (B,) give noise, times and who learns without a sentence; noise (I, C, H, W) and
         time (I,) may be given instead. Outside of training no sentence is dropped."""

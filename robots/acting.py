@@ -57,7 +57,10 @@ def sample(run, options):
         if options.env not in ('metaworld', 'pusht'):
             raise ValueError(f'--env={options.env}: {where} is task={task}; policies act in '
                              'metaworld or pusht')
-        act_out(run, options)
+        try:
+            act_out(run, options)
+        except ImportError as error:        # simulators are packages of their own
+            raise ValueError(f'--env={options.env}: {error}') from error
     else:
         raise ValueError(f'{where} is task={task}: give --env=metaworld or --serve_policy=8000')
 
@@ -66,36 +69,40 @@ def sample(run, options):
 # observations to actions
 
 
-def is_told(run):
-    """Does the policy read a sentence?"""
+def reads_words(run):
+    """Does the policy read a sentence? A VLA always does."""
     return run.settings.get('policy.encoder') != 'none'
 
 
 def policy_of(run, options, words=None, is_blank=False, action_dim=0):
-    """A function of observations, as rollouts takes it. words: task -> the sentence it is told;
-    is_blank: it sees white pictures; action_dim: of a robot with fewer numbers than the run's
-    largest."""
-    own_dim = len(run.kept['stats.json']['actions']['mean'])
-    action_dim = action_dim or own_dim
+    """A function of observations, as rollouts.rollouts takes it. words: task -> the sentence it is
+    told; is_blank: it sees white pictures; action_dim: of a robot with fewer numbers than the
+    run's largest."""
+    action_dim = action_dim or len(run.kept['stats.json']['actions']['mean'])
 
     def act(observations):
         """Actions (A, T, D) in the robot's units."""
+        # the batch is made as training makes it, of samples that are observations
         pieces = []
         for observation in observations:
             sample = sample_of(run, observation, words, is_blank, action_dim)
             piece, = run.processor.row(sample)
-            # noise is by (seed, step), so any batching of robots gives the same actions
             position = observation['seed'] * 4096 + observation['step']
             pieces.append(piece | dict(part=0, position=position))
         tensors = run.inputs(shortened(collate(pieces, run.processor)))
-        lowdim, proprio = tensors['lowdim'], proprio_of(run, observations)
+
+        # noise is by (seed, step): in another batch a robot's actions are the same to rounding
         positions = torch.tensor([piece['position'] for piece in pieces])
-        lowdim['keys'] = random_keys(options.seed, positions).to(run.device)
+        keys = random_keys(options.seed, positions).to(run.device)
+        lowdim = tensors['lowdim'] | dict(keys=keys)
         seen = {key: tensors.get(key) for key in ('tokens', 'pixels', 'blocks', 'segments')}
         chunk = run.model.sample(**seen, lowdim=lowdim, steps=options.sample_steps,
                                  sampler=options.sampler)
-        chunk = run.units.decode(chunk, proprio)
+
+        # relative actions begin at the state, in the robot's own units
+        chunk = run.units.decode(chunk, states_of(run, observations))
         return chunk[..., :action_dim].cpu().numpy()
+
     return act
 
 
@@ -108,15 +115,16 @@ def sample_of(run, observation, words, is_blank, action_dim):
     if is_blank:
         pictures = [np.full_like(picture, 255) for picture in pictures]
     instruction = words(observation['task']) if words else observation['instruction']
-    proprio = np.asarray(observation['proprio'], np.float32)
-    # the chunk that is to come: its numbers are not looked at, how many there are is
+
+    # of the chunk that is to come it is only looked at how large it is
     chunk = np.zeros((run.settings['action_steps'], action_dim), np.float32)
-    lowdim = dict(actions=chunk, is_pad=np.zeros(len(chunk), bool), proprio=proprio)
+    lowdim = dict(actions=chunk, is_pad=np.zeros(len(chunk), bool),
+                  proprio=np.asarray(observation['proprio'], np.float32))
     return dict(pictures=pictures, picture_names=list(names), instruction=instruction,
                 lowdim=lowdim)
 
 
-def proprio_of(run, observations):
+def states_of(run, observations):
     """The states as the robots have them, (A, P), padded with zeros to the run's size."""
     states = torch.zeros(len(observations), run.settings['proprio_dim'], device=run.device)
     for row, observation in zip(states, observations):
@@ -127,7 +135,7 @@ def proprio_of(run, observations):
 
 def shortened(batch):
     """A batch without the columns that are padding in every row."""
-    if 'segments' not in batch:
+    if 'segments' not in batch:         # every row is full
         return batch
     width = int((batch['segments'] > 0).any(0).nonzero()[0].max()) + 1
     cut = {key: batch[key][:, :width] for key in ('tokens', 'targets', 'blocks', 'segments')
@@ -140,34 +148,42 @@ def shortened(batch):
 
 
 def demonstrations(run, options, names):
-    """{task: actions (T, D)} of one demonstration each, in the run's data sets; nothing of those
-    that have none."""
+    """{task: actions (T, D)}: one demonstration of each task that the run's data sets have."""
     found = {}
-    for name in run.settings['mix']:
-        folder = shards.Folder(name, options.data_dir or run.settings['data_dir'])
+    for data_set in run.settings['mix']:
+        folder = shards.Folder(data_set, options.data_dir or run.settings['data_dir'])
         for shard, size in enumerate(folder.sizes):
             read_demonstrations(folder, shard, size, names, found)
     return {task: found[task] for task in names if task in found}
 
 
 def read_demonstrations(folder, shard, size, names, found):
-    """The first episode of a shard of steps, or every first one of each task in a shard of whole
+    """The first episode of a shard of steps, or the first of each task in a shard of whole
     episodes, into `found`."""
-    i, is_episode = 0, False
-    while i < size and not (is_episode and set(names) <= set(found)):
-        members = folder.read(shard, i)
-        meta, low = json.loads(members['json']), actions.read(members).get('lowdim')
+    index, is_episode = 0, False
+    while index < size and not (is_episode and set(names) <= set(found)):
+        members = folder.read(shard, index)
+        meta, lowdim = json.loads(members['json']), actions.read(members).get('lowdim')
         task, is_episode = meta.get('task'), 'lowdim.npy' in members
-        if low is None:
+        if lowdim is None:
             return
+
+        # an episode is read whole, from its first step on: the next begins behind its last
         if is_episode:
-            found.setdefault(task, low['actions'])
-            i += len(low['actions'])
+            found.setdefault(task, lowdim['actions'])
+            index += len(lowdim['actions'])
             continue
+
+        # steps one by one, until the next episode begins; such a shard has one task
         if meta.get('frame', 0) < len(found.get(task, ())):
-            return                  # the next episode begins; a shard of steps has one task
-        found.setdefault(task, []).append(low['actions'][0])
-        i += 1
+            return
+        found.setdefault(task, []).append(lowdim['actions'][0])
+        index += 1
+
+
+def held_out_words(task):
+    """A sentence for a task that no demonstration has."""
+    return simulators.instruction(task, held_out=True)
 
 
 def policies_of(run, options, robot, names):
@@ -175,14 +191,12 @@ def policies_of(run, options, robot, names):
     def own(words=None, is_blank=False):
         return policy_of(run, options, words, is_blank, robot.action_dim)
 
-    words = None
-    if options.held_out:
-        def words(task):
-            return simulators.instruction(task, 0, True)
+    words = held_out_words if options.held_out else None
     policies = {'policy': own(words)}
     if not options.controls or options.env != 'metaworld':
         return policies
 
+    # what does not look: MetaWorld's actions are four numbers of -1 to 1
     execute = options.execute
     policies['expert'] = metaworld.expert
     policies['random'] = rollouts.random_policy([-1] * 4, [1] * 4, execute)
@@ -190,7 +204,9 @@ def policies_of(run, options, robot, names):
     shown = demonstrations(run, options, names)
     if set(shown) == set(names):
         policies['replay'] = rollouts.replay(shown, execute)
-    if len(names) > 1 and is_told(run):
+
+    # and the policy itself, told of another task, or blind
+    if len(names) > 1 and reads_words(run):
         next_task = dict(zip(names, names[1:] + names[:1]))
         policies['wrong words'] = own(lambda task: simulators.instruction(next_task[task]))
     if run.processor.eyes:
@@ -208,17 +224,19 @@ def act_out(run, options):
         raise ValueError(f'--tasks={options.tasks}: {name!r} is none of {", ".join(known)}')
     check_sizes(run, options, robot)
 
-    chosen = [(name, simulators.TEST_SEED + i) for name in names for i in range(options.episodes)]
+    # every policy meets the same goals
+    seeds = range(simulators.TEST_SEED, simulators.TEST_SEED + options.episodes)
+    episodes = [(name, seed) for name in names for seed in seeds]
     for label, policy in policies_of(run, options, robot, names).items():
-        won = play(run, options, robot, chosen, label, policy)
-        low, high = rollouts.wilson(sum(won.values()), len(chosen))
-        share = sum(won.values()) / len(chosen)
+        won = play(run, options, robot, episodes, label, policy)
+        low, high = rollouts.wilson(sum(won.values()), len(episodes))
+        share = sum(won.values()) / len(episodes)
         if options.json:
             print(json.dumps(dict(policy=label, success=share, low=low, high=high,
                                   episodes=options.episodes, tasks=won)), flush=True)
         else:
             each = ', '.join(f'{name} {n}' for name, n in won.items())
-            print(f'{label:14} {share:6.1%} [{low:.1%}, {high:.1%}] of {len(chosen)}: {each}',
+            print(f'{label:14} {share:6.1%} [{low:.1%}, {high:.1%}] of {len(episodes)}: {each}',
                   flush=True)
 
 
@@ -228,51 +246,55 @@ def check_sizes(run, options, robot):
     if options.env == 'metaworld' and run.processor.eyes:
         proprio_dim = robot.hand_dim                # who sees is not told where things are
     stats = run.kept['stats.json']
-    own = len(stats['actions']['mean']), len(stats['proprio']['mean'])
-    if own[0] < robot.action_dim or own[1] < proprio_dim:
+    own_actions, own_states = len(stats['actions']['mean']), len(stats['proprio']['mean'])
+    if own_actions < robot.action_dim or own_states < proprio_dim:
         raise ValueError(f'--env={options.env}: actions of {robot.action_dim} and states of '
-                         f'{proprio_dim} numbers, {options.out_dir} was trained on {own[0]} and '
-                         f'{own[1]}')
+                         f'{proprio_dim} numbers, {options.out_dir} was trained on {own_actions} '
+                         f'and {own_states}')
 
 
-def play(run, options, robot, chosen, label, policy):
-    """{task: successes} of a policy in the chosen episodes; the run's own is filmed and recorded,
-    where that is asked for."""
+def play(run, options, robot, episodes, label, policy):
+    """{task: successes} of a policy in episodes [(task, seed), ...]; the run's own is filmed and
+    recorded, where that is asked for."""
     is_blind, is_own = not run.processor.eyes, label == 'policy'
     size = 0
     if not is_blind:
         size = run.settings['vit.image_size']
     elif options.film:
         size = FILM_SIZE
-    sink, shown = None, ()
+
+    # filmed: the first episode of each task; shown: whose pictures are kept; kept: whose states
+    # and actions are
+    filmed, shown, kept, recorder = (), (), (), None
     if options.film and is_own:
-        shown = chosen[::options.episodes]
-    filmed = shown
+        filmed = shown = episodes[::options.episodes]
     if options.record and is_own:
-        sink = record.Recorder(options.record, run.settings['action_steps'])
+        recorder, kept = record.Recorder(options.record, run.settings['action_steps']), episodes
         if not is_blind:
-            shown = chosen
+            shown = episodes
 
     def make(task):
         return simulators.make(task, size, run.settings['cameras'] or ('near',), 0, is_blind)
 
-    won = {task: 0 for task, _ in chosen}
-    # with pictures, an environment takes 60 MB
+    # the expert looks at every step; with pictures, an environment takes 60 MB
+    execute, won = options.execute, {task: 0 for task, _ in episodes}
+    if label == 'expert':
+        execute = 1
     for _, result in rollouts.rollouts(
-            chosen, policy, 1 if label == 'expert' else options.execute, make=make,
-            parallel=min(options.batch_size, 16), processes=options.processes,
-            keep=chosen if sink else (), show=shown, blind=is_blind):
+            episodes, policy, execute, make=make, parallel=min(options.batch_size, 16),
+            processes=options.processes, keep=kept, show=shown, blind=is_blind):
         task = result['task']
         won[task] += result['success']
         if (task, result['seed']) in filmed:
             path = record.write_film(options.film, task, result['pictures'], robot.fps)
             print(f'film of {task}: {path}', file=sys.stderr)
-        if sink:
+        if recorder:
+            # the sentence that the policy was told
             if options.held_out:
-                result = result | dict(instruction=simulators.instruction(task, 0, True))
-            sink.write(result, robot.fps, not is_blind)
-    if sink:
-        print(f'{options.record}: {sink.close()} steps recorded', file=sys.stderr)
+                result = result | dict(instruction=held_out_words(task))
+            recorder.write(result, robot.fps, not is_blind)
+    if recorder:
+        print(f'{options.record}: {recorder.close()} steps recorded', file=sys.stderr)
     return won
 
 
@@ -282,22 +304,32 @@ def play(run, options, robot, chosen, label, policy):
 
 def answer_robots(run, options):
     """A server, until SIGTERM or Ctrl-C; see serve/server.py."""
-    side, cameras = run.settings['vit.image_size'], []
+    cameras = []
     if run.processor.eyes:
         cameras = run.settings['cameras'] or ['image']
-    states = len(run.kept['stats.json']['proprio']['mean'])
-    fields = dict(proprio=('float32', (states,), False),
-                  instruction=('str', (), not is_told(run)))
+
+    # what an observation holds: (dtype, shape, may it be missing)
+    side = run.settings['vit.image_size']
+    num_states = len(run.kept['stats.json']['proprio']['mean'])
+    fields = dict(proprio=('float32', (num_states,), False),
+                  instruction=('str', (), not reads_words(run)))
     for name in cameras:
         fields[name] = 'uint8', (side, side, 3), False
     fields |= dict(seed=('int64', (), True), step=('int64', (), True))
     policy = policy_of(run, options)
 
     def act(observations):
-        return policy([each | dict(pictures={name: each[name] for name in cameras})
-                       for each in observations])
+        """Pictures come beside the rest; a simulator has them in a dict."""
+        given = []
+        for observation in observations:
+            pictures = {name: observation[name] for name in cameras}
+            given.append(observation | dict(pictures=pictures))
+        return policy(given)
 
-    server = Server(act, fields, options.serve_policy, options.serve_host, options.batch_size)
+    try:
+        server = Server(act, fields, options.serve_policy, options.serve_host, options.batch_size)
+    except OSError as error:
+        raise OSError(f'--serve_policy={options.serve_policy}: {error.strerror}') from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, server.end)
     server.run()

@@ -23,6 +23,8 @@ class MLPDenoiser(nn.Module):
         self.time = nn.Sequential(nn.Linear(c.width, c.width), nn.SiLU(),
                                   nn.Linear(c.width, c.width))
         self.input = nn.Linear(math.prod(self.shape) + condition, c.width)
+
+        # a norm before each layer, and one more at the end
         self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(c.depth + 1))
         self.blocks = nn.ModuleList()
         for _ in range(c.depth):
@@ -32,6 +34,7 @@ class MLPDenoiser(nn.Module):
 
     def forward(self, x, time, condition):
         """x (B, T, D), time's embedding (B, W), condition (B, C) -> (B, T, D)."""
+        # a chunk is short enough to be one vector; time is added in every layer
         time = self.time(time)
         h = self.input(torch.cat((x.flatten(1), condition), 1))
         for norm, block in zip(self.norms, self.blocks):
@@ -42,6 +45,7 @@ class MLPDenoiser(nn.Module):
 def windows(x, size, stride=1):
     """(B, T, C) -> (B, T / stride, size * C). A convolution over time is a Linear on these: as
     short as chunks are, it takes a third to two thirds of the time of conv1d."""
+    # zeros before the first action and behind the last, as a convolution's own padding
     x = F.pad(x, (0, 0, size // 2, size // 2))
     return x.unfold(1, size, stride).transpose(2, 3).flatten(2)
 
@@ -55,6 +59,7 @@ class Upsample(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x):
+        # each place reaches four of the output, so each of those has two taps of neighbours
         a, b, c, d = F.pad(self.taps(x), (0, 0, 1, 1)).chunk(4, -1)             # (B, T + 2, C)
         pairs = b[:, 1:-1] + d[:, :-2], c[:, 1:-1] + a[:, 2:]
         return torch.stack(pairs, 2).flatten(1, 2) + self.bias
@@ -78,6 +83,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x, condition):
         """x (B, T, inputs), condition (B, C) after its Mish -> (B, T, outputs)."""
+        # GroupNorm wants channels before time
         scale, shift = self.film(condition)[:, None].chunk(2, -1)
         h = F.mish(self.norm1(self.conv1(windows(x, self.kernel_size)).mT)).mT
         h = torch.addcmul(shift, scale, h)
@@ -100,6 +106,7 @@ class UNet1d(nn.Module):
             return nn.ModuleList((ConvBlock(i, o, condition, kernel_size),
                                   ConvBlock(o, o, condition, kernel_size)))
 
+        # down: two blocks, then half the length; up: double, and the skip of that length
         sizes = [action_dim, *channels]
         steps_up = list(zip(channels, channels[1:]))[::-1]
         self.down = nn.ModuleList(pair(i, o) for i, o in zip(sizes, channels))
@@ -113,13 +120,16 @@ class UNet1d(nn.Module):
 
     def forward(self, x, time, condition):
         """x (B, T, D), time's embedding (B, W), condition (B, C) -> (B, T, D)."""
-        condition = F.mish(torch.cat((self.time(time), condition), 1))      # before every film
+        # the Mish before every film is the same
+        condition = F.mish(torch.cat((self.time(time), condition), 1))
         skips = []
         for level, (first, second) in enumerate(self.down):
             x = second(first(x, condition), condition)
             skips.append(x)
             if level < len(self.downsample):
                 x = self.downsample[level](windows(x, 3, 2))
+
+        # skips from the last resolution on; that of the first is left
         x = self.middle[1](self.middle[0](x, condition), condition)
         for (first, second), upsample in zip(self.up, self.upsample):
             x = torch.cat((x, skips.pop()), -1)
@@ -142,9 +152,10 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(c.width, eps=1e-6)
         self.output = nn.Linear(c.width, c.action_dim)
 
+    # masks and context are those of a DenoiserBlock
     def forward(self, x, time, condition, mask=None, context=None, context_mask=None):
-        """x (B, T, D), time's embedding (B, W), condition (B, C), masks and context as in a
-        block -> (B, T, D)."""
+        """x (B, T, D), time's embedding (B, W), condition (B, C) -> (B, T, D)."""
+        # one vector modulates all layers; each of them applies its own matrix to it
         condition = F.silu(self.time(time) + self.condition(condition))
         x = self.input(x) + self.pos_embed
         for block in self.blocks:
@@ -161,7 +172,8 @@ class Pool(nn.Module):
 
     def __init__(self, context, width, queries):
         super().__init__()
-        self.pos_embed = nn.Parameter(torch.randn(1, queries, context))     # the queries
+        # the queries; so named, they are trained without weight decay
+        self.pos_embed = nn.Parameter(torch.randn(1, queries, context))
         self.norm, self.o = nn.LayerNorm(context), nn.Linear(context, width)
 
     def forward(self, x, mask):

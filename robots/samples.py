@@ -15,28 +15,36 @@ from robots.chunks import nothing
 from shards import BadSample
 
 # what stands for a camera that is missing: a black pixel, as PNG
-BLACK = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2F'
-                         'zhVAAAAAElFTkSuQmCC')
+BLACK = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2'
+                         'FzhVAAAAAElFTkSuQmCC')
+# of these a run keeps the statistics that it began with
 FILES = ('stats.json',)
 
 
 def form(sample, p):
     """<image>..., bos, instruction, newline, all seen by all, and an answer, if there is one, as
     paligemma has it; beside them the actions and the state."""
-    lowdim = sample.get('lowdim') or actions.read(sample['members']).get('lowdim')
+    # an observation brings its arrays, as robots/acting.py makes it; a shard's sample has a member
+    lowdim = sample.get('lowdim') or actions.read(sample.get('members', {})).get('lowdim')
     beside = []
     if lowdim:
-        if not sample['pictures'] and not sample.keys() & {'text', 'suffix', 'messages'}:
-            sample.setdefault('instruction', '')        # a state alone is a sample
         beside = [(padded(lowdim, p.settings), BESIDE)]
+
+    # a state alone is a sample, and so is a text alone
+    has_words = sample.keys() & {'text', 'suffix', 'messages'}
+    if lowdim and not sample['pictures'] and not has_words:
+        sample.setdefault('instruction', '')
     if is_document(sample):
         return document(sample, p) + beside
 
+    # what is seen
     pictures = [(picture, SEEN) for picture in sample['pictures']]
     if p.settings['cameras'] and p.eyes:
         pictures, mask = by_camera(sample, p.settings['cameras'])
         if beside:
             beside.append((dict(camera_mask=mask), BESIDE))
+
+    # what is said; most samples of robots have no answer
     prefix, suffix = question(sample, p)
     parts = [*pictures, (p.tokenizer.bos_id, SEEN), (prefix + '\n', SEEN)]
     if suffix:
@@ -66,12 +74,19 @@ def padded(lowdim, settings):
     if len(chunk) > steps or chunk.shape[1] > size or len(proprio) > state_size:
         raise BadSample(f'actions {chunk.shape} and proprio {proprio.shape} are larger than '
                         f'action_steps={steps}, action_dim={size}, proprio_dim={state_size}')
+
+    # everything is padding
     out = dict(actions=np.zeros((steps, size), np.float32), is_pad=np.ones(steps, bool),
                action_mask=np.zeros(size, bool), proprio=np.zeros(state_size, np.float32),
                proprio_mask=np.zeros(state_size, bool))
+
+    # but for what the robot has, which comes first
     h, d = chunk.shape
-    out['actions'][:h, :d], out['is_pad'][:h], out['action_mask'][:d] = chunk, is_pad, True
-    out['proprio'][:len(proprio)], out['proprio_mask'][:len(proprio)] = proprio, True
+    out['actions'][:h, :d] = chunk
+    out['is_pad'][:h] = is_pad
+    out['action_mask'][:d] = True
+    out['proprio'][:len(proprio)] = proprio
+    out['proprio_mask'][:len(proprio)] = True
     return out
 
 
@@ -81,6 +96,7 @@ def padded(lowdim, settings):
 
 def check(settings):
     """What both tasks ask of their settings. Raises ValueError."""
+    # the model's are filled in by `sizes`
     task = settings['task']
     for key in ('action_dim', 'action_steps', 'proprio_dim'):
         inside = settings[f'{task}.{key}']
@@ -94,12 +110,14 @@ def check(settings):
 
 
 def sizes(settings):
+    """What samples and the model's config have in common."""
     return {key: settings[key] for key in ('action_steps', 'action_dim', 'proprio_dim')}
 
 
 def statistics(settings, folders):
     """stats.json of prepare/stats.py: the setting's, or the one beside the one data set of a mix.
     Raises ValueError."""
+    # normalised by other numbers, the actions of one data set are not those of another
     path = settings['stats']
     if not path and len(folders) > 1:
         names = ','.join(folder.path for folder in folders)
@@ -129,7 +147,7 @@ def prepare(run):
 
 def count_actions(batch):
     """Numbers of actions in a batch, as far as they are learned."""
-    if 'beside' not in batch:
+    if 'beside' not in batch:           # a batch of texts and pictures
         return 0
     steps = (~batch['beside']['is_pad']).sum(1)
     return int((steps * batch['beside']['action_mask'].sum(1)).sum())

@@ -153,11 +153,11 @@ def body_of(settings):
     return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
 
 
-def that_have(key):
+def that_have(key, settings='TrainSettings'):
     """The tasks that have a setting, for the one who gave it to another."""
     # which is for those who ask for help, and here
     from usage import settings_in
-    return [name for name in names() if key in settings_in(path_of(name), 'TrainSettings')]
+    return [name for name in names() if key in settings_in(path_of(name), settings)]
 
 
 def kept(task):

@@ -40,10 +40,11 @@ class PolicyConfig:
     mlp_dim: int = 1024
     num_heads: int = 8          # transformer
     pool: int = 4               # mlp, unet: tokens become so many vectors of width `width`
-    channels: tuple = (256, 512, 1024)      # unet: one for each halving of the chunk, and the first
+    channels: tuple = (256, 512, 1024)      # unet: of each halving of the chunk, and the first
     kernel_size: int = 5        # unet
     objective: str = 'flow'     # flow | ddpm
-    time: str = 'uniform'       # flow: how training times fall: uniform | beta (pi0) | logit_normal
+    time: str = 'uniform'       # flow: how training times fall: uniform | beta (pi0) |
+    #                             logit_normal
     shift: float = 1.0          # flow: above 1: times are noisier
     schedule: str = 'squaredcos_cap_v2'     # ddpm: linear | scaled_linear | squaredcos_cap_v2
     schedule_steps: int = 100   # ddpm
@@ -65,9 +66,13 @@ class PolicyConfig:
         for name in ('action_dim', 'action_steps', 'num_noise_draws', 'pool'):
             if getattr(self, name) < 1:
                 raise ValueError(f'policy.{name}={getattr(self, name)} must be at least 1')
+        if self.proprio_dim < 0:
+            raise ValueError(f'policy.proprio_dim={self.proprio_dim} must be at least 0')
         if self.width % (2 * self.num_heads):
             raise ValueError(f'policy.width={self.width} must be a multiple of twice '
                              f'policy.num_heads={self.num_heads}')
+
+        # the U-Net halves the chunk, and its norms are of eight groups
         if self.denoiser != 'unet':
             return
         unit = 2 ** (len(self.channels) - 1)
@@ -102,7 +107,8 @@ class TrainSettings:
     augment = False             # pictures change a little every time they are seen
 
 
-KEPT = ('pixel_shuffle', 'connector_bias', 'action_steps', 'action_dim', 'proprio_dim', 'normalize')
+KEPT = ('pixel_shuffle', 'connector_bias', 'action_steps', 'action_dim', 'proprio_dim',
+        'normalize')
 
 
 def check(settings, world):
@@ -111,6 +117,7 @@ def check(settings, world):
 
 
 def eyes(settings):
+    """A pictures.Eyes, or None where pictures are not seen."""
     if settings['policy.encoder'] == 'vlm':
         return pictures.eyes_of(settings, settings['vit.image_size'])
     return None
@@ -151,6 +158,8 @@ class DiffusionPolicy(nn.Module):
         # the part that a language or vision-language model begins
         self.reader = 'encoder' if encoder else ''
         self.schedule = schedule_of(c)
+
+        # context: numbers of a token; condition: those of the vector that modulates
         self.pool, context, condition = None, 0, max(c.proprio_dim, 1)
         if encoder:
             decoder = getattr(encoder, 'decoder', encoder)
@@ -158,9 +167,11 @@ class DiffusionPolicy(nn.Module):
             context = decoder.config.width
             # a token that is there when no other is
             self.blank = nn.Parameter(torch.zeros(1, 1, context))
-            if c.denoiser != 'transformer':
-                self.pool = Pool(context, c.width, c.pool)
-                condition += c.pool * c.width
+        # a transformer reads tokens itself
+        if encoder and c.denoiser != 'transformer':
+            self.pool = Pool(context, c.width, c.pool)
+            condition += c.pool * c.width
+
         if c.denoiser == 'mlp':
             self.denoiser = MLPDenoiser(c, condition)
         elif c.denoiser == 'unet':
@@ -179,6 +190,8 @@ class DiffusionPolicy(nn.Module):
         condition = state_of(lowdim, self.config, batch, device)
         if self.encoder is None:
             return condition, None, None
+
+        # what the encoder makes of every token
         if isinstance(self.encoder, VLM):
             if blocks is None:
                 blocks = self.encoder.default_blocks(tokens)
@@ -189,6 +202,8 @@ class DiffusionPolicy(nn.Module):
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if segments is not None:
             mask = segments > 0
+
+        # of the rows that have actions, with the token that is always there
         if 'rows' in lowdim:
             x, mask = x[lowdim['rows']], mask[lowdim['rows']]
         x = torch.cat((self.blank.to(x).expand(len(x), -1, -1), x), 1)
@@ -203,6 +218,8 @@ class DiffusionPolicy(nn.Module):
         time = sincos(self.schedule.fraction(t), self.config.width)
         if self.config.denoiser != 'transformer':
             return self.denoiser(x, time, condition)
+
+        # padded actions are in no segment: nobody sees them
         mask = None
         if valid is not None:
             steps = valid.any(2).long()
@@ -222,6 +239,8 @@ class DiffusionPolicy(nn.Module):
         encoded = self.encode(lowdim, tokens, pixels, blocks, segments, len(lowdim['actions']),
                               device)
         x, t, target, valid = draws_of(lowdim, self.schedule, draws, noise, time)
+
+        # one pass of the encoder serves all noisy versions of a chunk
         repeated = []
         for each in encoded:
             repeated.append(None if each is None else each.repeat_interleave(draws, 0))
@@ -245,17 +264,18 @@ class DiffusionPolicy(nn.Module):
         device, was_training = next(self.parameters()).device, self.training
         self.eval()
         lowdim = lowdim or {}
-        x, wanted = start_of(lowdim, self.config, noise)
+        x, is_wanted = start_of(lowdim, self.config, noise)
         encoded = self.encode(lowdim, tokens, pixels, blocks, segments, len(x), device)
 
+        # numbers that a robot does not have are 0 there, as in training
         def predict(x, t):
-            return self.denoise(x.where(wanted, 0), t, *encoded)
+            return self.denoise(x.where(is_wanted, 0), t, *encoded)
 
         if not sampler:
             sampler = 'euler' if self.config.objective == 'flow' else 'ddim'
         x = self.schedule.sample(predict, x, steps, sampler, lowdim.get('keys'))
         self.train(was_training)
-        return x.where(wanted, 0)
+        return x.where(is_wanted, 0)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -263,6 +283,7 @@ class DiffusionPolicy(nn.Module):
 
 
 def count(batch):
+    """{kind: targets of a batch}; a sentence is read, not learned."""
     return {'actions': samples.count_actions(batch)}
 
 

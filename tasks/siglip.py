@@ -80,8 +80,8 @@ def build(settings, tokenizer, load_weights=True):
     """The SigLIP of the settings. Raises ValueError."""
     decoder = sized(part(settings, 'decoder', DecoderConfig), tokenizer.vocab_size)
     if decoder.hf:
-        raise ValueError(f'decoder.hf={decoder.hf!r}: the text tower of task=siglip is ours, which '
-                         'reads texts in both directions')
+        raise ValueError(f'decoder.hf={decoder.hf!r}: the text tower of task=siglip is ours, '
+                         'which reads texts in both directions')
     config = VLMConfig(part(settings, 'vit', ViTConfig), decoder)
     vit = tower('vit', config.vit, tokenizer, load_weights)
     return SigLIP(config, settings['pair_scale'], settings['pair_bias'], vit)
@@ -123,8 +123,8 @@ class SigLIP(nn.Module):
         """{'pairs': the sum over all texts of a picture's sigmoid losses}; equal texts are all
         positives.
 
-        rows (I,): the rows of tokens that the pictures belong to. texts, text_segments (N, T): what
-        every picture is compared with; without them, the texts of the batch."""
+        rows (I,): the rows of tokens that the pictures belong to. texts, text_segments (N, T):
+        what every picture is compared with; without them, the texts of the batch."""
         T, tokens, segments = tokens.shape[1], tokens[rows], segments[rows]
         if texts is None:
             texts, text_segments = tokens, segments

@@ -1,8 +1,9 @@
 """Text to image: a diffusion transformer, or Stable Diffusion's U-Net, in pixels or in latents.
 
     python train.py config/t2i_emoji.py
-    python sample.py --out_dir=out/t2i_emoji --prompt='noto: red apple' --n=16      (PNGs in samples/)
-    python sample.py --out_dir=out/t2i_emoji --prompt=... --image=a.png --strength=0.6 [--mask=b.png]
+    python sample.py --out_dir=out/t2i_emoji --prompt='noto: red apple' --n=16  (PNGs in samples/)
+    python sample.py --out_dir=out/t2i_emoji --prompt=... --image=a.png [--strength=0.6]
+                                [--mask=b.png]
     python sample.py --out_dir=<a folder of diffusers> --prompt='a red apple' --guidance=7.5 --n=4
     python sample.py --out_dir=out/t2i_emoji --eval=mix,heldout --judge=out/vlm_judge
                                 (what a captioner reads in its pictures, and in the real ones)
@@ -40,8 +41,8 @@ class TrainSettings:
     denoiser = 'dit'            # dit | unet (Stable Diffusion: unet, clip and vae; of dit
     #                             image_size, the rows of a latent, and drop)
     unet = sd.UNetConfig()
-    clip = CLIPTextConfig()  # the text tower of unet
-    vae = VAEConfig()        # of unet, and of dit with dit.vae
+    clip = CLIPTextConfig()     # the text tower of unet
+    vae = VAEConfig()           # of unet, and of dit with dit.vae
     prompt = ''                 # a caption, as '{style}: {text}' of what the sample and its .json
     #                             hold (empty: '{text}')
     image_mean = 0.5            # subtracted from pixels of 0 to 1 (1.0: white is 0)
@@ -82,8 +83,9 @@ def check(settings, world):
 
 
 def eyes(settings):
+    """The pictures.Eyes: of an autoencoder, pictures are larger than latents."""
     size = settings['dit.image_size']
-    if settings['denoiser'] == 'unet' or settings['dit.vae']:   # pictures are larger than latents
+    if settings['denoiser'] == 'unet' or settings['dit.vae']:
         size *= 2 ** (len(settings['vae.block_out_channels']) - 1)
     return pictures.eyes_of(settings, size)
 
@@ -91,12 +93,14 @@ def eyes(settings):
 def form(sample, p):
     """bos, the caption as `prompt` puts it ('{style}: {text}', of what the sample holds), eos, all
     causal and not learned: what is learned is the picture."""
+    # a picture, or its latents as prepare/latents.py writes them
     images = list(sample['pictures'])
-    if 'latents.npy' in sample.get('members', ()):      # as prepare/latents.py writes them
+    if 'latents.npy' in sample.get('members', ()):
         images.append(read_latents(sample['members']['latents.npy']))
     if len(images) != 1:
         raise BadSample(f'{len(images)} pictures (.png, .jpg, .webp): expected one')
 
+    # who asks says the whole caption
     if sample.get('asking'):
         caption = sample['prefix']
     else:
@@ -137,6 +141,7 @@ def build(settings, tokenizer, load_weights=True):
     if settings['denoiser'] == 'unet':
         return build_stable_diffusion(settings, config, tokenizer)
 
+    # the autoencoder is never trained: its weights are a folder's, and then the checkpoint's
     vae = None
     if config.vae:
         vae_config = part(settings, 'vae', VAEConfig)
@@ -147,6 +152,8 @@ def build(settings, tokenizer, load_weights=True):
         if load_weights:
             vae = hub.family('diffusers').autoencoder(config.vae, vae_config)
         vae.requires_grad_(False)
+
+    # the text tower: ours, or one of transformers
     decoder = part(settings, 'decoder', DecoderConfig)
     text = tasks.tower('text', decoder, tokenizer, load_weights)
     if text is None:
@@ -174,6 +181,7 @@ def build_stable_diffusion(settings, config, tokenizer):
 
 
 def count(batch):
+    """{kind: targets of a batch}: a picture is one."""
     return {'pictures': int(batch['pictures'].sum())}
 
 
@@ -213,12 +221,14 @@ def paint(run, sentences, options, image=None, mask=None):
     out = []
     for a in range(0, len(sentences), options.batch_size):
         rows = sentences[a:a + options.batch_size]
+        # at least as wide as the empty sentence, which guidance draws, too
         tokens, segments = padded(rows, run.tokenizer.pad_id, least=len(run.model.empty))
         keys = random_keys(options.seed, torch.arange(a, a + len(rows)))
-        start = None if image is None else image.expand(len(rows), -1, -1, -1)
+        if image is not None:
+            image = image[:1].expand(len(rows), -1, -1, -1)
         x = run.model.sample(tokens.to(run.device), segments.to(run.device), keys.to(run.device),
                              steps=options.steps, sampler=options.sampler,
-                             guidance=options.guidance, image=start, strength=options.strength,
+                             guidance=options.guidance, image=image, strength=options.strength,
                              mask=mask)
         out.append(run.processor.eyes.to_pictures(x))
     return np.concatenate(out)
@@ -226,18 +236,21 @@ def paint(run, sentences, options, image=None, mask=None):
 
 def draw_prompt(run, options):
     """n pictures of the prompt, each a PNG with its settings inside, and one of them all."""
-    start = new = None
+    image = mask = None
     if options.image:
-        start = read_image(run, options.image)
+        image = read_image(run, options.image)
     if options.mask:
-        new = read_mask(run, options.mask)
+        mask = read_mask(run, options.mask)
     prompt = run.processor.prefix(options.prompt)
-    drawn = paint(run, [prompt] * options.n, options, start, new)
+    drawn = paint(run, [prompt] * options.n, options, image, mask)
 
+    # they are named by the words of the prompt
     words = ''.join(c if c.isalnum() else ' ' for c in options.prompt.lower())[:60].split()
     path = options.grid or os.path.join(options.out_dir, 'samples',
                                         ('-'.join(words) or 'no-sentence') + '.png')
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+
+    # what it takes to draw them again
     said = dict(prompt=options.prompt, seed=options.seed, guidance=options.guidance,
                 steps=options.steps, sampler=options.sampler or 'default', run=options.out_dir,
                 checkpoint=os.path.basename(os.path.realpath(run.folder)), ema=options.ema)
@@ -253,7 +266,8 @@ def read_image(run, names):
     """The one picture to begin from, as pixels (1, 3, H, W). Raises ValueError and OSError."""
     name, *others = pictures.find(names)
     if others:
-        raise ValueError(f'--image={names}: {len(others) + 1} pictures, expected one to begin with')
+        raise ValueError(f'--image={names}: {len(others) + 1} pictures, expected one to begin '
+                         'with')
     eyes = run.processor.eyes
     try:
         with open(name, 'rb') as f:
@@ -279,46 +293,52 @@ def judge_pictures(run, options):
     if not options.judge:
         raise ValueError(f'--eval={options.eval}: {options.out_dir} draws pictures: give --judge='
                          '<the run of a captioner>')
-    by = hub.open_run(options.judge, run.device)
-    if by.settings['task'] != 'vlm':
-        raise ValueError(f'--judge={options.judge} is task={by.settings["task"]}: expected a '
-                         'captioner, task=vlm')
+    captioner = hub.open_run(options.judge, run.device)
+    if captioner.settings['task'] != 'vlm':
+        raise ValueError(f'--judge={options.judge} is task={captioner.settings["task"]}: expected '
+                         'a captioner, task=vlm')
     if not options.json:
         print(f'{"data set":14} {"pictures":>20}  {"exact match":>11}  {"words (F1)":>10}  '
               f'{"another name":>12}  {"Fréchet":>8}')
     for name in options.eval.split(','):
         real, texts, sentences = vlm.read_sets(run, name, options)
         drawn = paint(run, sentences, options)
-        far = features(by, real, options)
-        given, score = judged(by, name, 'drawn', drawn, texts, options,
-                              (features(by, drawn, options), far))
-        judged(by, name, 'real', real, texts, options, (far[::2], far[1::2]))
+        of_drawn = features(captioner, drawn, options)
+        of_real = features(captioner, real, options)
+        given, score = judged(captioner, name, 'drawn', drawn, texts, options,
+                              (of_drawn, of_real))
+        judged(captioner, name, 'real', real, texts, options, (of_real[::2], of_real[1::2]))
     path = options.grid or os.path.join(options.out_dir, 'judged.png')
     pictures.draw_answers(path, f'{name}, real and drawn', np.concatenate((real, drawn), 2), texts,
                           given, score)
 
 
-def features(by, images, options):
-    """What the judge's decoder sees of pictures uint8 (N, H, W, 3), a mean over patches: (N, D)."""
-    eyes = by.processor.eyes
-    chunks = np.array_split(judge.resized(images, eyes.size), -(-len(images) // options.batch_size))
-    seen = [by.model.patches(eyes.to_tensor(chunk, by.device)).mean(1).cpu().numpy()
-            for chunk in chunks]
+def features(captioner, images, options):
+    """What a captioner's decoder sees of pictures uint8 (N, H, W, 3), a mean over patches:
+    (N, D)."""
+    eyes, seen = captioner.processor.eyes, []
+    num_batches = -(-len(images) // options.batch_size)
+    for batch in np.array_split(judge.resized(images, eyes.size), num_batches):
+        patches = captioner.model.patches(eyes.to_tensor(batch, captioner.device))
+        seen.append(patches.mean(1).cpu().numpy())
     return np.concatenate(seen)
 
 
-def judged(by, name, kind, images, texts, options, far):
-    """A line of scores of pictures; far: two sets of features. The judge's answers, and the share
-    that is right."""
-    prompts = [by.processor.prefix()] * len(texts)
+def judged(captioner, name, kind, images, texts, options, both_features):
+    """Prints a line of scores of pictures, of the distance between two sets of features, too: the
+    captioner's answers, and the share that is right."""
+    prompts = [captioner.processor.prefix()] * len(texts)
     sampling = SimpleNamespace(**tasks.body_of(vlm.SampleSettings) | vars(options))
-    given = vlm.answers(by, prompts, judge.resized(images, by.processor.eyes.size), sampling)
-    given = [answer.strip() for answer in given]
+    pixels = judge.resized(images, captioner.processor.eyes.size)
+    given = [answer.strip() for answer in vlm.answers(captioner, prompts, pixels, sampling)]
+
+    # another name of the set: half of all names further
     known = sorted(set(texts))
     others = [known[known.index(text) - len(known) // 2] for text in texts]
     f1 = np.mean([judge.token_f1(answer, text) for answer, text in zip(given, texts)])
     row = dict(exact_match=vlm.share_right(given, texts), token_f1=f1,
-               another_name=vlm.share_right(given, others), frechet=judge.frechet(*far))
+               another_name=vlm.share_right(given, others),
+               frechet=judge.frechet(*both_features))
     if options.json:
         print(json.dumps(dict(data=name, pictures=kind, samples=len(texts)) | row))
     else:

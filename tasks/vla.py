@@ -57,6 +57,8 @@ class VLAConfig:
         for name in ('action_dim', 'action_steps', 'num_noise_draws'):
             if getattr(self, name) < 1:
                 raise ValueError(f'vla.{name}={getattr(self, name)} must be at least 1')
+        if self.proprio_dim < 0:
+            raise ValueError(f'vla.proprio_dim={self.proprio_dim} must be at least 0')
         if self.width % 2:
             raise ValueError(f'vla.width={self.width} must be even')
 
@@ -90,7 +92,8 @@ class TrainSettings:
     z_loss = 0.0                # weight of log(sum of exponentials)^2, which keeps logits small
 
 
-KEPT = ('pixel_shuffle', 'connector_bias', 'action_steps', 'action_dim', 'proprio_dim', 'normalize')
+KEPT = ('pixel_shuffle', 'connector_bias', 'action_steps', 'action_dim', 'proprio_dim',
+        'normalize')
 
 
 def check(settings, world):
@@ -144,9 +147,9 @@ class VLA(VLM):
     Three blocks, [pictures and text] -> [state] -> [actions], each sees itself and what stands
     before it. So the first does not depend on the others: it is computed by itself, once a chunk.
     Time enters as in pi0, by an MLP of each action joined with the time's embedding (not by
-    adaptive norms, as in pi0.5). The weights of the VLM keep their names, so a trained one is where
-    this begins; a row may have targets of text, an action chunk, or both (then the actions see the
-    text that is learned). One row, one sample: rows are not packed."""
+    adaptive norms, as in pi0.5). The weights of the VLM keep their names, so a trained one is
+    where this begins; a row may have targets of text, an action chunk, or both (then the actions
+    see the text that is learned). One row, one sample: rows are not packed."""
 
     def __init__(self, config, vlm=None, vit=None):
         super().__init__(vlm or VLMConfig(), vit)
@@ -164,13 +167,15 @@ class VLA(VLM):
         self.action_out = nn.Linear(c.width, c.action_dim)
 
     def layout(self, tokens, targets, blocks, segments, steps, rows):
-        """Who sees whom, and where everything stands: masks of the decoder for [prefix, state,
-        actions], their positions. tokens (B, S); steps (A, T): actions that are no padding -> (masks
-        (B, L, L), positions (B, L))."""
+        """Who sees whom, and where everything stands: masks (B, L, L) of the decoder for [prefix,
+        state, actions], and positions (B, L). tokens (B, S); steps (A, T): which actions are no
+        padding, of the rows (A,)."""
         if segments is None:
             segments = torch.ones_like(tokens)
         if blocks is None:
             blocks = self.default_blocks(tokens, targets)
+
+        # rows without actions have a state and a chunk, too, which nothing is learned from
         suffix = torch.ones(len(tokens), 1 + steps.shape[1], dtype=segments.dtype,
                             device=tokens.device)
         begins = suffix.clone()
@@ -178,6 +183,8 @@ class VLA(VLM):
         suffix[rows, 1:] = steps.to(suffix)
         masks = make_attn_masks(self.decoder.config, torch.cat((blocks, begins), 1),
                                 torch.cat((segments, suffix), 1))
+
+        # the suffix goes on where the row's own tokens end, before its padding
         after = torch.arange(suffix.shape[1], device=tokens.device)
         after = (segments > 0).sum(1, keepdim=True) + after
         return masks, torch.cat((positions_of(segments), after), 1)
@@ -193,11 +200,14 @@ class VLA(VLM):
     def velocity(self, x, t, state, mask, positions, cache):
         """What the expert says of x (A, T, D) at the times t (A,); state (A, P), mask
         (A, 1 + T, L), positions (A, 1 + T) -> (A, T, D)."""
+        # the state's token, and each action with its time
         d = self.decoder.config
         h = self.action_in(x)
         time = sincos(t, h.shape[-1])[:, None].expand(h.shape).to(h)
         h = self.time_out(F.silu(self.time_in(torch.cat((h, time), -1))))
         h = torch.cat((self.state_in(state)[:, None], h), 1)
+
+        # the decoder's rotary positions, local layers with their own
         rope = rope_table(positions, d.head_dim, d.rope_theta, d.rope_scaling)
         ropes = rope, rope
         if d.sliding_window:
@@ -215,6 +225,8 @@ class VLA(VLM):
         c, draws, S = self.policy, self.policy.num_noise_draws, tokens.shape[1]
         if targets is None:
             targets = torch.full_like(tokens, -100)
+
+        # the prefix once, whatever the number of noisy versions of a chunk
         rows = lowdim['rows']
         x, t, target, valid = draws_of(lowdim, self.schedule, draws, noise, time)
         masks, positions = self.layout(tokens, targets, blocks, segments, valid[::draws].any(2),
@@ -222,6 +234,7 @@ class VLA(VLM):
         prefix = Prefix()
         hidden = self.prefix(tokens, pixels, masks, positions, prefix)
 
+        # the expert, over the rows that have actions
         state = state_of(lowdim, c, len(rows), tokens.device).repeat_interleave(draws, 0)
         of_draws = rows.repeat_interleave(draws)
         output = self.velocity(x, t, state, masks[0][of_draws, S:], positions[of_draws, S:],
@@ -229,6 +242,14 @@ class VLA(VLM):
         text = token_losses(self.decoder, hidden, targets, num_targets, label_smoothing, z_loss)
         return {'text': text,
                 'actions': action_loss(c.loss, output, target, valid, draws, rows * S)}
+
+    def loss(self, **inputs):
+        """((sum of the losses, how many targets they are of) of the text, the same of the
+        actions); inputs: as of `forward`."""
+        learned = self(**inputs)
+        text, actions = learned['text'], learned['actions']
+        return ((text.losses.sum(), text.counts.sum()),
+                (actions.losses.sum(), actions.counts.sum()))
 
     @torch.no_grad()
     def sample(self, tokens, pixels=None, blocks=None, segments=None, lowdim=None, noise=None,
@@ -239,23 +260,25 @@ class VLA(VLM):
         was_training = self.training
         self.eval()
         lowdim, (batch, S) = lowdim or {}, tokens.shape
-        x, wanted = start_of(lowdim, c, noise)
+        x, is_wanted = start_of(lowdim, c, noise)
         state = state_of(lowdim, c, batch, device)
         real = torch.ones(batch, c.action_steps, dtype=torch.bool, device=device)
         masks, positions = self.layout(tokens, None, blocks, segments, real,
                                        torch.arange(batch, device=device))
+
+        # velocity leaves the cache's length, and overwrites what stands behind it
         cache = KVCache(d, batch, S + 1 + c.action_steps, device,
                         self.decoder.embedding.weight.dtype)
-        # velocity leaves the cache's length, and overwrites what stands behind it
         self.prefix(tokens, pixels, masks, positions, cache)
 
+        # numbers that a robot does not have are 0 there, as in training
         def predict(x, t):
-            return self.velocity(x.where(wanted, 0), t, state, masks[0][:, S:], positions[:, S:],
-                                 cache)
+            return self.velocity(x.where(is_wanted, 0), t, state, masks[0][:, S:],
+                                 positions[:, S:], cache)
 
         x = self.schedule.sample(predict, x, steps, sampler or 'euler')
         self.train(was_training)
-        return x.where(wanted, 0)
+        return x.where(is_wanted, 0)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -263,10 +286,12 @@ class VLA(VLM):
 
 
 def count(batch):
+    """{kind: targets of a batch}."""
     return {'text': batch['num_targets'], 'actions': samples.count_actions(batch)}
 
 
 def weights(settings):
+    """{kind: what its mean weighs, beside the text's}."""
     return {'actions': settings['action_weight']}
 
 

@@ -1,4 +1,4 @@
-"""What the tests share: the repo's root on sys.path, one thread, tiny pictures and tiny data sets.
+"""What the tests share: the repo's root on sys.path, one thread, tiny pictures and data sets.
 
 Tests of what somebody has deleted are not collected: those that import it, or say so in NEEDS.
 """
@@ -41,7 +41,8 @@ def needs(path):
     for name in found:
         room, _, inside = name.partition('.')
         if room in ROOMS:
-            yield room if (ROOT / f'{room}.py').exists() or (ROOT / room).is_dir() else f'{room}.py'
+            is_folder = (ROOT / room).is_dir()
+            yield room if is_folder or (ROOT / f'{room}.py').exists() else f'{room}.py'
         if room == 'tasks' and inside:
             yield f'tasks/{inside}.py'
 
@@ -106,10 +107,20 @@ def make_processor(seq_len, size=0, image_tokens=0, prompt='', tokenizer=None, f
     """The Processor of a run whose settings are these and the defaults of its task; of bytes,
     where no tokenizer is given. size: of its pictures; 0: it leaves pictures out."""
     import tasks
-    from pictures import Eyes
     from processor import Processor
     from tokenizer import Bytes
     said = dict(task=task, processor=form, seq_len=seq_len, prompt=prompt)
-    eyes = Eyes(size, mean, std, draft) if size else None
+    eyes = None
+    if size:
+        from pictures import Eyes  # which may be deleted
+        eyes = Eyes(size, mean, std, draft)
     return Processor(tasks.defaults(task) | said | settings, tokenizer or Bytes(), form, eyes,
                      image_tokens)
+
+
+def robot_processor(seq_len, sizes, image_size=0, image_tokens=0, cameras=()):
+    """What makes rows of a robot's samples; sizes: action_steps, action_dim, proprio_dim. Without
+    an image_size it is blind."""
+    names = 'action_steps', 'action_dim', 'proprio_dim'
+    return make_processor(seq_len, image_size, image_tokens, task='policy', cameras=list(cameras),
+                          **dict(zip(names, sizes)))

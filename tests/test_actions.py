@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, encode, picture, write_set
+from conftest import ROOT, encode, picture, robot_processor, write_set
 
 from data import Batches, InOrder
-from processor import Processor, collate
+from processor import collate
 from robots import actions
 from robots import rotations as r
 from robots.actions import KINDS, Normalizer, Statistics
@@ -300,13 +300,13 @@ def read_all(path, processor):
 
 def test_every_step_of_an_episode_is_a_sample(tmp_path):
     path = write_episodes(tmp_path, [5, 1, 3])
-    batch = read_all(path, Processor(Bytes(), seq_len=16, lowdim=(4, 3, 5), form='text'))
+    batch = read_all(path, robot_processor(16, (4, 3, 5)))
     assert not batch['bad']
     assert Folder(str(path)).sizes.tolist() == [5, 1, 3]
     assert Folder(str(path)).key(0, 3) == 'e0[3]'
 
     # Each with the chunk that begins there, padded at the end.
-    low, n = batch['lowdim'], 0
+    low, n = batch['beside'], 0
     for i, steps in enumerate([5, 1, 3]):
         rows = episode(steps, i)
         for t in range(steps):
@@ -333,11 +333,11 @@ def test_episodes_and_single_steps_in_one_set(tmp_path):
              ('b', {'lowdim.npy': npy(episode(2))}),
              ('c', {'lowdim.npy': npy(episode(2, 7, wide))})]
     path = write_set(tmp_path, [shard], manifest=False)
-    batch = read_all(path, Processor(Bytes(), seq_len=8, lowdim=(2, 3, 4)))
+    batch = read_all(path, robot_processor(8, (2, 3, 4)))
     assert not batch['bad'], batch['bad']
 
     # One step of a, two of b, two of c.
-    low = batch['lowdim']
+    low = batch['beside']
     assert low['action_mask'].sum(1).tolist() == [1, 2, 2, 3, 3]
     assert low['proprio_mask'].sum(1).tolist() == [4, 3, 3, 1, 1]
     expected = episode(2, 7, wide)['actions'].astype(np.float32)
@@ -352,10 +352,10 @@ def test_damaged_episodes_are_named(tmp_path):
     other = np.zeros(2, [('velocity', '<f4', 2)])
     shard = [('n', {'lowdim.npy': npy(nan)}), ('f', {'lowdim.npy': npy(other)})]
     path = write_set(tmp_path / 'nan', [shard], manifest=False)
-    batch = read_all(path, Processor(Bytes(), seq_len=8, lowdim=(1, 2, 3)))
+    batch = read_all(path, robot_processor(8, (1, 2, 3)))
 
     # Only the step that is wrong, where the others are right.
-    assert len(batch['lowdim']['rows']) == 2
+    assert len(batch['beside']['rows']) == 2
     keys = [line.split(', ')[1].split(':')[0] for line in batch['bad']]
     assert keys == ['n[1]', 'f[0]', 'f[1]']
     assert 'not finite' in batch['bad'][0] and 'velocity' in batch['bad'][1]
@@ -370,7 +370,7 @@ def test_damaged_episodes_are_named(tmp_path):
 
 def test_missing_cameras_are_black_and_not_attended():
     png = encode(picture(3)[..., :3])
-    p = Processor(Bytes(), 16, 4, '', 32, lowdim=(2, 2, 3), cameras=('left', 'wrist', 'right'))
+    p = robot_processor(32, (2, 2, 3), 16, 4, ('left', 'wrist', 'right'))
     common = {'lowdim.npz': npz(actions=np.ones((2, 2))), 'json': b'{"instruction": "go"}'}
 
     # Without the wrist's, with all, without any.
@@ -378,10 +378,10 @@ def test_missing_cameras_are_black_and_not_attended():
     for views in ({'right.png': png, 'left.png': png, 'other.png': png},
                   {'left.png': png, 'wrist.png': png, 'right.png': png},
                   {}):
-        pieces += [piece | {'part': 0} for piece in p.pieces(views | common)]
+        pieces += [piece | {'part': 0, 'position': 0} for piece in p.pieces(views | common)]
     batch = collate(pieces, p)
     is_there = [[True, False, True], [True] * 3, [False] * 3]
-    assert batch['lowdim']['camera_mask'].tolist() == is_there
+    assert batch['beside']['camera_mask'].tolist() == is_there
     assert batch['pictures'].tolist() == [3, 3, 3]
     assert [bool(pixels.any()) for pixels in batch['pixels']] == np.ravel(is_there).tolist()
 
@@ -389,7 +389,7 @@ def test_missing_cameras_are_black_and_not_attended():
     image = batch['tokens'][:, :12].reshape(3, 3, 4) == Bytes().image_id
     assert image.all()
     is_attended = batch['segments'][:, :12].reshape(3, 3, 4).astype(bool).all(2)
-    np.testing.assert_array_equal(is_attended, batch['lowdim']['camera_mask'])
+    np.testing.assert_array_equal(is_attended, batch['beside']['camera_mask'])
     assert (batch['segments'][:, 12:16] == 1).all()
 
 

@@ -13,6 +13,7 @@ import tiny
 from conftest import encode, picture, sample, write_set
 from tiny import rows, run
 
+NEEDS = 'robots', 'tasks/vla.py'
 BOTH = [(workers, ranks) for workers in (0, 2) for ranks in (0, 2)]
 
 

@@ -538,7 +538,7 @@ def test_another_process_gets_the_same_processor(chats):
 def test_our_forms_are_the_published_templates(tmp_path, form, template):
     theirs = gemma(tmp_path) if form == 'gemma' else byte_level(tmp_path, **CHATML)
     theirs.chat_template = template
-    p = make_processor(4000, tokenizer=tokenizer.load(str(tmp_path)), form=form)
+    p = make_processor(4000, task='llm', tokenizer=tokenizer.load(str(tmp_path)), form=form)
     for talk in TALKS:
         if template == GEMMA2 and talk[0][0] == 'system':
             continue

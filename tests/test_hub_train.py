@@ -25,6 +25,7 @@ from model import DecoderConfig, generate  # noqa: E402
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()
 
+NEEDS = 'tasks/vlm.py', 'tasks/vla.py'
 IMAGE, VOCAB = 259, 264
 VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
               image_size=16, patch_size=8)

@@ -6,14 +6,13 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, robot_processor
 
 from data import Batches, InOrder
-from processor import Processor, open_picture
+from pictures import open_picture
 from robots import metaworld, rollouts, simulators
 from robots.simulators import TEST_SEED
 from shards import Folder
-from tokenizer import Bytes
 
 # The one is done in any way, the other has a goal in the air.
 TASKS = ['drawer-close', 'reach']
@@ -58,10 +57,10 @@ def test_demonstrations(states):
 
     # What training reads of them.
     folder = Folder(str(states))
-    batch = read_batch(folder, Processor(Bytes(), seq_len=64, lowdim=(16, 4, 39)))
+    batch = read_batch(folder, robot_processor(64, (16, 4, 39)))
     assert not batch['bad']
-    assert len(batch['lowdim']['actions']) == sum(row['num_sequences'] for row in rows)
-    assert abs(batch['lowdim']['actions']).max() <= 1
+    assert len(batch['beside']['actions']) == sum(row['num_sequences'] for row in rows)
+    assert abs(batch['beside']['actions']).max() <= 1
 
     # What each episode says of itself.
     for task in TASKS:
@@ -144,9 +143,9 @@ def test_pictures(tmp_path):
     assert near.std() > 20 and not (near == corner).all()
 
     # What a policy is given: who sees is told the hand's place and the gripper's alone.
-    p = Processor(Bytes(), 32, 4, '', 64, lowdim=(5, 4, 4), cameras=('near', 'corner3'))
+    p = robot_processor(64, (5, 4, 4), 32, 4, ('near', 'corner3'))
     batch = read_batch(folder, p)
-    low = batch['lowdim']
+    low = batch['beside']
     assert not batch['bad'] and low['camera_mask'].all()
     assert len(batch['pixels']) == 2 * len(samples)
     assert low['is_pad'][-1].tolist() == [False] + [True] * 4

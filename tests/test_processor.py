@@ -260,6 +260,7 @@ def lowdim(**arrays):
 
 
 def test_text_pictures_tokens_and_actions_in_one_batch(tmp_path):
+    pytest.importorskip('tasks.policy')
     actions = np.arange(6, dtype=np.float32).reshape(3, 2)
     ids = np.arange(10, 43).astype(np.uint16)
     chunk = lowdim(actions=actions, is_pad=np.array([False, False, True]), proprio=np.ones(1))
@@ -317,6 +318,7 @@ def damaged_npz(inside):
     (dict(actions=np.array([['a']])), 'numbers'),
     (dict(actions=np.ones((1, 1), complex)), 'numbers')])
 def test_actions_that_can_not_be_used(arrays, word):
+    pytest.importorskip('tasks.policy')
     p = make_processor(32, 16, 4, task='policy', action_steps=4, action_dim=2, proprio_dim=2)
     if arrays is None:
         content = b'PK not a zip'

@@ -1,4 +1,5 @@
-"""Data sets behind a URL: remote.Remote and Folder against a local S3 server, through a proxy that makes faults."""
+"""Data sets behind a URL: remote.Remote and Folder against a local S3 server, through a proxy that
+makes faults."""
 import http.client
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from conftest import ROOT, sample, write_set, write_tar
 
 import data
 import remote
+from pictures import Eyes
 from processor import Processor
 from shards import Folder
 from tokenizer import Bytes
@@ -26,7 +28,8 @@ server = pytest.importorskip('moto.server')
 
 
 class Proxy(BaseHTTPRequestHandler):
-    """Hands requests on to moto and notes them; `fault(method, path)` says what goes wrong: 500, 'cut', seconds."""
+    """Hands requests on to moto and notes them; `fault(method, path)` says what goes wrong: 500,
+    'cut', seconds."""
     protocol_version = 'HTTP/1.1'       # clients wait for its '100 Continue'
 
     def do_GET(self):
@@ -37,14 +40,17 @@ class Proxy(BaseHTTPRequestHandler):
         if fault != 500:
             time.sleep(fault if isinstance(fault, float) else 0)
             behind = http.client.HTTPConnection('127.0.0.1', self.server.moto)
-            behind.request(self.command, self.path, body, {k: v for k, v in self.headers.items() if k != 'Expect'})
+            behind.request(self.command, self.path, body,
+                           {k: v for k, v in self.headers.items() if k != 'Expect'})
             response = behind.getresponse()
             status, headers, answer = response.status, response.getheaders(), response.read()
             behind.close()
-        length = response.getheader('Content-Length') if self.command == 'HEAD' and fault != 500 else len(answer)
+        length = response.getheader(
+            'Content-Length') if self.command == 'HEAD' and fault != 500 else len(answer)
         self.send_response_only(status)
         ours = {'connection': 'close', 'content-length': str(length or 0), 'transfer-encoding': ''}
-        for key, value in [item for item in headers if item[0].lower() not in ours] + list(ours.items())[:2]:
+        for key, value in [item for item in headers
+                           if item[0].lower() not in ours] + list(ours.items())[:2]:
             self.send_header(key, value)
         self.end_headers()
         self.wfile.write(answer[:len(answer) // 2] if fault == 'cut' else answer)
@@ -55,7 +61,8 @@ class Proxy(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope='module')
 def proxy():
-    moto, proxy = server.ThreadedMotoServer('127.0.0.1', 0, verbose=False), ThreadingHTTPServer(('127.0.0.1', 0), Proxy)
+    moto, proxy = server.ThreadedMotoServer('127.0.0.1', 0, verbose=False), ThreadingHTTPServer(
+        ('127.0.0.1', 0), Proxy)
     moto.start()
     proxy.moto = moto.get_host_and_port()[1]
     Thread(target=proxy.serve_forever, daemon=True).start()
@@ -66,14 +73,17 @@ def proxy():
 
 @pytest.fixture
 def s3(proxy, monkeypatch, tmp_path):
-    """A bucket of its own: `url`, `local` (a set of 4 + 5 + 3 samples), upload(), seen (requests), fault, waits."""
+    """A bucket of its own: `url`, `local` (a set of 4 + 5 + 3 samples), upload(), seen (requests),
+    fault, waits."""
     import fsspec
     import s3fs
     options = {'endpoint_url': f'http://127.0.0.1:{proxy.server_port}', 'key': 'k', 'secret': 's',
                'config_kwargs': {'retries': {'max_attempts': 0}, 'read_timeout': 5}}
     monkeypatch.setitem(fsspec.config.conf, 's3', options)
-    monkeypatch.setenv('FSSPEC_S3', json.dumps(options))            # of other processes
-    monkeypatch.setattr(s3fs.S3FileSystem, 'retries', 1)            # s3fs tries again by itself: here we shall
+    env = {'FSSPEC_S3': json.dumps(options)}
+    monkeypatch.setenv('FSSPEC_S3', env['FSSPEC_S3'])       # of other processes
+    # s3fs tries again by itself: here we shall
+    monkeypatch.setattr(s3fs.S3FileSystem, 'retries', 1)
     waits, bucket, fs = [], f'b{time.time_ns()}', fsspec.filesystem('s3')
     monkeypatch.setattr(remote, 'time', SimpleNamespace(sleep=waits.append, time=time.time))
     proxy.seen, proxy.fault = [], lambda method, path: None
@@ -84,9 +94,10 @@ def s3(proxy, monkeypatch, tmp_path):
     local = write_set(tmp_path / 'local', [4, 5, 3])
     for path in local.iterdir():
         upload(path)
-    return SimpleNamespace(url=f's3://{bucket}/set', local=local, upload=upload, proxy=proxy, waits=waits, fs=fs,
-                           cache=tmp_path / 'cache', gets=lambda: [path.rsplit('/', 1)[1] for method, path in proxy.seen
-                                                                   if method == 'GET' and path.endswith('.tar')])
+    return SimpleNamespace(url=f's3://{bucket}/set', local=local, upload=upload, proxy=proxy,
+                           waits=waits, fs=fs, cache=tmp_path / 'cache', env=env,
+                           gets=lambda: [path.rsplit('/', 1)[1] for method, path in proxy.seen
+                                         if method == 'GET' and path.endswith('.tar')])
 
 
 def everything(folder):
@@ -95,7 +106,14 @@ def everything(folder):
 
 
 def copies(s3):
-    return sorted((s3.cache / 'shards').glob('*.tar')), sorted((s3.cache / 'shards').glob('*.part'))
+    return sorted((s3.cache / 'shards').glob('*.tar')), sorted(
+        (s3.cache / 'shards').glob('*.part'))
+
+
+def caption_rows():
+    """A Processor of pictures and captions, in rows of 24 tokens."""
+    settings = dict(task='vlm', processor='auto', seq_len=24, prompt='')
+    return Processor(settings, Bytes(), eyes=Eyes(16), image_tokens=4)
 
 
 @pytest.mark.parametrize('manifest', [True, False])
@@ -108,7 +126,8 @@ def test_a_remote_set_reads_as_the_local_one(s3, spec, manifest, tmp_path):
         s3.upload(tmp_path / 'list.txt')
     folder = Folder(s3.url + spec, cache_dir=s3.cache)
     assert (s3.gets() == []) == manifest, 'counts are in the manifest'
-    assert folder.sizes.tolist() == [4, 5, 3] and everything(folder) == everything(Folder(str(s3.local)))
+    assert folder.sizes.tolist() == [4, 5, 3]
+    assert everything(folder) == everything(Folder(str(s3.local)))
     assert sorted(s3.gets()) == [f'{i:08d}.tar' for i in range(3)], 'each once'
     again = Folder(s3.url + spec, cache_dir=s3.cache)
     assert everything(again) == everything(folder) and len(s3.gets()) == 3 and not copies(s3)[1]
@@ -124,7 +143,8 @@ def test_the_cache_is_bounded_and_open_readers_keep_their_files(s3):
         for shard in (0, 1, 2):
             assert folder.read(shard, 2) == local.read(shard, 2)
             assert sum(path.stat().st_size for path in copies(s3)[0]) <= folder.remote.max_bytes
-    assert len(s3.gets()) == 3 and other.read(0, 3) == local.read(0, 3), 'its file is removed and open'
+    assert len(s3.gets()) == 3 and other.read(0, 3) == local.read(
+        0, 3), 'its file is removed and open'
     few = Folder(s3.url, cache_dir=s3.cache, max_open=1)
     few.remote.max_bytes = max(sizes) + 100
     assert all(few.read(shard, i) == local.read(shard, i) for i in range(3) for shard in range(3))
@@ -132,7 +152,9 @@ def test_the_cache_is_bounded_and_open_readers_keep_their_files(s3):
     few.remote.max_bytes = sum(sizes) - 1
     kept, oldest, last = (few.remote.fetch(f'{s3.url}/0000000{i}.tar') for i in (2, 0, 2))
     os.utime(oldest, (1e9, 1e9))
-    assert kept == last and few.remote.fetch(f'{s3.url}/00000001.tar') and not os.path.exists(oldest)
+    assert kept == last
+    assert few.remote.fetch(f'{s3.url}/00000001.tar')
+    assert not os.path.exists(oldest)
     assert os.path.exists(kept)
     few.remote.max_bytes = min(sizes) - 1
     with pytest.raises(OSError, match='0000000.*cache_gb'):
@@ -162,8 +184,12 @@ def test_faults_that_pass_change_nothing(s3, what, fault):
 def test_a_fault_that_stays_is_an_error_that_names_the_url(s3, fault, retries):
     folder = Folder(s3.url, cache_dir=s3.cache)
     folder.remote.retries = retries
-    s3.proxy.fault = lambda method, path: fault if '00000001.tar' in path and method == 'GET' else None
-    with pytest.raises(OSError, match=f'{s3.url}/00000001.tar can not be read, {retries + 1} times'):
+
+    def strike(method, path):
+        return fault if '00000001.tar' in path and method == 'GET' else None
+    s3.proxy.fault = strike
+    with pytest.raises(
+        OSError, match=f'{s3.url}/00000001.tar can not be read, {retries + 1} times'):
         folder.read(1, 0)
     assert s3.waits == [0.5, 1.0][:retries] and not copies(s3)[0], 'no part of it is a copy'
     assert s3.gets() == ['00000001.tar'] * (retries + 1)
@@ -173,10 +199,13 @@ def test_a_fault_that_stays_is_an_error_that_names_the_url(s3, fault, retries):
 
 
 def test_two_processes_fetch_a_shard_once(s3):
-    s3.proxy.fault = lambda method, path: 1.0 if method == 'GET' and path.endswith('.tar') else None
-    code = 'import sys, shards; print(len(shards.Folder(sys.argv[1], cache_dir=sys.argv[2]).read(1, 0)["png"]))'
-    both = [subprocess.Popen([sys.executable, '-c', code, s3.url, str(s3.cache)], cwd=ROOT, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    s3.proxy.fault = lambda method, path: 1.0 if method == 'GET' and path.endswith(
+        '.tar') else None
+    code = ('import sys, shards; folder = shards.Folder(sys.argv[1], cache_dir=sys.argv[2]); '
+            'print(len(folder.read(1, 0)["png"]))')
+    both = [
+        subprocess.Popen([sys.executable, '-c', code, s3.url, str(s3.cache)], cwd=ROOT, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     expected = f'{len(Folder(str(s3.local)).read(1, 0)["png"])}\n'
     assert [process.communicate(timeout=30) for process in both] == [(expected, '')] * 2
     assert s3.gets() == ['00000001.tar'] and not copies(s3)[1]
@@ -191,7 +220,8 @@ def test_shards_that_change_or_go(s3, tmp_path):
     assert new.read(0, 0) == sample(70) and new.key(0, 0) == 'new0'
     assert old.read(0, 0) == first and old.key(0, 0) == '000000', 'an open one stays as it was'
     s3.upload(s3.local / '00000002.tar', '00000001.tar')
-    with pytest.raises(ValueError, match=f'{s3.url}/00000001.tar holds 3 samples, the manifest says 5'):
+    with pytest.raises(
+        ValueError, match=f'{s3.url}/00000001.tar holds 3 samples, the manifest says 5'):
         new.read(1, 0)
     s3.fs.rm(s3.url + '/00000002.tar')
     with pytest.raises(OSError, match=f'{s3.url}/00000002.tar'):
@@ -222,11 +252,13 @@ def test_a_cache_that_loses_its_copies_at_once(s3, monkeypatch):
 
 
 def test_a_forked_process_fetches_what_its_parents_threads_had_begun(s3):
-    s3.proxy.fault = lambda method, path: 1.0 if method == 'GET' and path.endswith('.tar') else None
+    s3.proxy.fault = lambda method, path: 1.0 if method == 'GET' and path.endswith(
+        '.tar') else None
     folder = Folder(s3.url, cache_dir=s3.cache)
     expected = Folder(str(s3.local)).read(1, 0)
     folder.fetch([0, 1, 2])
-    child = multiprocessing.get_context('fork').Process(target=lambda: os._exit(folder.read(1, 0) != expected))
+    child = multiprocessing.get_context('fork').Process(
+        target=lambda: os._exit(folder.read(1, 0) != expected))
     child.start()
     child.join(30)
     assert child.exitcode == 0 and folder.read(1, 0) == expected
@@ -235,21 +267,23 @@ def test_a_forked_process_fetches_what_its_parents_threads_had_begun(s3):
 def test_shards_are_fetched_ahead_of_need(s3):
     folder = Folder(s3.url, cache_dir=s3.cache)
     order = data.Order([folder.sizes], [1.0], lanes=1, window=1)
-    batches = data.Batches([folder], order, Processor(Bytes(), 16, 4, '', 24), ahead=4)
+    batches = data.Batches([folder], order, caption_rows(), ahead=4)
     first, later = (folder.name(order.locate(np.array([n]))[2][0]) for n in (0, 6))
     batches[np.arange(1)]
     assert f'{first}.tar' in s3.gets()
     batches[np.arange(2, 3)]            # four ahead is 6
     tiny.wait_until(lambda: len(copies(s3)[0]) == 2)
-    assert sorted(s3.gets()) == sorted([f'{first}.tar', f'{later}.tar']) and first != later     # side by side
+    # side by side
+    assert sorted(s3.gets()) == sorted([f'{first}.tar', f'{later}.tar']) and first != later
 
 
 def test_a_run_on_remote_shards_is_the_run_on_local_ones(s3, tmp_path):
     faults = iter(['cut', 500, 'cut', None, 0.5])
-    s3.proxy.fault = lambda method, path: next(faults, None) if method == 'GET' and path.endswith('.tar') else None
+    s3.proxy.fault = lambda method, path: next(faults, None) if method == 'GET' and path.endswith(
+        '.tar') else None
     for out, spec in (('remote', s3.url), ('local', s3.local)):
         tiny.run('train.py', *tiny.FLAGS, f'--mix={{"{spec}": 1}}', '--max_steps=4', '--workers=2',
-                 f'--cache_dir={s3.cache}', f'--out_dir={tmp_path / out}', real=True).ok()
+                 f'--cache_dir={s3.cache}', f'--out_dir={tmp_path / out}', env=s3.env).ok()
     assert next(faults, 'all came') == 'all came'
     assert tiny.losses(tmp_path / 'remote') == tiny.losses(tmp_path / 'local')
 
@@ -259,8 +293,8 @@ def test_batches_are_those_of_the_local_set(s3, workers):
     def batches(spec, workers):
         folder = Folder(spec, cache_dir=s3.cache)
         order = data.Order([folder.sizes], [1.0], seed=1, lanes=4, window=8)
-        return list(data.loader(data.Batches([folder], order, Processor(Bytes(), 16, 4, '', 24), 7),
-                                [np.arange(i, i + 6) for i in range(0, 30, 6)], workers))
+        batches = data.Batches([folder], order, caption_rows(), 7)
+        return list(data.loader(batches, [np.arange(i, i + 6) for i in range(0, 30, 6)], workers))
     ours, theirs = batches(s3.url, workers), batches(str(s3.local), 0)
     for a, b in zip(ours, theirs, strict=True):
         assert 'pixels' in a and not a['bad'] and a.keys() == b.keys()

@@ -331,7 +331,7 @@ def weights(path, stem='diffusion_pytorch_model'):
 def test_an_exported_folder_is_the_folder_to_the_bit(saved, tmp_path):
     pipe, folder = saved
     models = {part: folders.from_folder(folder, part) for part in folders.MODELS}
-    folders.export(models, str(tmp_path / 'out'), folder)
+    folders.export_parts(models, str(tmp_path / 'out'), folder)
     again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / 'out',
                                                               safety_checker=None)
     for part in models:
@@ -341,13 +341,13 @@ def test_an_exported_folder_is_the_folder_to_the_bit(saved, tmp_path):
     assert again.scheduler.config == scheduler.config
 
     # one part in half precision, the others copied
-    folders.export({'unet': models['unet']}, str(tmp_path / 'half'), folder, torch.float16)
+    folders.export_parts({'unet': models['unet']}, str(tmp_path / 'half'), folder, torch.float16)
     assert {v.dtype for v in weights(tmp_path / 'half' / 'unet').values()} == {torch.float16}
     assert {v.dtype for v in weights(tmp_path / 'half' / 'vae').values()} == {torch.float32}
 
     # onto itself
     with pytest.raises(ValueError, match='source'):
-        folders.export(models, folder, folder)
+        folders.export_parts(models, folder, folder)
 
 
 @pytest.mark.parametrize('variant', ['', 'fp16'])
@@ -499,13 +499,14 @@ def tokens_of(tok, texts):
 @pytest.mark.parametrize('steps,guidance', [(10, 7.5), (7, 7.5), (7, 1.0), (30, 3.0)])
 def test_pictures_of_prompts_are_those_of_stablediffusionpipeline(saved, steps, guidance):
     pipe, folder = saved
-    run, tok, model = folders.load_run(folder)
+    run = folders.open_run(folder)
     # theirs begins with the same noise
     noise = randn(2, 4, 8, 8, seed=3)
     want = pipe(PROMPTS, latents=noise.clone(), num_inference_steps=steps, guidance_scale=guidance,
                 output_type='np').images
     want = torch.tensor(want)
-    got = model.sample(tokens_of(tok, PROMPTS), noise=noise, steps=steps, guidance=guidance)
+    tokens = tokens_of(run.tokenizer, PROMPTS)
+    got = run.model.sample(tokens, noise=noise, steps=steps, guidance=guidance)
     got = (got / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
 
     # the two prompts give two pictures, each with something in it
@@ -520,9 +521,9 @@ def test_pictures_from_pictures_are_those_of_img2img(saved, steps, strength):
         pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, pipe.scheduler, None, None,
         requires_safety_checker=False)
     img2img.set_progress_bar_config(disable=True)
-    _, tok, model = folders.load_run(folder)
+    run = folders.open_run(folder)
     pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    latents = model.vae.encode(2 * pixels - 1)
+    latents = run.model.vae.encode(2 * pixels - 1)
 
     # latents go in, and the noise is the generator's first
     only_decodes = dict(config=pipe.vae.config, decode=pipe.vae.decode, dtype=torch.float32)
@@ -532,7 +533,8 @@ def test_pictures_from_pictures_are_those_of_img2img(saved, steps, strength):
     want = img2img(PROMPTS, image=latents, strength=strength, num_inference_steps=steps,
                    guidance_scale=4.0, generator=torch.Generator().manual_seed(5),
                    output_type='np').images
-    got = model.sample(tokens_of(tok, PROMPTS), noise=noise, steps=steps, guidance=4.0,
-                       image=latents, strength=strength)
+    tokens = tokens_of(run.tokenizer, PROMPTS)
+    got = run.model.sample(tokens, noise=noise, steps=steps, guidance=4.0, image=latents,
+                           strength=strength)
     got = (got / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     close(got, torch.tensor(want), 1e-3)

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 import tiny
 
-from processor import fields as fields_of
-from processor import open_picture
-from robots import record, simulators
+from pictures import open_picture
+from processor import fields
+from robots import actions, record, simulators
 from serve import server
 from shards import Folder
 
@@ -37,7 +37,7 @@ SEEN = dict(proprio=np.arange(3, dtype=np.float32), near=np.zeros((4, 4, 3), np.
 
 def client():
     """The class Robot of README.md."""
-    text = (tiny.ROOT / 'README.md').read_text()
+    text = (tiny.ROOT / 'docs' / 'robots.md').read_text()
     blocks = re.findall(r'```python\n(.*?)```', text, re.S)
     code, = (block for block in blocks if 'Robot' in block)
 
@@ -235,7 +235,7 @@ def test_robots_that_come_together_are_one_batch():
         sizes.clear()
         given = list(pool.map(lambda i: robots[i].act(**SEEN | dict(step=i)), range(4)))
         assert sizes == [4]
-        assert [actions[1, 1] for actions in given] == [0, 1, 2, 3], 'to each its own'
+        assert [answer[1, 1] for answer in given] == [0, 1, 2, 3], 'to each its own'
 
         # Nobody waits for who is gone.
         began = time.monotonic()
@@ -336,13 +336,13 @@ def data_dir(tmp_path_factory):
     pusht = folder / 'pusht'
     pusht.mkdir()
     proprio = rng.uniform(0, 512, (12, 5)).astype(np.float32)
-    actions = rng.uniform(0, 512, (12, 2)).astype(np.float32)
+    chosen = rng.uniform(0, 512, (12, 2)).astype(np.float32)
 
     # In chunks of four, as the policy has them.
     views = dict(top=[np.zeros((16, 16, 3), np.uint8)] * 12)
     each = [dict(instruction='push')] * 12
     with webdataset.TarWriter(str(pusht / '0.tar'), encoder=False) as tar:
-        for key, members in record.samples('e', proprio, actions, views, {}, each, 4):
+        for key, members in record.samples('e', proprio, chosen, views, {}, each, 4):
             tar.write({'__key__': key, **members})
     tiny.run('prepare/stats.py', f'--data={pusht}', f'--cache_dir={folder / "cache"}').ok()
     return folder
@@ -350,13 +350,15 @@ def data_dir(tmp_path_factory):
 
 def train(data_dir, out_dir, mix='pusht', task='policy'):
     """One step, of a policy that sees and reads."""
+    own = ['--vla.width=32']
+    if task == 'policy':
+        own = ['--policy.encoder=vlm', '--policy.width=32', '--policy.mlp_dim=32',
+               '--policy.num_heads=2', '--policy.depth=1']
     return tiny.run(
         'train.py', *tiny.MODEL, '--device=cpu', f'--task={task}', '--lanes=8', '--window=4',
         '--workers=0', '--batch_size=4', '--seq_len=64', '--max_steps=1', '--action_steps=4',
-        '--action_dim=2', '--proprio_dim=5', '--cameras=["top"]', '--policy.encoder=vlm',
-        '--policy.width=32', '--policy.mlp_dim=32', '--policy.num_heads=2', '--policy.depth=1',
-        '--vla.width=32', f'--mix={{"{mix}": 1.0}}', f'--data_dir={data_dir}',
-        f'--out_dir={out_dir}').ok()
+        '--action_dim=2', '--proprio_dim=5', '--cameras=["top"]', *own,
+        f'--mix={{"{mix}": 1.0}}', f'--data_dir={data_dir}', f'--out_dir={out_dir}').ok()
 
 
 @pytest.fixture(scope='module')
@@ -384,7 +386,9 @@ def recorded(folder):
     """A list of samples' fields."""
     folder, rows = Folder(str(folder)), []
     for shard, size in enumerate(folder.sizes):
-        rows += [fields_of(folder.read(shard, i), lowdim=True) for i in range(size)]
+        for i in range(size):
+            members = folder.read(shard, i)
+            rows.append(fields(members) | actions.read(members))
     return rows
 
 
@@ -407,11 +411,11 @@ def test_what_is_recorded_happened(rolled):
         assert row['success'] is False and row['task'] == 'pusht' and row['fps'] == 10
 
         # The chunk is what was done next.
-        actions = row['lowdim']['actions']
+        chunk = row['lowdim']['actions']
         if row['frame'] % 50 == 0:
             for k in range(1, 4):
-                assert (actions[k] == rows[number + k]['lowdim']['actions'][0]).all()
-        seen, _ = env.step(actions[0])
+                assert (chunk[k] == rows[number + k]['lowdim']['actions'][0]).all()
+        seen, _ = env.step(chunk[0])
     env.close()
     seeds = [row['seed'] for row in rows if row['frame'] == 0]
     assert seeds == [simulators.TEST_SEED, simulators.TEST_SEED + 1]

@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 
-import judge
 from diffusion import DenoiserBlock, JointBlock, normal, random_keys
-from images.dit import DiTConfig, TextToImage, build
-from model import DecoderConfig
+from images import judge
+from images.dit import DiTConfig, TextToImage
+from model import Decoder, DecoderConfig
 
 TEXT = DecoderConfig(vocab_size=32, width=16, depth=1, mlp_dim=32, num_heads=2, head_dim=8)
 SMALL = DiTConfig(image_size=8, patch_size=4, width=32, depth=2, mlp_dim=48, num_heads=4, drop=0.3)
@@ -23,7 +23,7 @@ KINDS = (
 def model_of(seed=0, **settings):
     """A small model none of whose weights are zero."""
     torch.manual_seed(seed)
-    model = build(replace(SMALL, **settings), TEXT, 32, [1, 2])
+    model = TextToImage(replace(SMALL, **settings), Decoder(TEXT), empty=[1, 2])
     # gates and the output begin at zero, which would hide what is behind them
     with torch.no_grad():
         for p in model.parameters():
@@ -44,6 +44,7 @@ def close(a, b, tolerance=1e-5):
 
 KEYS = random_keys(0, torch.arange(4))
 PICTURES = normal(random_keys(1, torch.arange(4)), (3, 8, 8)).clamp(-1, 1)
+ALL = torch.arange(4)
 
 # -------------------------------------------------------------------------------------------------
 # blocks
@@ -124,22 +125,23 @@ def test_cross_block_is_diffusers():
 def test_loss_does_not_depend_on_batch_and_padding(settings):
     model, (tokens, segments) = model_of(**settings).train(), sentences()
     # the third row is a placeholder and has no picture
-    targets = torch.full_like(tokens, -100)
-    targets[[0, 1, 3], 0] = 1
-    given = dict(segments=segments, keys=KEYS)
-    whole, count = model.loss(tokens, targets, PICTURES[:3], **given)
+    given = dict(tokens=tokens, segments=segments, pixels=PICTURES[:3],
+                 rows=torch.tensor([0, 1, 3]), keys=KEYS)
+    whole, count = model.loss(**given)
     assert count == 3
-    each, counts = model.loss(tokens, targets, PICTURES[:3], **given, reduction='none')
-    close(each.sum(), whole)
+    losses, counts, places = model(**given)['pictures']
+    close(losses.sum(), whole)
+    assert counts.tolist() == [1, 1, 1] and (places // tokens.shape[1]).tolist() == [0, 1, 3]
 
     # row by row, with padding
     padded, padded_segments = sentences(3)
-    padded_targets = torch.nn.functional.pad(targets, (0, 3), value=-100)
     parts = []
     for i, picture in enumerate((PICTURES[:1], PICTURES[1:2], None, PICTURES[2:3])):
         row = slice(i, i + 1)
-        parts.append(model.loss(padded[row], padded_targets[row], picture,
-                                segments=padded_segments[row], keys=KEYS[row]))
+        rows = torch.arange(0 if picture is None else 1)
+        parts.append(model.loss(tokens=padded[row], segments=padded_segments[row],
+                                pixels=picture, rows=rows, keys=KEYS[row]))
+        close(parts[i][0], losses[places // tokens.shape[1] == i].sum())
     close(sum(loss for loss, _ in parts), whole)
     assert sum(int(n) for _, n in parts) == 3
 
@@ -152,24 +154,26 @@ def test_every_parameter_learns():
     tokens, segments = sentences()
     for settings in KINDS:
         model = model_of(**settings).train()
-        model.loss(tokens, pixels=PICTURES, segments=segments, keys=KEYS)[0].backward()
+        learned = model(tokens, segments, PICTURES, ALL, KEYS)['pictures']
+        learned.losses.sum().backward()
         assert all(p.grad.any() for name, p in model.named_parameters() if 'k_proj' not in name)
 
 
 def test_dropped_sentence_is_the_empty_one():
     (tokens, segments), model = sentences(), model_of(drop=0.999)
     empty, there = torch.tensor([[1, 2]]).expand(4, 2), torch.ones(4, 2, dtype=torch.long)
-    given = dict(pixels=PICTURES, keys=KEYS)
-    dropped = model.train().loss(tokens, segments=segments, **given)[0]
-    close(dropped, model.eval().loss(empty, segments=there, **given)[0])
+    given = dict(pixels=PICTURES, rows=ALL, keys=KEYS)
+    dropped = model.train().loss(tokens=tokens, segments=segments, **given)[0]
+    close(dropped, model.eval().loss(tokens=empty, segments=there, **given)[0])
 
     # not dropped in validation
-    assert abs(dropped - model.loss(tokens, segments=segments, **given)[0]) > 1e-3
+    assert abs(dropped - model.loss(tokens=tokens, segments=segments, **given)[0]) > 1e-3
 
 
 def test_learns_a_colour_from_a_word():
     torch.manual_seed(0)
-    model = build(replace(SMALL, depth=1, drop=0.1), replace(TEXT, depth=0), 32, [1, 2])
+    text = Decoder(replace(TEXT, depth=0))
+    model = TextToImage(replace(SMALL, depth=1, drop=0.1), text, empty=[1, 2])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 
     # three words, three colours
@@ -179,7 +183,8 @@ def test_learns_a_colour_from_a_word():
         tokens = torch.stack((torch.ones_like(word), word + 3, torch.full_like(word, 2)), 1)
         picture = colours[word][:, :, None, None].expand(-1, -1, 8, 8)
         keys = random_keys(0, step * 64 + torch.arange(64))
-        loss, count = model.loss(tokens, pixels=picture, keys=keys)
+        loss, count = model.loss(tokens=tokens, segments=torch.ones_like(tokens), pixels=picture,
+                                 rows=torch.arange(64), keys=keys)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -311,7 +316,7 @@ def test_text_is_any_module():
 
     model = TextToImage(replace(SMALL, **DDPM), Tower(), Denoiser(), empty=[1, 2])
     tokens, segments = sentences()
-    model.eval().loss(tokens, pixels=PICTURES, segments=segments, keys=KEYS)
+    model.eval()(tokens, segments, PICTURES, ALL, KEYS)
     (t, context, mask), = seen
     assert t.dtype == torch.long and t.max() < 50 and torch.equal(context, embedding(tokens))
     assert torch.equal(mask, segments > 0)
@@ -323,18 +328,20 @@ def test_text_is_any_module():
 def test_on_a_gpu(settings):
     """Loss and pictures as on the CPU; bf16 is near, and every parameter has its gradient."""
     model, (tokens, segments) = model_of(**settings).train(), sentences()
-    loss = model.loss(tokens, pixels=PICTURES, segments=segments, keys=KEYS)[0]
+    given = dict(tokens=tokens, segments=segments, pixels=PICTURES, rows=ALL, keys=KEYS)
+    loss, _ = model.loss(**given)
     drawn = model.sample(tokens, segments, KEYS, steps=3, guidance=2.0)
 
     # the same there
     there = model.cuda()
-    tokens, segments, pictures, keys = (x.cuda() for x in (tokens, segments, PICTURES, KEYS))
-    close(there.loss(tokens, pixels=pictures, segments=segments, keys=keys)[0].cpu(), loss, 1e-3)
-    close(there.sample(tokens, segments, keys, steps=3, guidance=2.0).cpu(), drawn, 1e-2)
+    given = {key: value.cuda() for key, value in given.items()}
+    close(there.loss(**given)[0].cpu(), loss, 1e-3)
+    again = there.sample(given['tokens'], given['segments'], given['keys'], steps=3, guidance=2.0)
+    close(again.cpu(), drawn, 1e-2)
 
     # and in bf16, nearly
     with torch.autocast('cuda', torch.bfloat16):
-        rough = there.loss(tokens, pixels=pictures, segments=segments, keys=keys)[0]
+        rough, _ = there.loss(**given)
     rough.backward()
     assert abs(rough.item() - loss.item()) < 0.05 * loss.item()
     assert all(p.grad is not None for p in there.parameters())

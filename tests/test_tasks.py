@@ -17,6 +17,7 @@ from families.towers import HFDecoder, HFText, HFViT  # noqa: E402
 from model import Decoder, ViT  # noqa: E402
 from processor import collate  # noqa: E402
 
+NEEDS = 'tasks/vlm.py', 'tasks/siglip.py', 'tasks/policy.py', 'tasks/vla.py', 'tasks/t2i.py'
 VOCAB = 264
 SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 DECODER = {'decoder.width': 32, 'decoder.depth': 2, 'decoder.mlp_dim': 48, 'decoder.num_heads': 4,

@@ -1,8 +1,9 @@
-"""What tests/test_train.py and tests/test_sample.py share: a tiny data set, a tiny model, and ways to run a command.
+"""What the tests of commands share: tiny data sets, a tiny model, and ways to run a command.
 
-Most commands run in a process of their own that a server forks after it has imported torch and the other libraries
-(none of ours), which saves two seconds a command and a rank; `real=True` starts the interpreter or torchrun as a user
-does. Both run the script's file as `__main__` with its arguments, working directory, signals and exit code.
+Most commands run in a process of their own that a server forks after it has imported torch and the
+other libraries (none of ours), which saves two seconds a command and a rank; `real=True` starts
+the interpreter or torchrun as a user does. Both run the script's file as `__main__` with its
+arguments, working directory, signals and exit code.
 """
 import atexit
 import functools
@@ -18,23 +19,31 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'MPLBACKEND': 'Agg'}
-MODEL = ['--vit.image_size=16', '--vit.patch_size=8', '--vit.width=32', '--vit.depth=1', '--vit.mlp_dim=64',
-         '--vit.num_heads=2', '--decoder.width=32', '--decoder.depth=2', '--decoder.mlp_dim=64',
-         '--decoder.num_heads=2', '--decoder.head_dim=16']
-FLAGS = [*MODEL, '--device=cpu', '--tokenizer=bytes', '--seq_len=64', '--batch_size=12', '--lanes=8', '--window=4',
-         '--workers=0', '--augment=true', '--log_every=1', '--warmup=0.2', '--lr=5e-3']
-ROW_KEYS = set('step samples tokens epoch loss lr grad_norm samples_per_sec samples_per_sec_per_gpu tokens_per_sec '
-               'tokens_per_sec_per_gpu mfu data_time step_time mem_gb bad_samples'.split())
+VIT = ['--vit.image_size=16', '--vit.patch_size=8', '--vit.width=32', '--vit.depth=1',
+       '--vit.mlp_dim=64', '--vit.num_heads=2']
+DECODER = ['--decoder.width=32', '--decoder.depth=2', '--decoder.mlp_dim=64',
+           '--decoder.num_heads=2', '--decoder.head_dim=16']
+MODEL = [*VIT, *DECODER]
+TRAINING = ['--device=cpu', '--tokenizer=bytes', '--seq_len=64', '--batch_size=12', '--lanes=8',
+            '--window=4', '--workers=0', '--log_every=1', '--warmup=0.2', '--lr=5e-3']
+FLAGS = [*MODEL, *TRAINING, '--augment=true']
+LLM_FLAGS = ['--task=llm', *DECODER, *TRAINING]     # it has no pictures
+ROW_KEYS = set('step samples tokens epoch loss lr grad_norm samples_per_sec '
+               'samples_per_sec_per_gpu tokens_per_sec tokens_per_sec_per_gpu mfu data_time '
+               'step_time mem_gb bad_samples'.split())
 
-# ----------------------------------------------------------------------------------------------------------------------
-# data: twelve shapes in three styles, and a set of captions of very unequal length, a third of them without a picture
+# -----------------------------------------------------------------------------------------------
+# data: twelve shapes in three styles, and a set of captions of very unequal length, a third of
+# them without a picture
 
 COLOURS = {'red': (220, 20, 20), 'green': (20, 190, 20), 'blue': (20, 40, 230)}
 SHAPES = ('square', 'disc', 'bar', 'cross')
@@ -42,16 +51,18 @@ NAMES = [f'{colour} {shape}' for colour in COLOURS for shape in SHAPES]
 
 
 def draw(name, style):
-    """RGBA uint8 (16, 16, 4) of 'red square' in a style: plain, dark or held (never trained on)."""
+    """RGBA uint8 (16, 16, 4) of 'red square' in a style: plain, dark or held (never trained
+    on)."""
     colour, shape = name.split()
     shift = 1 if style == 'held' else 0
     y, x = np.mgrid[:16, :16] - 7.5 - shift
-    inside = {'square': np.maximum(abs(x), abs(y)) < 5, 'disc': x ** 2 + y ** 2 < 25, 'bar': abs(y) < 2,
-              'cross': np.minimum(abs(x), abs(y)) < 2}[shape]
+    inside = {'square': np.maximum(abs(x), abs(y)) < 5, 'disc': x ** 2 + y ** 2 < 25,
+              'bar': abs(y) < 2, 'cross': np.minimum(abs(x), abs(y)) < 2}[shape]
     picture = np.zeros((16, 16, 4), np.uint8)
     if style == 'dark':
         picture[:] = (40, 40, 40, 255)
-    ink = np.array(COLOURS[colour]) // 2 + (100 if style == 'dark' else 60 if style == 'held' else 0)
+    ink = np.array(COLOURS[colour]) // 2 + (
+        100 if style == 'dark' else 60 if style == 'held' else 0)
     picture[inside] = (*ink, 255)
     return picture
 
@@ -64,7 +75,8 @@ def png(picture):
 
 
 def write(folder, samples, cut=None):
-    """A data set of two unequal shards from [(key, picture bytes or None, caption), ...], with its manifest."""
+    """A data set of two unequal shards from [(key, picture bytes or None, caption), ...], with its
+    manifest."""
     import webdataset
     folder.mkdir(parents=True)
     cut = len(samples) // 3 if cut is None else cut
@@ -72,7 +84,8 @@ def write(folder, samples, cut=None):
         for name, rows in (('00000000', samples[:cut]), ('00000001', samples[cut:])):
             with webdataset.TarWriter(str(folder / f'{name}.tar'), mtime=0) as tar:
                 for key, picture, caption in rows:
-                    tar.write({'__key__': key, 'txt': caption} | ({'png': picture} if picture else {}))
+                    tar.write(
+                        {'__key__': key, 'txt': caption} | ({'png': picture} if picture else {}))
             manifest.write(json.dumps({'shard': name, 'num_sequences': len(rows)}) + '\n')
 
 
@@ -81,15 +94,16 @@ def styled(style):
 
 
 def long_samples():
-    """25 captions of 1, 3, 5 ... 49 characters, so that a sum of lengths tells who is in it; a third lack a picture."""
+    """25 captions of 1, 3, 5 ... 49 characters, so that a sum of lengths tells who is in it; a
+    third lack a picture."""
     rng = np.random.default_rng(0)
     captions = [''.join(rng.choice(list('abcdefgh'), 2 * i + 1)) for i in range(25)]
     return [(f'long-{i:02}', None if i % 3 == 0 else png(draw(NAMES[i % 12], 'dark')), captions[i])
             for i in rng.permutation(25)]
 
 
-SETS = {'plain': styled('plain'), 'dark': styled('dark'), 'held': styled('held'), 'long': long_samples(),
-        'odd': [sample for sample in long_samples() if sample[1]][:9],
+SETS = {'plain': styled('plain'), 'dark': styled('dark'), 'held': styled('held'),
+        'long': long_samples(), 'odd': [sample for sample in long_samples() if sample[1]][:9],
         'words': [(f'words-{i:02}', None, name) for i, name in enumerate(NAMES)]}
 
 
@@ -104,12 +118,13 @@ def data_dir():
 
 
 def row_length(sample, patches=4):
-    """Tokens of a training row without its padding: patches, bos, newline | caption, eos; or bos, text, eos."""
+    """Tokens of a training row without its padding: patches, bos, newline | caption, eos; or bos,
+    text, eos."""
     _, picture, caption = sample
     return (patches + 2 if picture else 1) + len(caption.encode()) + 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # processes
 
 
@@ -125,16 +140,19 @@ class Process:
         self.popen = None
         if not real:
             self.server = server()
-            self.pid = self.server.start(str(ROOT / script), args, cwd, dict(env or {}), self.files, torchrun)
+            self.pid = self.server.start(
+                str(ROOT / script), args, cwd, dict(env or {}), self.files, torchrun)
             return
         launcher = [sys.executable]
         if torchrun:
             ranks, *options = torchrun if isinstance(torchrun, list) else [torchrun]
-            launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--standalone', *options]
+            launcher += ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}',
+                         '--standalone', *options]
         with open(self.files[0], 'w') as out, open(self.files[1], 'w') as err:
-            self.popen = subprocess.Popen([*launcher, str(ROOT / script), *args], cwd=cwd, stdout=out, stderr=err,
-                                          stdin=subprocess.DEVNULL, env=os.environ | ENV | (env or {}),
-                                          start_new_session=True)
+            self.popen = subprocess.Popen(
+                [*launcher, str(ROOT / script), *args], cwd=cwd, stdout=out, stderr=err,
+                stdin=subprocess.DEVNULL, env=os.environ | ENV | (env or {}),
+                start_new_session=True)
         self.pid = self.popen.pid
 
     def wait(self, timeout=180):
@@ -143,7 +161,8 @@ class Process:
         except subprocess.TimeoutExpired:
             os.killpg(self.pid, signal.SIGKILL)
             self.popen.wait() if self.popen else self.server.code(timeout)
-            raise AssertionError(f'still running after {timeout} s: {self.result(None).err}') from None
+            raise AssertionError(
+                f'still running after {timeout} s: {self.result(None).err}') from None
         return self.result(code)
 
     def result(self, code):
@@ -166,14 +185,17 @@ class Result:
         """Exactly one line on stderr, which holds all of `words`."""
         assert self.code == code, f'exit code {self.code}, not {code}\n{self.out}\n{self.err}'
         assert len(self.lines) == 1, self.err
-        assert all(str(word) in self.lines[0] for word in words), f'{words} not in {self.lines[0]!r}'
+        assert all(
+            str(word) in self.lines[0] for word in words), f'{words} not in {self.lines[0]!r}'
         return self
 
     def failed(self, *words, code=1):
-        """A failure at run time, among progress bars: one line of the script's own that holds `words`; no traceback."""
+        """A failure at run time, among progress bars: one line of the script's own that holds
+        `words`; no traceback."""
         assert self.code == code, f'exit code {self.code}, not {code}\n{self.out}\n{self.err}'
         assert 'Traceback' not in self.err, self.err
-        own = [line for line in self.lines if line.startswith(('train.py: ', 'sample.py: ', 'data.py: '))]
+        own = [line for line in self.lines if line.startswith(
+            ('train.py: ', 'sample.py: ', 'data.py: '))]
         assert len(own) == 1, self.err
         assert all(str(word) in own[0] for word in words), f'{words} not in {own[0]!r}'
         return self
@@ -185,11 +207,13 @@ def run(script, *args, timeout=180, **kwargs):
 
 
 class Server:
-    """Forks a process for each command, out of one that has the libraries imported. One command at a time."""
+    """Forks a process for each command, out of one that has the libraries imported. One command at
+    a time."""
 
     def __init__(self):
-        self.popen = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                      env=os.environ | ENV, text=True, bufsize=1)
+        self.popen = subprocess.Popen(
+            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | ENV, text=True, bufsize=1)
 
     def start(self, *request):
         self.popen.stdin.write(json.dumps(request) + '\n')
@@ -213,7 +237,8 @@ def server():
 
 
 def serve():
-    """The server's side: read a request, fork, answer with the process id and then the exit code."""
+    """The server's side: read a request, fork, answer with the process id and then the exit
+    code."""
     import matplotlib.pyplot
     import PIL.PngImagePlugin  # noqa: F401
     import safetensors.torch  # noqa: F401
@@ -244,15 +269,48 @@ def child(script, args, cwd, env, files, ranks):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), fd)
     if ranks:
         torchrun(ranks)
+    prepare_torch(env)
     sys.argv, sys.path[0] = [script, *args], os.path.dirname(script)
-    runpy.run_path(script, run_name='__main__')
+    code = 1
+    try:
+        runpy.run_path(script, run_name='__main__')
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        traceback.print_exc()
+    leave(code)
+
+
+def prepare_torch(env):
+    """What torch reads when it is imported, and COMPILE_BACKEND: of torch.compile, inductor is
+    slow."""
+    import torch
+    if 'TORCH_LOGS' in env:
+        torch._logging._init_logs()
+    if 'COMPILE_BACKEND' in env:
+        torch.compile = functools.partial(torch.compile, backend=env['COMPILE_BACKEND'])
+
+
+def leave(code):
+    """What Python does at its end, but for taking every module to pieces: a third of a command."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def torchrun(ranks):
-    """Go on as each of so many ranks, while this process waits as torchrun would: when one fails, the others end."""
+    """Go on as each of so many ranks, while this process waits as torchrun would: when one fails,
+    the others end."""
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-        address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1]), 'WORLD_SIZE': str(ranks)}
+        address = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(s.getsockname()[1]),
+                   'WORLD_SIZE': str(ranks)}
     running = {}
     for rank in range(ranks):
         pid = os.fork()
@@ -272,12 +330,13 @@ def torchrun(ranks):
     os._exit(failed)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------
 # reading a run
 
 
 def rows(out_dir, key='loss'):
-    """The rows of log.jsonl that have a key; key=None: all. A last row that is being written is left out."""
+    """The rows of log.jsonl that have a key; key=None: all. A last row that is being written is
+    left out."""
     path = Path(out_dir) / 'log.jsonl'
     text = path.read_text() if path.exists() else ''
     found = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith('\n')]
@@ -287,7 +346,8 @@ def rows(out_dir, key='loss'):
 def losses(out_dir):
     """What must not depend on when a run was killed: every row, less times and memory."""
     drop = {'data_time', 'step_time', 'mem_gb', 'mfu'}
-    return [{k: v for k, v in row.items() if k not in drop and 'per_sec' not in k} for row in rows(out_dir, None)]
+    return [{k: v for k, v in row.items() if k not in drop and 'per_sec' not in k}
+            for row in rows(out_dir, None)]
 
 
 def names(out_dir):

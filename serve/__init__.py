@@ -1,0 +1,1 @@
+# With this file no module of the same name elsewhere (bench/serve.py) is taken for this folder.
