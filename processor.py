@@ -56,8 +56,15 @@ def fields(members, with_pictures=True):
             sample['text'] = members['txt'].decode('utf-8')
         except UnicodeDecodeError:
             raise BadSample('.txt is not UTF-8') from None
+    # what no tokenizer can read
     for key in ('text', 'prefix', 'suffix', 'instruction'):
-        check_text(key, sample.get(key, ''))
+        value = sample.get(key, '')
+        if not isinstance(value, str):
+            raise BadSample(f'.json: {key} is no text')
+        try:
+            value.encode('utf-8')
+        except UnicodeEncodeError:
+            raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
 
     pictures = []
     if with_pictures:
@@ -70,16 +77,6 @@ def fields(members, with_pictures=True):
     sample['pictures'] = [members[ext] for _, ext in pictures]
     sample['members'] = members
     return sample
-
-
-def check_text(key, value):
-    """Raises BadSample for what no tokenizer can read."""
-    if not isinstance(value, str):
-        raise BadSample(f'.json: {key} is no text')
-    try:
-        value.encode('utf-8')
-    except UnicodeEncodeError:
-        raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
 
 
 # -----------------------------------------------------------------------------------------------
