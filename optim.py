@@ -11,10 +11,18 @@ import torch
 
 OPTIONS = ('lr_scale', 'weight_decay', 'freeze')
 AMOUNT = 'expected a number of at least 0'
+CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'constant', 'wsd')}
 
 
 def check(settings, world=1):
     """Raises ValueError, one line on one fault, for what a run can not be trained with."""
+    for key, allowed in CHOICES.items():
+        if settings[key] not in allowed:
+            raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
+    if not 0 < settings['decay'] <= 1:
+        raise ValueError(f'decay={settings["decay"]}: expected a fraction of the run, above 0 and '
+                         'at most 1')
+
     # lr=0 is no fault: a dry run, which train.py tells of.
     for key in ('lr', 'min_lr', 'weight_decay', 'grad_clip'):
         if not is_amount(settings[key]):

@@ -20,7 +20,6 @@ from tiny import Process, losses, names, rows, run, same_weights, wait_until, we
 
 import checkpoint
 import shards
-import tokenizer
 from model import generate
 
 STEPS = 24
@@ -185,7 +184,7 @@ def begin_run(out):
     """The checkpoint.Run of a folder's config, with the weights that its seed gives."""
     settings = json.loads((out / 'config.json').read_text())
     torch.manual_seed(settings['seed'])
-    return checkpoint.make_run(settings, tokenizer.load('bytes'), settings['processor'], 'cpu')
+    return checkpoint.make_run(settings, 'cpu')
 
 
 def one_by_one(begun, folder, keys=None):
@@ -422,8 +421,7 @@ def assert_equal_runs(out, alone, tolerance=1e-5):
 @pytest.fixture(scope='module')
 def two_ranks(unequal, tmp_path_factory):
     out = tmp_path_factory.mktemp('ranks') / 'run'
-    run('train.py', *unequal, '--micro_batch_size=3', f'--out_dir={out}', real=True,
-        torchrun=2).ok()
+    run('train.py', *unequal, '--micro_batch_size=3', f'--out_dir={out}', torchrun=2).ok()
     return out
 
 
@@ -816,7 +814,7 @@ def test_lengths(data, tmp_path, length, steps):
 
 
 def test_a_saved_config_reproduces_the_run_from_another_folder(base, tmp_path):
-    run('train.py', base / 'config.json', '--out_dir=again', cwd=tmp_path, real=True).ok()
+    run('train.py', base / 'config.json', '--out_dir=again', cwd=tmp_path).ok()
     assert_same_run(tmp_path / 'again', base)
     ours, theirs = (
         json.loads((out / 'config.json').read_text()) for out in (tmp_path / 'again', base))
@@ -828,7 +826,7 @@ def test_wandb_offline(short, tmp_path):
     env = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true', 'WANDB_DIR': str(tmp_path),
            'HOME': str(tmp_path), 'WANDB_CACHE_DIR': str(tmp_path),
            'WANDB_DATA_DIR': str(tmp_path), 'WANDB_CONFIG_DIR': str(tmp_path)}
-    short('--wandb_project=tiny', '--max_steps=3', env=env, real=True).ok()
+    short('--wandb_project=tiny', '--max_steps=3', env=env).ok()
     files = list((tmp_path / 'run').rglob('*.wandb'))
     assert len(files) == 1 and b'grad_norm' in files[0].read_bytes()
     assert len(rows(tmp_path / 'run')) == 3
