@@ -67,8 +67,15 @@ def fields(members, with_pictures=True):
         asked = [sample.pop('instruction'), sample.pop('input', '')]
         sample['prefix'] = '\n'.join(str(part) for part in asked if part)
         sample['suffix'] = sample.pop('output')
+    # what no tokenizer can read
     for key in ('text', 'prefix', 'suffix', 'instruction'):
-        check_text(key, sample.get(key, ''))
+        value = sample.get(key, '')
+        if not isinstance(value, str):
+            raise BadSample(f'.json: {key} is no text')
+        try:
+            value.encode('utf-8')
+        except UnicodeEncodeError:
+            raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
 
     pictures = []
     if with_pictures:
@@ -81,16 +88,6 @@ def fields(members, with_pictures=True):
     sample['pictures'] = [members[ext] for _, ext in pictures]
     sample['members'] = members
     return sample
-
-
-def check_text(key, value):
-    """Raises BadSample for what no tokenizer can read."""
-    if not isinstance(value, str):
-        raise BadSample(f'.json: {key} is no text')
-    try:
-        value.encode('utf-8')
-    except UnicodeEncodeError:
-        raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
 
 
 # -----------------------------------------------------------------------------------------------
