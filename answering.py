@@ -10,6 +10,7 @@ from processor import BadSample
 
 def check_sampling(options):
     """Raises ValueError for settings of generation that can not be."""
+    # temperature 0 takes the likeliest token, top_k 0 keeps all of them
     for key in ('batch_size', 'max_new_tokens'):
         if getattr(options, key) < 1:
             raise ValueError(f'{key}={getattr(options, key)} must be at least 1')
@@ -25,22 +26,26 @@ def answers(run, prompts, pixels, options):
     pixels: uint8 (I, H, W, 3), one picture a prompt, or None."""
     out, tok, eyes = [], run.tokenizer, run.processor.eyes
     for a in range(0, len(prompts), options.batch_size):
+        # what pads blocks is in no segment: nobody sees it
         ids, blocks = zip(*prompts[a:a + options.batch_size])
         tokens, _ = padded(ids, tok.pad_id)
         blocks, _ = padded(blocks, 1)
+
+        # each batch has a seed of its own, as its rows are counted from 0
         pictures = None
         if pixels is not None:
             pictures = eyes.to_tensor(pixels[a:a + options.batch_size], run.device)
         new = generate(run.model, tokens.to(run.device), pictures, options.max_new_tokens,
                        options.temperature, options.top_k, options.top_p, run.processor.end_id,
                        tok.pad_id, options.seed + a, blocks=blocks.to(run.device))
-        out += [tok.decode(ids) for ids in new]
+        out += map(tok.decode, new)
     return out
 
 
 def padded(rows, pad_id, least=1):
     """Lists of token ids -> (tokens, segments), int64 tensors (B, T), T at least `least`, padded
     on the right, segments 0 there."""
+    # a batch is as wide as its longest row
     width = max(least, *map(len, rows))
     tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
     lengths = torch.tensor([len(row) for row in rows])
