@@ -4,7 +4,7 @@ sample.py's tasks import this, and what looks at a picture.
 """
 import torch
 
-from model import generate
+from generate import generate
 from processor import BadSample
 
 
