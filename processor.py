@@ -238,15 +238,6 @@ class Processor:
                 blocks += [int(role == READ)] * len(new)
         return ids, blocks
 
-    @property
-    def attends(self):
-        """How pictures and prompt attend in rows of this form: prefix | causal."""
-        try:
-            blocks = self.asked()[1]
-        except (KeyError, TypeError, BadSample):        # it wants more of a sample than a prompt
-            return 'prefix'
-        return 'causal' if all(blocks) else 'prefix'
-
     def encode(self, item):
         """Token ids of an item of a form: text, an id, ids, or a picture (bytes or an array)."""
         if isinstance(item, list):
@@ -589,21 +580,3 @@ def to_device(batch, device, p):
     if 'beside' in batch:
         out['beside'] = {key: moved(value) for key, value in batch['beside'].items()}
     return out
-
-
-def set_mask(model, processor):
-    """What a model attends to by itself is what its form trains."""
-    vlm = getattr(model, 'encoder', model)          # of a policy
-    if hasattr(vlm, 'default_blocks'):
-        vlm.config.attends = processor.attends
-
-
-def padded(rows, pad_id, least=1):
-    """Lists of token ids -> (tokens, segments), int64 tensors (B, T), T at least `least`, padded
-    on the right, segments 0 there."""
-    import torch
-    width = max(least, *map(len, rows))
-    tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    segments = (torch.arange(width)[None] < lengths[:, None]).long()
-    return tokens, segments

@@ -20,7 +20,8 @@ sys.path.insert(0, os.path.dirname(HERE))
 import logs  # noqa: E402
 import parallel  # noqa: E402
 from configurator import configure  # noqa: E402
-from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig, generate  # noqa: E402
+from generate import generate  # noqa: E402
+from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig  # noqa: E402
 
 part = 'decoder'                # decoder | paligemma | decode
 out_dir = 'out/gpu'

@@ -21,6 +21,7 @@ import torch
 import hub
 import pictures
 import tasks
+from answering import padded
 from configurator import part
 from diffusion import random_keys
 from images import judge, sd
@@ -28,7 +29,7 @@ from images.clip import CLIPText, CLIPTextConfig
 from images.dit import DiTConfig, TextToImage
 from images.vae import AutoencoderKL, VAEConfig
 from model import Decoder, DecoderConfig, sized
-from processor import READ, padded, question
+from processor import READ, question
 from shards import BadSample
 from tasks import vlm
 from vocabularies.clip import clip_row

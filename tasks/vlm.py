@@ -15,11 +15,13 @@ import torch
 import data
 import pictures
 import shards
+from answering import answers, check_sampling
 from configurator import part
-from model import VLM, DecoderConfig, ViTConfig, VLMConfig, generate, sized
+from generate import generate
+from model import VLM, DecoderConfig, ViTConfig, VLMConfig, sized
 from processor import LEARNED, SEEN, document, is_document, question
 from tasks import tower
-from tasks.llm import answers, arguments, check_sampling, check_text_loss  # noqa: F401
+from tasks.llm import arguments, check_text_loss  # noqa: F401
 
 
 class TrainSettings:

@@ -21,6 +21,9 @@ import mirror
 import remote
 from model import Decoder, DecoderConfig, token_losses
 
+# test_remote.py, whose fixtures are used here, looks at pictures
+NEEDS = ('pictures.py',)
+
 MIX = ['--mix={"long": 1, "plain": 0.5}', '--val={"long": "long"}', '--augment=false']
 COMMON = ['--max_steps=30', '--lr=1e-3', '--num_checkpoints=2']
 HALF, LAST = 'step_00000015', 'step_00000030'

@@ -1,15 +1,11 @@
-"""model.generate: with and without a cache, padding, ends of rows, and how it samples."""
+"""generate.py: with and without a cache, padding, ends of rows, and how it samples."""
 
 import pytest
 import torch
 from test_model import IMAGE, PAD, TEXT, P, V, close, decoder, pad, pictures, vlm, words
 
-from model import (
-    KVCache,
-    generate,
-    left_padded,
-    sample,
-)
+from generate import generate, left_padded, sample
+from model import KVCache
 
 
 def reference(model, prompt, pixels, steps, eos_id=-1):

@@ -20,7 +20,7 @@ from tiny import Process, losses, names, rows, run, same_weights, wait_until, we
 
 import checkpoint
 import shards
-from model import generate
+from generate import generate
 
 STEPS = 24
 # five of 24 steps: 4.8, 9.6, 14.4, 19.2, 24
