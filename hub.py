@@ -146,6 +146,7 @@ def open_ours(path, device='cpu', ema=True):
         if processors.is_folder(settings['processor']):
             settings['processor'] = folder
         processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
+        processors.set_mask(model, processor)
         run = checkpoint.Run(task, settings, tok, model.eval(), processor, device, folder)
         run.kept = {name: read_json(os.path.join(folder, name)) for name in task.FILES}
         task.prepare(run)

@@ -79,6 +79,8 @@ class VLMConfig:
     image_token_id: int = 0     # marks where the patches of a picture go
     pixel_shuffle: int = 1      # squares of so many patches a side become one image token
     connector_bias: bool = True
+    attends: str = 'prefix'     # pictures and prompt: prefix: all to all (PaliGemma) | causal
+    #                             (Idefics3, Llava); set by the form that trains it, or a family
 
     @property
     def image_tokens(self):
@@ -646,7 +648,10 @@ class VLM(nn.Module):
         return x.flatten(0, 1).index_copy(0, where, patches.to(x.dtype)).view_as(x)
 
     def default_blocks(self, tokens, targets=None):
-        """Rows with a picture are prefix-LM (a prefix ends at the first target), others causal."""
+        """As the model attends: rows with a picture are prefix-LM (a prefix ends at the first
+        target), others causal; or all are causal."""
+        if self.config.attends == 'causal':
+            return torch.ones_like(tokens)
         suffix = torch.zeros_like(tokens)
         if targets is not None:
             suffix[:, 1:] = (targets[:, :-1] != -100).cummax(1).values
@@ -678,22 +683,23 @@ class VLM(nn.Module):
 
 @torch.no_grad()
 def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top_k=0, top_p=1.0,
-             eos_id=-1, pad_id=0, seed=0, use_cache=True):
+             eos_id=-1, pad_id=0, seed=0, use_cache=True, blocks=None):
     """Continue the prompts `tokens` (B, T), padded left or right with pad_id: a list of new token
-    lists, one a row.
+    lists, one a row. blocks (B, T) of the prompts: by default as the model attends.
 
     temperature 0 is greedy; top_k 0 and top_p 1 keep every token; a row ends before its eos_id
     (-1: never). Every row samples from its own random stream (seed, row), so what it gets does not
     depend on the length of the others."""
-    tokens, segments = left_padded(tokens, pad_id)
+    if blocks is None:
+        blocks = torch.ones_like(tokens)
+        if isinstance(model, VLM):
+            blocks = model.default_blocks(tokens)
+    tokens, segments, blocks = left_padded(tokens, pad_id, blocks)
     was_training = model.training
     model.eval()
 
     decoder = getattr(model, 'decoder', model)
-    if isinstance(model, VLM):
-        x, blocks = model.embed(tokens, pixels), model.default_blocks(tokens)
-    else:
-        x, blocks = model.embed(tokens), torch.ones_like(tokens)
+    x = model.embed(tokens, pixels) if isinstance(model, VLM) else model.embed(tokens)
 
     # Who will see whom is known beforehand: computed once, for the prompts and all that follows.
     batch, prompt = tokens.shape
@@ -731,8 +737,9 @@ def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top
     return [list(takewhile(lambda token: token != eos_id, row)) for row in rows]
 
 
-def left_padded(tokens, pad_id):
-    """Move the padding of each row to its left: (tokens, segments), segments 0 at padding, 1 else.
+def left_padded(tokens, pad_id, blocks):
+    """Move the padding of each row to its left: (tokens, segments, blocks), segments 0 at padding,
+    1 else.
 
     Padding stands before the first or after the last other token: a pad_id inside is a token."""
     is_real = tokens != pad_id
@@ -744,8 +751,9 @@ def left_padded(tokens, pad_id):
     # The columns of the result, counted from the first token of each row: below 0 is padding.
     index = torch.arange(width, device=tokens.device)[None] - (before + after)[:, None]
     segments = (index >= 0).to(tokens.dtype)
-    moved = tokens.gather(1, index.clamp(min=0) + before[:, None])
-    return moved.where(segments > 0, pad_id), segments
+    source = index.clamp(min=0) + before[:, None]
+    tokens = tokens.gather(1, source).where(segments > 0, pad_id)
+    return tokens, segments, blocks.gather(1, source)
 
 
 def sample(logits, temperature, top_k, top_p, generators):

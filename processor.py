@@ -205,10 +205,29 @@ class Processor:
 
     def prefix(self, prompt=None, pictures=1):
         """Token ids of pictures and a prompt, up to where the answer begins."""
+        return self.asked(prompt, pictures)[0]
+
+    def asked(self, prompt=None, pictures=1):
+        """(token ids, blocks) of pictures and a prompt, up to where the answer begins: who sees
+        whom there, as it is trained."""
         prompt = self.prompt if prompt is None else prompt
         sample = dict(pictures=[b''] * pictures, prefix=prompt, suffix='', asking=True)
-        parts = takewhile(lambda part: part[1] != LEARNED, self.function(sample, self))
-        return [i for item, role in parts if role != BESIDE for i in self.encode(item)]
+        ids, blocks = [], []
+        for item, role in takewhile(lambda part: part[1] != LEARNED, self.function(sample, self)):
+            if role != BESIDE:
+                new = self.encode(item)
+                ids += new
+                blocks += [int(role == READ)] * len(new)
+        return ids, blocks
+
+    @property
+    def attends(self):
+        """How pictures and prompt attend in rows of this form: prefix | causal."""
+        try:
+            blocks = self.asked()[1]
+        except (KeyError, TypeError, BadSample):        # it wants more of a sample than a prompt
+            return 'prefix'
+        return 'causal' if all(blocks) else 'prefix'
 
     def encode(self, item):
         """Token ids of an item of a form: text, an id, ids, or a picture (bytes or an array)."""
@@ -544,6 +563,13 @@ def to_device(batch, device, p):
     if 'beside' in batch:
         out['beside'] = {key: moved(value) for key, value in batch['beside'].items()}
     return out
+
+
+def set_mask(model, processor):
+    """What a model attends to by itself is what its form trains."""
+    vlm = getattr(model, 'encoder', model)          # of a policy
+    if hasattr(vlm, 'default_blocks'):
+        vlm.config.attends = processor.attends
 
 
 def padded(rows, pad_id, least=1):

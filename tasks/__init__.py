@@ -153,11 +153,6 @@ def body_of(settings):
     return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
 
 
-def defaults(name):
-    """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
-    return flatten(body_of(load(name).TrainSettings))
-
-
 def that_have(key, settings='TrainSettings'):
     """The tasks that have a setting, for the one who gave it to another."""
     # which is for those who ask for help, and here

@@ -82,17 +82,19 @@ def check_sampling(options):
 
 
 def answers(run, prompts, pixels, options):
-    """Texts that continue prompts, lists of token ids. pixels: uint8 (I, H, W, 3), one picture a
-    prompt, or None."""
+    """Texts that continue prompts, (token ids, blocks) of each, as Processor.asked gives them.
+    pixels: uint8 (I, H, W, 3), one picture a prompt, or None."""
     out, tok, eyes = [], run.tokenizer, run.processor.eyes
     for a in range(0, len(prompts), options.batch_size):
-        tokens, _ = padded(prompts[a:a + options.batch_size], tok.pad_id)
+        ids, blocks = zip(*prompts[a:a + options.batch_size])
+        tokens, _ = padded(ids, tok.pad_id)
+        blocks, _ = padded(blocks, 1)
         pictures = None
         if pixels is not None:
             pictures = eyes.to_tensor(pixels[a:a + options.batch_size], run.device)
         new = generate(run.model, tokens.to(run.device), pictures, options.max_new_tokens,
                        options.temperature, options.top_k, options.top_p, run.processor.end_id,
-                       tok.pad_id, options.seed + a)
+                       tok.pad_id, options.seed + a, blocks=blocks.to(run.device))
         out += [tok.decode(ids) for ids in new]
     return out
 
@@ -101,7 +103,8 @@ def sample(run, options):
     """Continue --prompt."""
     check_sampling(options)
     tok = run.tokenizer
-    continued, = answers(run, [[tok.bos_id] + tok.encode(options.prompt)], None, options)
+    ids = [tok.bos_id] + tok.encode(options.prompt)
+    continued, = answers(run, [(ids, [1] * len(ids))], None, options)
     if options.json:
         print(json.dumps(dict(prompt=options.prompt, text=continued)))
     else:

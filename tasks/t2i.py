@@ -327,7 +327,7 @@ def features(captioner, images, options):
 def judged(captioner, name, kind, images, texts, options, both_features):
     """Prints a line of scores of pictures, of the distance between two sets of features, too: the
     captioner's answers, and the share that is right."""
-    prompts = [captioner.processor.prefix()] * len(texts)
+    prompts = [captioner.processor.asked()] * len(texts)
     sampling = SimpleNamespace(**tasks.body_of(vlm.SampleSettings) | vars(options))
     pixels = judge.resized(images, captioner.processor.eyes.size)
     given = [answer.strip() for answer in vlm.answers(captioner, prompts, pixels, sampling)]

@@ -111,8 +111,9 @@ def count_right(run, batch, tensors):
         return 0
     before = learned.cumsum(1) - learned == 0               # up to the first target
     prompts = torch.where(before, tensors['tokens'], tok.pad_id)
+    blocks = tensors.get('blocks', torch.ones_like(prompts))        # as it was trained
     given = generate(run.model, prompts, tensors.get('pixels'), run.settings['seq_len'],
-                     eos_id=run.processor.end_id, pad_id=tok.pad_id)
+                     eos_id=run.processor.end_id, pad_id=tok.pad_id, blocks=blocks)
     texts = [tok.decode(ids).strip() for ids in given]
     return sum(answer == text for answer, text in zip(texts, batch['texts']))
 
@@ -142,7 +143,7 @@ def caption(run, options):
                 pixels.append(run.processor.eyes.pixels(f.read()))
         except shards.BadSample as error:
             raise OSError(f'{name}: {error}') from None
-    prompt = run.processor.prefix(options.prompt or None)
+    prompt = run.processor.asked(options.prompt or None)
     texts = answers(run, [prompt] * len(files), np.stack(pixels), options)
     for name, text in zip(files, texts):
         text = text.strip()
@@ -166,7 +167,7 @@ def evaluate(run, options):
         print(f'{"data set":26} {"pictures":>8}  {heads}')
     for name in options.eval.split(','):
         pixels, texts, _ = read_sets(run, name, options)
-        prompts = [run.processor.prefix(options.prompt or None)] * len(texts)
+        prompts = [run.processor.asked(options.prompt or None)] * len(texts)
         # every picture goes to another name
         shuffled = np.roll(pixels, len(pixels) // 2 + 1, 0)
         given = [[text.strip() for text in answers(run, prompts, x, options)]

@@ -141,10 +141,11 @@ def test_a_pad_id_inside_a_prompt_is_a_token():
 def test_left_padded_moves_padding_alone():
     tokens = torch.tensor([[0, 0, 7, 0, 8, 0], [7, 8, 9, 7, 8, 9], [0, 0, 0, 0, 0, 3],
                            [4, 0, 0, 0, 0, 0]])
-    moved, segments = left_padded(tokens, 0)
+    moved, segments, blocks = left_padded(tokens, 0, tokens)
     assert moved.tolist() == [[0, 0, 0, 7, 0, 8], [7, 8, 9, 7, 8, 9], [0, 0, 0, 0, 0, 3],
                               [0, 0, 0, 0, 0, 4]]
     assert segments.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6, [0] * 5 + [1], [0] * 5 + [1]]
+    assert torch.equal(blocks.where(segments > 0, 0), moved)
 
 
 def test_an_empty_prompt_is_refused():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from checkpoint import open_run
+from hub import open_run
 from robots.acting import policy_of
 
 FLAGS = ['--device=cpu', '--lanes=8', '--window=4', '--workers=0', '--batch_size=12',
@@ -138,7 +138,7 @@ def test_a_vlm_begins_a_policy_and_a_vla(data_dir, tmp_path):
 def test_a_chunk_does_not_depend_on_who_asks_with_it(data_dir, tmp_path, kind):
     """Robots with sentences of any length, so that rows are padded, one by one and together."""
     train(data_dir, tmp_path, *KINDS[kind], '--mix={"eyes": 1.0}').ok()
-    run = open_run(tmp_path)
+    run = open_run(str(tmp_path))
     act = policy_of(run, SimpleNamespace(seed=0, sample_steps=3, sampler=''))
     rng, seen = np.random.default_rng(0), []
     for i in range(6):

@@ -456,8 +456,9 @@ def test_chunks_wait_in_bounded_number():
 def test_a_place_far_in_a_file():
     lines = [b"x" * 999_999 + b"\n"] * 5
     for kept in range(5):
-        data = io.BytesIO(b"".join(lines[:-1]) + b"end")
-        rest = list(text_files.read_lines(data, MB, kept * 1_000_000, kept))
+        rest = list(
+            text_files.read_lines(io.BytesIO(b"".join(lines[:-1]) + b"end"), MB, kept * 1_000_000,
+                                  kept))
         assert [count for _, _, count in rest] == list(range(kept + 1, 6))
         assert rest[-1][:2] == (b"end", 4_000_003)
 

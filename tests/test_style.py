@@ -20,8 +20,9 @@ def sources():
     names = listed.stdout.split()
     if listed.returncode:
         names = [str(path.relative_to(ROOT)) for path in ROOT.rglob('*.py')]
+    others = 'tests/', '.venv/', f'{SETTINGS}/'
     return [ROOT / name for name in names
-            if not name.startswith(('tests/', '.venv/', f'{SETTINGS}/')) and (ROOT / name).exists()]
+            if not name.startswith(others) and (ROOT / name).exists()]
 
 
 def lines_of(path):
@@ -94,7 +95,8 @@ def test_few_comprehensions(code_lines):
 
 def test_comments(code_lines):
     def comments(path):
-        return len([line for line in lines_of(path) if line.strip().startswith('#') or '  # ' in line])
+        lines = lines_of(path)
+        return len([line for line in lines if line.strip().startswith('#') or '  # ' in line])
 
     total = sum(comments(path) for path in sources())
     few = [f'{path.relative_to(ROOT)}: {comments(path)} in {len(lines_of(path))} lines'

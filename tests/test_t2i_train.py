@@ -8,7 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
-import checkpoint
+import hub
 
 DECODER = [flag for flag in tiny.MODEL if flag.startswith('--decoder')]
 LOOP = ['--device=cpu', '--lanes=8', '--window=4', '--workers=0', '--batch_size=12',
@@ -94,7 +94,7 @@ def test_text_tower_of_transformers(kind, tmp_path):
     tiny.run('train.py', *LOOP, *DIT, f'--out_dir={tmp_path / "a"}', '--max_steps=1',
              f'--decoder.hf={tmp_path / "hf"}',
              "--groups=[('^text', {'freeze': True}), ('.*', {})]").ok()
-    model = checkpoint.open_run(tmp_path / 'a').model
+    model = hub.open_run(str(tmp_path / 'a')).model
     tokens, segments = torch.randint(3, 250, (2, 9)), torch.ones(2, 9, dtype=torch.long)
     segments[1, 5:] = 0
     expected = encoder(input_ids=tokens, attention_mask=segments).last_hidden_state

@@ -1,0 +1,36 @@
+"""A model is used as it was trained: pictures and prompt attend in validation and in sample.py as
+its form says, whatever the form, one of yours too."""
+import json
+
+import pytest
+import tiny
+
+NEEDS = ['tasks/vlm.py']
+FORMS = ('paligemma', 'text', 'chat', 'llava', 'smolvlm')
+MINE = '''from processor import LEARNED, READ, SEEN
+def form(sample, p):            # pictures see each other, the question is causal
+    return [*((picture, SEEN) for picture in sample['pictures']), (p.tokenizer.bos_id, READ),
+            ('name it: ', READ), (sample.get('text', ''), LEARNED), (p.tokenizer.eos_id, LEARNED)]
+'''
+
+
+def train(out_dir, form):
+    flags = [flag for flag in tiny.FLAGS if not flag.startswith(('--augment', '--seq_len'))]
+    return tiny.run('train.py', *flags, '--task=vlm', f'--data_dir={tiny.data_dir()}',
+                    '--seq_len=128',
+                    '--mix={"plain": 1}', '--val={"plain": "plain"}', f'--processor={form}',
+                    '--prompt=which?', '--max_steps=80', '--lr=1e-2', '--log_every=40',
+                    f'--out_dir={out_dir}')
+
+
+@pytest.mark.parametrize('form', [*FORMS, 'mine'])
+def test_validation_and_sample_answer_as_trained(form, tmp_path):
+    if form == 'mine':
+        (tmp_path / 'mine.py').write_text(MINE)
+        form = f'{tmp_path}/mine.py:form'
+    train(tmp_path / 'run', form).ok()
+    row, = tiny.rows(tmp_path / 'run', 'val_loss')
+    assert row['exact_match'] == 1
+    shown = tiny.run('sample.py', f'--out_dir={tmp_path / "run"}', '--eval=plain', '--json=true',
+                     '--device=cpu').ok()
+    assert json.loads(shown.out)['exact_match'] == 1
