@@ -13,7 +13,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(PY) -m ruff check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --maxprocesses=4 --dist=loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 -n auto --maxprocesses=4 --dist=loadfile
 
 clean:
 	rm -rf .venv

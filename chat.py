@@ -366,7 +366,7 @@ def chat(sample, p):
     chat template writes it. Answers alone are learned, with the token that ends them."""
     if is_document(sample):
         return document(sample, p)
-    pictures, asking = sample['pictures'], sample.get('asking', False)
+    pictures, asking = sample['pictures'], sample.get('_asking', False)
     try:
         if 'messages' in sample:
             turns = read_messages(sample['messages'], len(pictures))

@@ -351,6 +351,9 @@ def make_run(settings, device):
         form = located(settings, 'processor')
     processor = processors.build(settings | dict(processor=form), tok, task,
                                  getattr(model, 'image_tokens', 0))
+    if processor.eyes:
+        from answering import set_mask
+        set_mask(model, processor)
     return Run(task, settings, tok, model, processor, device)
 
 

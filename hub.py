@@ -33,6 +33,7 @@ import past
 import processor as processors
 import tasks
 import tokenizer as tokenizers
+from answering import set_mask
 from tokenizer import read_json
 
 # The families are found beside this file, in the order in which they are asked.
@@ -147,6 +148,7 @@ def open_ours(path, device='cpu', ema=True):
         if processors.is_folder(settings['processor']):
             settings['processor'] = folder
         processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
+        set_mask(model, processor)
         run = checkpoint.Run(task, settings, tok, model.eval(), processor, device, folder)
         run.kept = {name: read_json(os.path.join(folder, name)) for name in task.FILES}
         task.prepare(run)

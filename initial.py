@@ -22,6 +22,8 @@ def begin(model, path, skip, cache_dir):
         if is_url(path):
             from mirror import local_copy
             folder = local_copy(path, cache_dir)
+
+        # what reads for a denoiser takes what is no denoiser itself
         target, prefix, unused = model, '', set()
         reader = getattr(model, 'reader', '')
         if hub.is_foreign(folder):
@@ -36,6 +38,7 @@ def begin(model, path, skip, cache_dir):
     except checkpoint.ERRORS as error:
         raise ValueError(f'init_from={path!r}: {error}') from None
 
+    # every tensor is accounted for
     loaded = {prefix + name for name in loaded}
     fresh = model.state_dict().keys() - loaded
     return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
@@ -48,6 +51,7 @@ def has_weights(folder):
 
 def weights_folder(path):
     """The folder with the weights of a run or of a checkpoint; '' where it has none."""
+    # a checkpoint, or a run with its checkpoints
     for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
         if has_weights(folder):
             return folder
@@ -59,6 +63,7 @@ def has_denoiser(path):
     folder = weights_folder(path)
     if not folder:
         return False
+    # both call it so
     return any(name.startswith('denoiser.') for name in checkpoint.shapes(folder))
 
 
@@ -93,8 +98,7 @@ def load_weights(model, path, skip=()):
                 raise ValueError(
                     f'{name} is {theirs[name]} there and {tuple(wanted[name].shape)} here: change '
                     'the model\'s settings, or name it in init_skip')
-        filled = {name: tensor for name, tensor in wanted.items() if name in shared}
-        checkpoint.load(filled, source)
+        checkpoint.load({name: wanted[name] for name in sorted(shared)}, source)
         loaded |= shared
         there |= theirs.keys()
     if not loaded:
@@ -104,4 +108,5 @@ def load_weights(model, path, skip=()):
 
 def parts(names):
     """The first parts of parameter names: vit, decoder."""
-    return ', '.join(sorted({name.partition('.')[0] for name in names}))
+    first_parts = {name.partition('.')[0] for name in names}
+    return ', '.join(sorted(first_parts))

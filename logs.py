@@ -7,7 +7,6 @@ import re
 import resource
 import subprocess
 import sys
-import time
 
 import numpy as np
 import torch
@@ -55,7 +54,9 @@ def plot(out_dir, val):
     figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
     curves = [(None, 'train', 'loss', ''), *((name, name, 'val_loss', 'o') for name in val)]
     for data_set, label, key, marker in curves:
-        points = [(row['step'], row[key]) for row in rows if row.get('val') == data_set]
+        # A loss that was not finite is no point.
+        points = [(row['step'], row[key]) for row in rows
+                  if row.get('val') == data_set and row[key] is not None]
         if points:
             axes.plot(*zip(*points), label=label, linewidth=1, marker=marker, markersize=3)
 
@@ -94,31 +95,21 @@ def git(*args):
 
 
 def peak_flops(device, dtype, world):
-    """Operations a second of all devices of the run: from PEAKS for GPUs, measured on a CPU."""
-    if device != 'cpu':
-        return world * peak_of_gpu(torch.cuda.get_device_name(device), dtype)
-
-    # The best of five, as anything else on the machine can only slow it down. Small, as a CPU may
-    # take a hundred times as long in float16.
-    n = 512
-    a = torch.randn(n, n, dtype=getattr(torch, dtype))
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - began)
-
-    # A product of n x n matrices has n^3 multiplications and as many additions.
-    return world * 2 * n ** 3 / min(times)
+    """Operations a second of all GPUs of the run; None where that is not known. A CPU's peak is
+    not known: a product of matrices that is timed here is passed by a faster one."""
+    if device == 'cpu':
+        return None
+    peak = peak_of_gpu(torch.cuda.get_device_name(device), dtype)
+    return peak and world * peak
 
 
 def peak_of_gpu(name, dtype):
-    """Operations a second of the GPU called `name`; inf, an mfu of 0, for one that is unknown."""
+    """Operations a second of the GPU called `name`; None for one that is not in the table."""
     for part, (bits_16, float32) in PEAKS.items():
         # Not an L40 for an L4, nor an A1000 for an A100.
         if re.search(rf'{part}(?!\d)', name):
             return float32 if dtype == 'float32' else bits_16
-    return math.inf
+    return None
 
 
 def memory_gb(device):
@@ -132,7 +123,10 @@ def memory_gb(device):
 
 
 def append(path, row):
-    """A row at the end of log.jsonl. Raises OSError."""
+    """A row at the end of log.jsonl; JSON has no word for a number that is not finite but null.
+    Raises OSError."""
+    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+           for key, value in row.items()}
     with open(path, 'a', encoding='utf-8') as f:
         f.write(json.dumps(row) + '\n')
 
@@ -146,16 +140,19 @@ def line_of(row):
     return f'step {row["step"]}: {", ".join(parts)}'
 
 
-def speed(since, world, sample_share):
+def speed(since, world, sample_flops, peak):
     """What a row says of time. since: steps, samples, tokens, seconds of reading and of all that
-    went into it; sample_share: seconds that a sample would take at the peak of all devices."""
+    went into it; sample_flops: floating point operations of a sample; peak: how many a second all
+    devices can do, or None, and the row has no mfu (the share of it that was used)."""
     seconds, n = since['seconds'], since['steps']
     samples, tokens = since['samples'] / seconds, since['tokens'] / seconds
-    return dict(samples_per_sec=round(samples, 2), tokens_per_sec=round(tokens, 1),
-                samples_per_sec_per_gpu=round(samples / world, 2),
-                tokens_per_sec_per_gpu=round(tokens / world, 1),
-                mfu=round(sample_share * samples, 4), data_time=round(since['data'] / n, 5),
-                step_time=round(seconds / n, 5))
+    row = dict(samples_per_sec=round(samples, 2), tokens_per_sec=round(tokens, 1),
+               samples_per_sec_per_gpu=round(samples / world, 2),
+               tokens_per_sec_per_gpu=round(tokens / world, 1),
+               data_time=round(since['data'] / n, 5), step_time=round(seconds / n, 5))
+    if peak:
+        row['mfu'] = round(sample_flops * samples / peak, 4)
+    return row
 
 
 def count_flops(model, inputs):

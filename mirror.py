@@ -56,6 +56,7 @@ class Mirror:
 
     def copy(self, fs, base):
         """The checkpoints that are not there yet, the oldest first, then the logs."""
+        # whole ones alone: what is there in part is copied again
         there = remote_names(fs, base)
         for name in reversed(self.names):
             if name not in there:
@@ -84,12 +85,14 @@ class Mirror:
 
 def put(fs, local, path):
     """Copy a file there."""
+    # some storages have no folders, and make none
     fs.makedirs(posixpath.dirname(path), exist_ok=True)
     fs.put_file(local, path)
 
 
 def remote_names(fs, base):
     """Names of the checkpoints that are there as a whole."""
+    # progress.json came last
     whole = fs.glob(posixpath.join(base, 'checkpoints/*/progress.json'))
     return [posixpath.basename(posixpath.dirname(path)) for path in whole]
 
@@ -112,6 +115,7 @@ def restore(url, out_dir):
     """The newest checkpoint of a run at `url`, and its log, into an empty out_dir. Raises OSError
     and ValueError."""
     path = download(url, os.path.join(out_dir, 'checkpoints'))
+    # nothing there yet is no fault: the run begins
     if path:
         checkpoint.point_latest(os.path.dirname(path), os.path.basename(path))
         patiently(url, lambda fs, base: get_log(fs, base, out_dir))
@@ -152,6 +156,7 @@ def get_checkpoint(fs, there, folder, only=()):
     progress = json.loads(fs.cat_file(posixpath.join(there, 'progress.json')))
     if not isinstance(progress, dict) or not isinstance(progress.get('files'), dict):
         raise ValueError('progress.json is not what a checkpoint has')
+    # weights to begin with need no optimizer's state
     if only:
         wanted = {file: sums for file, sums in progress['files'].items() if file in only}
         progress['files'] = wanted
@@ -177,6 +182,7 @@ def local_copy(url, cache_dir):
     ValueError."""
     name = hashlib.sha256(url.encode()).hexdigest()[:16]
     folder = os.path.join(os.path.expanduser(cache_dir), 'weights', name)
+    # one process of a node fetches, the others wait for it
     if int(os.environ.get('LOCAL_RANK', 0)) == 0:
         download(url, folder, ('model.safetensors',))
     if dist.is_initialized():

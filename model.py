@@ -1,4 +1,4 @@
-"""Transformers: a vision tower (SigLIP), a decoder (Gemma), both joined (PaliGemma), generation.
+"""Transformers: a vision tower (SigLIP), a decoder (Gemma), both joined (PaliGemma).
 
 Everything here takes tensors and gives tensors: no files, tokenizers or ranks.
 
@@ -12,7 +12,6 @@ Attention has one implementation and one mask. A sequence is described by two in
 """
 import math
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import NamedTuple
 
 import torch
@@ -79,6 +78,8 @@ class VLMConfig:
     image_token_id: int = 0     # marks where the patches of a picture go
     pixel_shuffle: int = 1      # squares of so many patches a side become one image token
     connector_bias: bool = True
+    attends: str = 'prefix'     # pictures and prompt: prefix: all to all (PaliGemma) | causal
+    #                             (Idefics3, Llava); set by the form that trains it, or a family
 
     @property
     def image_tokens(self):
@@ -646,7 +647,10 @@ class VLM(nn.Module):
         return x.flatten(0, 1).index_copy(0, where, patches.to(x.dtype)).view_as(x)
 
     def default_blocks(self, tokens, targets=None):
-        """Rows with a picture are prefix-LM (a prefix ends at the first target), others causal."""
+        """As the model attends: rows with a picture are prefix-LM (a prefix ends at the first
+        target), others causal; or all are causal."""
+        if self.config.attends == 'causal':
+            return torch.ones_like(tokens)
         suffix = torch.zeros_like(tokens)
         if targets is not None:
             suffix[:, 1:] = (targets[:, :-1] != -100).cummax(1).values
@@ -670,100 +674,3 @@ class VLM(nn.Module):
                                      z_loss)}
 
     loss = Decoder.loss
-
-
-# -------------------------------------------------------------------------------------------------
-# generation
-
-
-@torch.no_grad()
-def generate(model, tokens, pixels=None, max_new_tokens=32, temperature=0.0, top_k=0, top_p=1.0,
-             eos_id=-1, pad_id=0, seed=0, use_cache=True):
-    """Continue the prompts `tokens` (B, T), padded left or right with pad_id: a list of new token
-    lists, one a row.
-
-    temperature 0 is greedy; top_k 0 and top_p 1 keep every token; a row ends before its eos_id
-    (-1: never). Every row samples from its own random stream (seed, row), so what it gets does not
-    depend on the length of the others."""
-    tokens, segments = left_padded(tokens, pad_id)
-    was_training = model.training
-    model.eval()
-
-    decoder = getattr(model, 'decoder', model)
-    if isinstance(model, VLM):
-        x, blocks = model.embed(tokens, pixels), model.default_blocks(tokens)
-    else:
-        x, blocks = model.embed(tokens), torch.ones_like(tokens)
-
-    # Who will see whom is known beforehand: computed once, for the prompts and all that follows.
-    batch, prompt = tokens.shape
-    following = tokens.new_ones(batch, max_new_tokens)                  # causal
-    segments = torch.cat((segments, following), 1)
-    masks = make_attn_masks(decoder.config, torch.cat((blocks, following), 1), segments)
-    positions = positions_of(segments)
-    cache = decoder.new_cache(batch, prompt + max_new_tokens, tokens.device) if use_cache else None
-    seeds = [seed * 1_000_003 + row for row in range(batch)]
-    generators = [torch.Generator(tokens.device).manual_seed(number) for number in seeds]
-
-    new, is_done = [], torch.zeros(batch, dtype=torch.bool, device=tokens.device)
-    start = 0
-    for end in range(prompt, prompt + max_new_tokens):
-        seen = tuple(mask[:, start:end, :end] for mask in masks)
-        hidden = decoder.features(x, cache=cache, positions=positions[:, start:end], masks=seen)
-        logits = decoder.unembed(hidden[:, -1]).float()                 # (B, V)
-
-        token = sample(logits, temperature, top_k, top_p, generators)   # (B,)
-        new.append(token)
-        is_done |= token == eos_id
-        if is_done.all():
-            break
-
-        # With a cache the next round reads this token alone; without one, all again.
-        fresh = decoder.embed(token[:, None])                           # (B, 1, D)
-        if use_cache:
-            x, start = fresh, end
-        else:
-            x = torch.cat((x, fresh), 1)
-    model.train(was_training)
-
-    # A row that ended early was carried along until the last had ended.
-    rows = torch.stack(new, 1).tolist() if new else [[]] * batch
-    return [list(takewhile(lambda token: token != eos_id, row)) for row in rows]
-
-
-def left_padded(tokens, pad_id):
-    """Move the padding of each row to its left: (tokens, segments), segments 0 at padding, 1 else.
-
-    Padding stands before the first or after the last other token: a pad_id inside is a token."""
-    is_real = tokens != pad_id
-    if not is_real.any(1).all():
-        raise ValueError('generate: a prompt is empty')
-    width = tokens.shape[1]
-    before, after = is_real.int().argmax(1), is_real.int().flip(1).argmax(1)
-
-    # The columns of the result, counted from the first token of each row: below 0 is padding.
-    index = torch.arange(width, device=tokens.device)[None] - (before + after)[:, None]
-    segments = (index >= 0).to(tokens.dtype)
-    moved = tokens.gather(1, index.clamp(min=0) + before[:, None])
-    return moved.where(segments > 0, pad_id), segments
-
-
-def sample(logits, temperature, top_k, top_p, generators):
-    """Choose a token a row from logits (B, V): (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p < 1:
-        # A token stays if those before it do not hold top_p yet; the first one always does.
-        ordered, order = logits.sort(descending=True)
-        probs = ordered.softmax(-1)
-        is_beyond = probs.cumsum(-1) - probs >= top_p
-        is_beyond[:, 0] = False
-        logits = logits.masked_fill(is_beyond.gather(1, order.argsort(-1)), -math.inf)
-
-    # Row by row, as each has a random stream of its own.
-    probs = logits.softmax(-1)
-    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(probs, generators)])

@@ -21,6 +21,7 @@ def npy_header(fd, at, size, where):
         shape, fortran, dtype = read(header)
         if fortran and len(shape) > 1 or dtype.hasobject:
             raise ValueError(f'{dtype} in columns')
+    # numpy's own, or ours just above
     except ValueError as error:
         raise ValueError(f'{where}: no .npy file ({error})') from None
     return shape, dtype, header.tell()
@@ -37,6 +38,7 @@ def read_episodes(table, firsts, fd, path):
         # a key without such a member is one sample
         row_type, header, steps = None, 0, 1
         for _, key, ext, offset, size, _ in table[first:last].tolist():
+            # pictures and the like are of the whole episode
             if ext != b'lowdim.npy':
                 continue
             where = f'{path}, {key.decode()}'

@@ -11,10 +11,18 @@ import torch
 
 OPTIONS = ('lr_scale', 'weight_decay', 'freeze')
 AMOUNT = 'expected a number of at least 0'
+CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'constant', 'wsd')}
 
 
 def check(settings, world=1):
     """Raises ValueError, one line on one fault, for what a run can not be trained with."""
+    for key, allowed in CHOICES.items():
+        if settings[key] not in allowed:
+            raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
+    if not 0 < settings['decay'] <= 1:
+        raise ValueError(f'decay={settings["decay"]}: expected a fraction of the run, above 0 and '
+                         'at most 1')
+
     # lr=0 is no fault: a dry run, which train.py tells of.
     for key in ('lr', 'min_lr', 'weight_decay', 'grad_clip'):
         if not is_amount(settings[key]):
@@ -79,28 +87,6 @@ def check_groups(groups):
                 raise ValueError(f'{said}: {AMOUNT}')
 
 
-def rules_of(groups, names):
-    """{name: the rule (regex, options) that it takes}. Raises ValueError as `match` says."""
-    check_groups(groups)
-    rules = {}
-    for name in names:
-        rules[name] = next((rule for rule in groups if re.search(rule[0], name)), None)
-        if rules[name] is None:
-            raise ValueError(f'groups: no rule matches parameter {name}: '
-                             'end the list with (".*", {})')
-
-    # A rule that nothing takes is misspelled, or stands behind one that takes everything.
-    taken = list(rules.values())
-    for rule in groups:
-        if rule not in taken:
-            raise ValueError(f'groups: rule {rule[0]!r}: {rule[1]} matches no parameter '
-                             'that an earlier one left')
-
-    if all(options.get('freeze') for _, options in taken):
-        raise ValueError(f'groups={groups} freeze every parameter: nothing is left to train')
-    return rules
-
-
 def learning_rate(settings, steps):
     """A function of the step: linear warm-up to lr, then as `schedule` says down to min_lr * lr.
 
@@ -127,7 +113,24 @@ def match(groups, names):
 
     Raises ValueError for a parameter without a rule, a rule without a parameter, and where nothing
     is left to train."""
-    return {name: options for name, (_, options) in rules_of(groups, names).items()}
+    check_groups(groups)
+    rules = {}
+    for name in names:
+        rules[name] = next((rule for rule in groups if re.search(rule[0], name)), None)
+        if rules[name] is None:
+            raise ValueError(f'groups: no rule matches parameter {name}: '
+                             'end the list with (".*", {})')
+
+    # A rule that nothing takes is misspelled, or stands behind one that takes everything.
+    for rule in groups:
+        if rule not in rules.values():
+            raise ValueError(f'groups: rule {rule[0]!r}: {rule[1]} matches no parameter '
+                             'that an earlier one left')
+
+    options = {name: rule[1] for name, rule in rules.items()}
+    if all(each.get('freeze') for each in options.values()):
+        raise ValueError(f'groups={groups} freeze every parameter: nothing is left to train')
+    return options
 
 
 def build(kind, trained, options, lr, betas, weight_decay):

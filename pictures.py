@@ -24,7 +24,7 @@ def open_picture(data, size=0):
 
     size > 0: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, as long as both sides stay at
     least `size`."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     try:
         picture = Image.open(io.BytesIO(data), formats=('JPEG', 'PNG', 'WEBP'))
@@ -33,6 +33,10 @@ def open_picture(data, size=0):
                             f'bound of {MAX_PIXELS}')
         if size and picture.format == 'JPEG':
             picture.draft(None, (size, size))
+        picture = ImageOps.exif_transpose(picture)      # as the camera was held
+        if picture.mode.startswith('I'):                # 16 bits, which PIL would clip at 255
+            grey = np.asarray(picture).clip(0, 65535) // 257
+            picture = Image.fromarray(grey.astype(np.uint8))
         return picture.convert('RGBA' if picture.has_transparency_data else 'RGB')
     except UnidentifiedImageError:
         raise BadSample('the picture can not be decoded (no JPEG, PNG or WebP)') from None

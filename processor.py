@@ -40,24 +40,42 @@ ENDINGS = ('jpg', 'jpeg', 'png', 'webp')
 # what a sample holds
 
 
+# what `fields` and those who ask a model add to a sample: not of its .json
+OURS = ('pictures', 'picture_names', 'members', '_asking', '_lowdim')
+KNOWN = 'text', 'prefix and suffix', 'messages', 'instruction'
+
+
 def fields(members, with_pictures=True):
     """{extension: bytes} -> the keys of .json, and text (.txt), members (all of them), pictures (a
     list of bytes, in the order of their names) and picture_names. Raises BadSample."""
     sample = {}
     if 'json' in members:
         try:
-            sample = json.loads(members['json'])
+            sample = json.loads(members['json'].decode('utf-8-sig'))
         except (ValueError, RecursionError) as error:
             raise BadSample(f'.json can not be read ({error})') from None
         if not isinstance(sample, dict):
             raise BadSample('.json is no object')
+        sample = {key: value for key, value in sample.items() if key not in OURS}
     if 'txt' in members:
         try:
-            sample['text'] = members['txt'].decode('utf-8')
+            sample['text'] = members['txt'].decode('utf-8-sig')         # Windows begins with a BOM
         except UnicodeDecodeError:
             raise BadSample('.txt is not UTF-8') from None
+    if {'instruction', 'output'} <= sample.keys() and 'suffix' not in sample:
+        # a common shape of instructions: what is done with what, and what comes out
+        asked = [sample.pop('instruction'), sample.pop('input', '')]
+        sample['prefix'] = '\n'.join(str(part) for part in asked if part)
+        sample['suffix'] = sample.pop('output')
+    # what no tokenizer can read
     for key in ('text', 'prefix', 'suffix', 'instruction'):
-        check_text(key, sample.get(key, ''))
+        value = sample.get(key, '')
+        if not isinstance(value, str):
+            raise BadSample(f'.json: {key} is no text')
+        try:
+            value.encode('utf-8')
+        except UnicodeEncodeError:
+            raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
 
     pictures = []
     if with_pictures:
@@ -70,16 +88,6 @@ def fields(members, with_pictures=True):
     sample['pictures'] = [members[ext] for _, ext in pictures]
     sample['members'] = members
     return sample
-
-
-def check_text(key, value):
-    """Raises BadSample for what no tokenizer can read."""
-    if not isinstance(value, str):
-        raise BadSample(f'.json: {key} is no text')
-    try:
-        value.encode('utf-8')
-    except UnicodeEncodeError:
-        raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
 
 
 # -----------------------------------------------------------------------------------------------
@@ -95,6 +103,8 @@ def is_document(sample):
 def document(sample, p):
     """bos, text, eos: all of it learned, cut into as many rows as it takes."""
     t = p.tokenizer
+    if not sample['text'].strip():
+        raise BadSample('its text is empty')
     return [(t.bos_id, READ), (sample['text'], LEARNED), (t.eos_id, LEARNED)]
 
 
@@ -102,8 +112,8 @@ def question(sample, p):
     """(prefix, suffix) of a sample: its own, or the run's prompt and the caption. An instruction
     has no answer. Raises BadSample where nothing is there to answer."""
     # keys of another format are no answer
-    asked = sample.keys() & {'text', 'suffix', 'messages', 'instruction'}
-    if not sample['pictures'] and not asked:
+    said = sample.keys() & {'text', 'suffix', 'messages', 'instruction'}
+    if not sample['pictures'] and not said:
         members = ', '.join(sorted(sample.get('members', ()))) or 'none'
         raise BadSample(f'neither text nor pictures among its members ({members})')
     prefix = sample.get('prefix', sample.get('instruction', p.prompt))
@@ -112,9 +122,17 @@ def question(sample, p):
         answer = sample.get('text', '')
     if answer is None:
         raise BadSample('no suffix: nothing to answer')
-    if not answer and 'instruction' not in sample and not sample.get('asking'):
-        raise BadSample('its text is empty')
+    if not answer.strip() and 'instruction' not in sample and not sample.get('_asking'):
+        raise BadSample(nothing_to_learn(sample))
     return prefix, answer.strip()
+
+
+def nothing_to_learn(sample):
+    """Why a sample without an answer is a bad one."""
+    keys = ', '.join(key for key in sample if key not in OURS)
+    if {'text', 'suffix'} & sample.keys():
+        return 'its text is empty'
+    return f'it has {keys or "no keys"}: nothing to answer; known are {", ".join(KNOWN)}'
 
 
 def text(sample, p):
@@ -205,10 +223,20 @@ class Processor:
 
     def prefix(self, prompt=None, pictures=1):
         """Token ids of pictures and a prompt, up to where the answer begins."""
+        return self.asked(prompt, pictures)[0]
+
+    def asked(self, prompt=None, pictures=1):
+        """(token ids, blocks) of pictures and a prompt, up to where the answer begins: who sees
+        whom there, as it is trained."""
         prompt = self.prompt if prompt is None else prompt
-        sample = dict(pictures=[b''] * pictures, prefix=prompt, suffix='', asking=True)
-        parts = takewhile(lambda part: part[1] != LEARNED, self.function(sample, self))
-        return [i for item, role in parts if role != BESIDE for i in self.encode(item)]
+        sample = dict(pictures=[b''] * pictures, prefix=prompt, suffix='', _asking=True)
+        ids, blocks = [], []
+        for item, role in takewhile(lambda part: part[1] != LEARNED, self.function(sample, self)):
+            if role != BESIDE:
+                new = self.encode(item)
+                ids += new
+                blocks += [int(role == READ)] * len(new)
+        return ids, blocks
 
     def encode(self, item):
         """Token ids of an item of a form: text, an id, ids, or a picture (bytes or an array)."""
@@ -262,7 +290,7 @@ class Processor:
         targets = np.where(roles == LEARNED, ids, -100)[1:]
         piece = dict(tokens=ids, targets=np.append(targets, -100).astype(np.int32),
                      blocks=((roles == READ) | (roles == LEARNED)).astype(np.uint8),
-                     text=sample.get('suffix', sample.get('text', '')).strip(), pictures=pictures)
+                     text=answer_of(sample), pictures=pictures)
         if beside:
             piece['beside'] = beside
         if (roles == HIDDEN).any():
@@ -286,6 +314,14 @@ class Processor:
             out.append(dict(tokens=tokens, targets=targets[a:a + self.seq_len], pictures=[],
                             text='', blocks=np.ones(len(tokens), np.uint8)))
         return out
+
+
+def answer_of(sample):
+    """The text that a sample is to be answered with: of a conversation its first answer."""
+    for message in sample.get('messages', ()):
+        if message.get('role') == 'assistant' and isinstance(message.get('content'), str):
+            return message['content'].strip()
+    return sample.get('suffix', sample.get('text', '')).strip()
 
 
 def read_tokens(data, ext):
@@ -544,14 +580,3 @@ def to_device(batch, device, p):
     if 'beside' in batch:
         out['beside'] = {key: moved(value) for key, value in batch['beside'].items()}
     return out
-
-
-def padded(rows, pad_id, least=1):
-    """Lists of token ids -> (tokens, segments), int64 tensors (B, T), T at least `least`, padded
-    on the right, segments 0 there."""
-    import torch
-    width = max(least, *map(len, rows))
-    tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
-    lengths = torch.tensor([len(row) for row in rows])
-    segments = (torch.arange(width)[None] < lengths[:, None]).long()
-    return tokens, segments

@@ -427,7 +427,7 @@ def log_row(step, loss, grad_norm, by_set, since):
                epoch=round(samples_of(step) / dataset_samples, 4), loss=loss, lr=lr_at(step - 1),
                grad_norm=grad_norm, mem_gb=logs.memory_gb(device),
                bad_samples=progress['bad_samples'])
-    row |= logs.speed(since, world, sample_flops / peak)
+    row |= logs.speed(since, world, sample_flops, peak)
 
     # how each data set does, when there are several; one that was not met just now has no loss
     for number, name in enumerate(mix):

@@ -182,10 +182,11 @@ def print_settings(settings):
 
 def describe(groups, parameters):
     """Lines of {name: parameter}: name, shape, its rule, the rule's options, trained or frozen."""
-    from optim import rules_of
+    from optim import match
     rows = []
-    for name, (regex, options) in rules_of(groups, parameters).items():
+    for name, options in match(groups, parameters).items():
         parameter = parameters[name]
+        regex = next(regex for regex, _ in groups if re.search(regex, name))
         shape = ' x '.join(map(str, parameter.shape)) or 'scalar'
         said = ', '.join(f'{option}={value}' for option, value in options.items()) or '-'
 

@@ -27,6 +27,7 @@ from PIL import Image
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 import data  # noqa: E402
+from pictures import Eyes  # noqa: E402
 from processor import Processor  # noqa: E402
 from shards import Folder  # noqa: E402
 from tokenizer import Bytes  # noqa: E402
@@ -70,7 +71,8 @@ def tokens_set(folder, per_member, sequences=10240):
     rows = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint16)
     samples = [{'tokens.bin': row.tobytes()} for row in rows]
     write(folder, samples, 1024 // per_member, per_member, sequence_length=L)
-    return Processor(Bytes(), seq_len=L - 1, form='text')
+    settings = dict(task='llm', processor='text', seq_len=L - 1)
+    return Processor(settings, Bytes(), 'text')
 
 
 def captions_set(folder, size, samples=1024, per_shard=128):
@@ -81,7 +83,8 @@ def captions_set(folder, size, samples=1024, per_shard=128):
     for i in range(samples):
         members.append({'jpg': pictures[i % 32], 'txt': b'a caption of a picture'})
     write(folder, members, per_shard)
-    return Processor(Bytes(), SIZE, 1, '', 64)
+    settings = dict(task='vlm', processor='auto', seq_len=64)
+    return Processor(settings, Bytes(), eyes=Eyes(SIZE), image_tokens=1)
 
 
 def ours(folder, processor, workers, first=0):

@@ -143,7 +143,7 @@ def figures(rows):
     return dict(
         steps=last['step'], step_ms=round(1e3 * last['step_time'], 2),
         data_ms=round(1e3 * last['data_time'], 2), samples_per_sec=last['samples_per_sec'],
-        mfu=last['mfu'], first_loss=round(rows[0]['loss'], 4), loss=round(last['loss'], 4),
+        mfu=last.get('mfu'), first_loss=round(rows[0]['loss'], 4), loss=round(last['loss'], 4),
         mem_gb=last['mem_gb'])
 
 

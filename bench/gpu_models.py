@@ -20,7 +20,8 @@ sys.path.insert(0, os.path.dirname(HERE))
 import logs  # noqa: E402
 import parallel  # noqa: E402
 from configurator import configure  # noqa: E402
-from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig, generate  # noqa: E402
+from generate import generate  # noqa: E402
+from model import VLM, Decoder, DecoderConfig, ViTConfig, VLMConfig  # noqa: E402
 
 part = 'decoder'                # decoder | paligemma | decode
 out_dir = 'out/gpu'
@@ -156,7 +157,7 @@ def training(config, compiled, batch):
     return dict(
         parameters_m=round(size_of(model) / 1e6, 2), batch=batch, step_ms=round(1e3 * seconds, 2),
         tokens_per_sec=round(inputs['tokens'].numel() / seconds),
-        tflops=round(flops / seconds / 1e12, 3), mfu=round(flops / seconds / peak, 4))
+        tflops=round(flops / seconds / 1e12, 3), mfu=peak and round(flops / seconds / peak, 4))
 
 
 def largest(config, compiled, batch):

@@ -9,6 +9,7 @@ def upload(run, name, folder):
     """Write the card of a run into a folder, and the folder to a repository: where it is. Raises
     ValueError."""
     import huggingface_hub
+    # huggingface.co shows it as the page of the repository.
     with open(os.path.join(folder, 'README.md'), 'w', encoding='utf-8') as f:
         f.write(model_card(run, name))
     try:
@@ -24,6 +25,7 @@ def upload(run, name, folder):
 
 def model_card(run, name):
     """README.md of a pushed run: its command, data, losses and settings."""
+    # A folder of a run, or of one of its checkpoints.
     settings = read_json(os.path.join(run, 'config.json'))
     rows = read_log(run)
 
@@ -37,10 +39,11 @@ def model_card(run, name):
     table = []
     trained = [row for row in rows if 'loss' in row]
     if trained:
-        table.append(f'| train | {trained[-1]["step"]} | {trained[-1]["loss"]:.4f} |')
+        table.append(line_of('train', trained[-1]['step'], trained[-1]['loss']))
+    # A later row of the same set takes the place of an earlier one.
     validated = {row['val']: row for row in rows if 'val' in row}
     for key, row in validated.items():
-        table.append(f'| {key} | {row["step"]} | {row["val_loss"]:.4f} |')
+        table.append(line_of(key, row['step'], row['val_loss']))
 
     # What the Hub lists it under.
     tags = {'vlm': 'image-text-to-text', 'llm': 'text-generation',
@@ -70,6 +73,11 @@ def model_card(run, name):
         '```',
         '</details>',
         ''])
+
+
+def line_of(data_set, step, loss):
+    """A row of the table; a loss that was not finite is null in the log."""
+    return f'| {data_set} | {step} | {"nan" if loss is None else round(loss, 4)} |'
 
 
 def read_log(run):

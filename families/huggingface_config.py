@@ -156,7 +156,8 @@ def vlm_config(theirs):
     image_token_id = theirs.get('image_token_index', image_token_id)
     return VLMConfig(vit=vit_config(vision), decoder=decoder_config(text),
                      image_token_id=image_token_id, pixel_shuffle=pixel_shuffle,
-                     connector_bias=is_paligemma)
+                     connector_bias=is_paligemma,
+                     attends='prefix' if is_paligemma else 'causal')
 
 
 def decoder_config(theirs):
@@ -306,14 +307,15 @@ def to_theirs(config):
     if isinstance(config, ViTConfig):
         return export_vit(config)
 
-    # A VLM is told by its connector: linear with a bias, or pixel shuffle without.
-    if config.connector_bias and config.pixel_shuffle == 1:
+    # A VLM is told by its connector, linear with a bias or pixel shuffle without, and its mask.
+    if config.connector_bias and config.pixel_shuffle == 1 and config.attends == 'prefix':
         return export_paligemma(config)
-    if not config.connector_bias:
+    if not config.connector_bias and config.attends == 'causal':
         return export_idefics3(config)
-    raise ValueError(f'pixel_shuffle={config.pixel_shuffle} with connector_bias=True: '
-                     'transformers has PaliGemma (pixel_shuffle=1, connector_bias=True) and '
-                     'Idefics3 (connector_bias=False)')
+    raise ValueError(
+        f'pixel_shuffle={config.pixel_shuffle}, connector_bias={config.connector_bias}, and '
+        f'pictures and prompt attend {config.attends}: transformers has PaliGemma (1, True, '
+        'prefix) and Idefics3 (any, False, causal)')
 
 
 def export_paligemma(config):

@@ -121,7 +121,7 @@ def sample_of(run, observation, words, is_blank, action_dim):
     lowdim = dict(actions=chunk, is_pad=np.zeros(len(chunk), bool),
                   proprio=np.asarray(observation['proprio'], np.float32))
     return dict(pictures=pictures, picture_names=list(names), instruction=instruction,
-                lowdim=lowdim)
+                _lowdim=lowdim)
 
 
 def states_of(run, observations):

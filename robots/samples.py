@@ -25,7 +25,7 @@ def form(sample, p):
     """<image>..., bos, instruction, newline, all seen by all, and an answer, if there is one, as
     paligemma has it; beside them the actions and the state."""
     # an observation brings its arrays, as robots/acting.py makes it; a shard's sample has a member
-    lowdim = sample.get('lowdim') or actions.read(sample.get('members', {})).get('lowdim')
+    lowdim = sample.get('_lowdim') or actions.read(sample.get('members', {})).get('lowdim')
     beside = []
     if lowdim:
         beside = [(padded(lowdim, p.settings), BESIDE)]

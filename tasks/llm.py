@@ -7,8 +7,7 @@ import json
 import math
 
 from configurator import part
-from model import Decoder, DecoderConfig, generate, sized
-from processor import padded
+from model import Decoder, DecoderConfig, sized
 from processor import text as form  # noqa: F401
 from tasks import tower
 
@@ -69,39 +68,13 @@ def summary(run, folder, batches, losses):
 # use
 
 
-def check_sampling(options):
-    """Raises ValueError for settings of generation that can not be."""
-    for key in ('batch_size', 'max_new_tokens'):
-        if getattr(options, key) < 1:
-            raise ValueError(f'{key}={getattr(options, key)} must be at least 1')
-    for key in ('temperature', 'top_k'):
-        if getattr(options, key) < 0:
-            raise ValueError(f'{key}={getattr(options, key)} must be at least 0')
-    if not 0 < options.top_p <= 1:
-        raise ValueError(f'top_p={options.top_p} must be above 0 and at most 1')
-
-
-def answers(run, prompts, pixels, options):
-    """Texts that continue prompts, lists of token ids. pixels: uint8 (I, H, W, 3), one picture a
-    prompt, or None."""
-    out, tok, eyes = [], run.tokenizer, run.processor.eyes
-    for a in range(0, len(prompts), options.batch_size):
-        tokens, _ = padded(prompts[a:a + options.batch_size], tok.pad_id)
-        pictures = None
-        if pixels is not None:
-            pictures = eyes.to_tensor(pixels[a:a + options.batch_size], run.device)
-        new = generate(run.model, tokens.to(run.device), pictures, options.max_new_tokens,
-                       options.temperature, options.top_k, options.top_p, run.processor.end_id,
-                       tok.pad_id, options.seed + a)
-        out += [tok.decode(ids) for ids in new]
-    return out
-
-
 def sample(run, options):
     """Continue --prompt."""
+    from answering import answers, check_sampling
     check_sampling(options)
     tok = run.tokenizer
-    continued, = answers(run, [[tok.bos_id] + tok.encode(options.prompt)], None, options)
+    ids = [tok.bos_id] + tok.encode(options.prompt)
+    continued, = answers(run, [(ids, [1] * len(ids))], None, options)
     if options.json:
         print(json.dumps(dict(prompt=options.prompt, text=continued)))
     else:

@@ -21,6 +21,7 @@ import torch
 import hub
 import pictures
 import tasks
+from answering import padded
 from configurator import part
 from diffusion import random_keys
 from images import judge, sd
@@ -28,7 +29,7 @@ from images.clip import CLIPText, CLIPTextConfig
 from images.dit import DiTConfig, TextToImage
 from images.vae import AutoencoderKL, VAEConfig
 from model import Decoder, DecoderConfig, sized
-from processor import READ, padded, question
+from processor import READ, question
 from shards import BadSample
 from tasks import vlm
 from vocabularies.clip import clip_row
@@ -101,7 +102,7 @@ def form(sample, p):
         raise BadSample(f'{len(images)} pictures (.png, .jpg, .webp): expected one')
 
     # who asks says the whole caption
-    if sample.get('asking'):
+    if sample.get('_asking'):
         caption = sample['prefix']
     else:
         caption = filled_in(p.prompt or '{text}', sample | dict(text=question(sample, p)[1]))
@@ -301,7 +302,7 @@ def judge_pictures(run, options):
         print(f'{"data set":14} {"pictures":>20}  {"exact match":>11}  {"words (F1)":>10}  '
               f'{"another name":>12}  {"Fréchet":>8}')
     for name in options.eval.split(','):
-        real, texts, sentences = vlm.read_sets(run, name, options)
+        real, texts, sentences, _ = vlm.read_sets(run, name, options)
         drawn = paint(run, sentences, options)
         of_drawn = features(captioner, drawn, options)
         of_real = features(captioner, real, options)
@@ -327,7 +328,7 @@ def features(captioner, images, options):
 def judged(captioner, name, kind, images, texts, options, both_features):
     """Prints a line of scores of pictures, of the distance between two sets of features, too: the
     captioner's answers, and the share that is right."""
-    prompts = [captioner.processor.prefix()] * len(texts)
+    prompts = [captioner.processor.asked()] * len(texts)
     sampling = SimpleNamespace(**tasks.body_of(vlm.SampleSettings) | vars(options))
     pixels = judge.resized(images, captioner.processor.eyes.size)
     given = [answer.strip() for answer in vlm.answers(captioner, prompts, pixels, sampling)]

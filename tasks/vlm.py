@@ -15,11 +15,13 @@ import torch
 import data
 import pictures
 import shards
+from answering import answers, check_sampling
 from configurator import part
-from model import VLM, DecoderConfig, ViTConfig, VLMConfig, generate, sized
+from generate import generate
+from model import VLM, DecoderConfig, ViTConfig, VLMConfig, sized
 from processor import LEARNED, SEEN, document, is_document, question
 from tasks import tower
-from tasks.llm import answers, arguments, check_sampling, check_text_loss  # noqa: F401
+from tasks.llm import arguments, check_text_loss  # noqa: F401
 
 
 class TrainSettings:
@@ -104,15 +106,16 @@ def scorer(settings):
 
 
 def count_right(run, batch, tensors):
-    """How many rows are answered to the letter, from the picture and its prompt alone."""
+    """How many rows are answered to the letter, from the picture and its question alone."""
     tok = run.tokenizer
     learned = (tensors['targets'] != -100).int()
     if not learned.any():
         return 0
     before = learned.cumsum(1) - learned == 0               # up to the first target
     prompts = torch.where(before, tensors['tokens'], tok.pad_id)
+    blocks = tensors.get('blocks', torch.ones_like(prompts))        # as it was trained
     given = generate(run.model, prompts, tensors.get('pixels'), run.settings['seq_len'],
-                     eos_id=run.processor.end_id, pad_id=tok.pad_id)
+                     eos_id=run.processor.end_id, pad_id=tok.pad_id, blocks=blocks)
     texts = [tok.decode(ids).strip() for ids in given]
     return sum(answer == text for answer, text in zip(texts, batch['texts']))
 
@@ -142,7 +145,7 @@ def caption(run, options):
                 pixels.append(run.processor.eyes.pixels(f.read()))
         except shards.BadSample as error:
             raise OSError(f'{name}: {error}') from None
-    prompt = run.processor.prefix(options.prompt or None)
+    prompt = run.processor.asked(options.prompt or None)
     texts = answers(run, [prompt] * len(files), np.stack(pixels), options)
     for name, text in zip(files, texts):
         text = text.strip()
@@ -165,8 +168,12 @@ def evaluate(run, options):
         heads = '  '.join(f'{name:>17}' for name in COLUMNS)
         print(f'{"data set":26} {"pictures":>8}  {heads}')
     for name in options.eval.split(','):
-        pixels, texts, _ = read_sets(run, name, options)
-        prompts = [run.processor.prefix(options.prompt or None)] * len(texts)
+        pixels, texts, sentences, prompts = read_sets(run, name, options)
+        if options.prompt:
+            prompts = [run.processor.asked(options.prompt)] * len(texts)
+        # an answer may be as long as the longest that is right, and its end
+        longest = max(len(ids) for ids in sentences) - min(len(ids) for ids, _ in prompts)
+        options.max_new_tokens = max(options.max_new_tokens, longest + 1)
         # every picture goes to another name
         shuffled = np.roll(pixels, len(pixels) // 2 + 1, 0)
         given = [[text.strip() for text in answers(run, prompts, x, options)]
@@ -188,7 +195,8 @@ def share_right(given, texts):
 
 
 def read_all(run, name, data_dir):
-    """The pictures (uint8, on white), texts and sentences (lists of token ids) of a data set."""
+    """The pictures (uint8, on white), texts, and sentences (lists of token ids) of a data set; and
+    its questions, (token ids, blocks) of each, up to the first token that is learned."""
     folder = shards.Folder(name, data_dir)
     batches = data.Batches([folder], data.InOrder(folder.sizes), run.processor)
     batch = batches[np.arange(len(folder))]
@@ -201,7 +209,13 @@ def read_all(run, name, data_dir):
     if 'segments' in batch:
         lengths = batch['segments'].sum(1)
     sentences = [ids[:length].tolist() for ids, length in zip(batch['tokens'], lengths)]
-    return batch['pixels'], batch['texts'], sentences
+
+    # as validation asks: a question ends where the first token is learned
+    questions, blocks = [], batch.get('blocks', np.ones_like(batch['tokens']))
+    for ids, kinds, learned in zip(sentences, blocks, batch['targets'] != -100):
+        end = int(learned.argmax()) + 1 if learned.any() else len(ids)
+        questions.append((ids[:end], kinds[:end].tolist()))
+    return batch['pixels'], batch['texts'], sentences, questions
 
 
 def read_sets(run, name, options):
@@ -213,8 +227,8 @@ def read_sets(run, name, options):
         sets = [read_all(run, each, folder) for each, folder in places]
     except FileNotFoundError as error:
         raise ValueError(error) from None
-    pixels, texts, sentences = zip(*sets)
-    return np.concatenate(pixels), sum(texts, []), sum(sentences, [])
+    pixels, *lists = zip(*sets)
+    return np.concatenate(pixels), *(sum(each, []) for each in lists)
 
 
 def nearest_neighbour(run, pixels, options, size=8):
@@ -225,7 +239,7 @@ def nearest_neighbour(run, pixels, options, size=8):
         x = x[:, :step * size, :step * size].astype(np.float32)
         return x.reshape(n, size, step, size, step, 3).mean((2, 4)).reshape(n, -1)
 
-    known, names, _ = read_sets(run, 'mix', options)
+    known, names, *_ = read_sets(run, 'mix', options)
     theirs = small(known)
     # the square of the distance, less a constant of each picture
     distance = (theirs ** 2).sum(1) - 2 * small(pixels) @ theirs.T

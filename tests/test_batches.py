@@ -87,7 +87,7 @@ def test_a_language_model_leaves_pictures_out():
 
 def test_rows_that_can_not_be_are_bad_samples():
     processor = make_processor(12, 16, 4)
-    for members, word in [({'png': b'1'}, 'empty'), ({}, 'none'), (
+    for members, word in [({'png': b'1'}, 'no keys: nothing to answer; known'), ({}, 'none'), (
         {'png': encode(picture(1)), 'txt': b'\xff'}, 'UTF-8'), (sample(1, 'seven77'), '14 tokens'),
                           ({'png': b'x', 'txt': b'a'}, 'decoded'),
                           ({'json': b'{'}, 'json'), ({'json': b'[1]'}, 'object'),

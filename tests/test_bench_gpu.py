@@ -49,7 +49,8 @@ def test_what_it_measures(tmp_path):
     # training
     for model in ('SmolLM2 135M', 'Llama 3.2 1B'):
         eager = rows['decoder', f'{model}, eager']
-        assert 0 < eager['mfu'] < 1 and eager['mem_gb'] > 0
+        # what a CPU can do at best is not known
+        assert eager['mfu'] is None and eager['mem_gb'] > 0
         # 2 rows of 32 words
         assert eager['tokens_per_sec'] * eager['step_ms'] == pytest.approx(64_000, rel=0.01)
         assert 'CPU' in rows['decoder', f'{model}, compiled']['skipped']

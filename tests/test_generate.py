@@ -1,15 +1,11 @@
-"""model.generate: with and without a cache, padding, ends of rows, and how it samples."""
+"""generate.py: with and without a cache, padding, ends of rows, and how it samples."""
 
 import pytest
 import torch
 from test_model import IMAGE, PAD, TEXT, P, V, close, decoder, pad, pictures, vlm, words
 
-from model import (
-    KVCache,
-    generate,
-    left_padded,
-    sample,
-)
+from generate import generate, left_padded, sample
+from model import KVCache
 
 
 def reference(model, prompt, pixels, steps, eos_id=-1):
@@ -141,10 +137,11 @@ def test_a_pad_id_inside_a_prompt_is_a_token():
 def test_left_padded_moves_padding_alone():
     tokens = torch.tensor([[0, 0, 7, 0, 8, 0], [7, 8, 9, 7, 8, 9], [0, 0, 0, 0, 0, 3],
                            [4, 0, 0, 0, 0, 0]])
-    moved, segments = left_padded(tokens, 0)
+    moved, segments, blocks = left_padded(tokens, 0, tokens)
     assert moved.tolist() == [[0, 0, 0, 7, 0, 8], [7, 8, 9, 7, 8, 9], [0, 0, 0, 0, 0, 3],
                               [0, 0, 0, 0, 0, 4]]
     assert segments.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6, [0] * 5 + [1], [0] * 5 + [1]]
+    assert torch.equal(blocks.where(segments > 0, 0), moved)
 
 
 def test_an_empty_prompt_is_refused():

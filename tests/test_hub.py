@@ -22,7 +22,8 @@ tf = pytest.importorskip('transformers')
 
 import hub  # noqa: E402
 from families import huggingface, huggingface_config  # noqa: E402
-from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig, VLMConfig, generate  # noqa: E402
+from generate import generate  # noqa: E402
+from model import VLM, Decoder, DecoderConfig, ViT, ViTConfig, VLMConfig  # noqa: E402
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()

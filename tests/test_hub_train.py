@@ -20,7 +20,8 @@ import hub  # noqa: E402
 import tokenizer as tokenizers  # noqa: E402
 from families import processors  # noqa: E402
 from families.towers import HFDecoder  # noqa: E402
-from model import DecoderConfig, generate  # noqa: E402
+from generate import generate  # noqa: E402
+from model import DecoderConfig  # noqa: E402
 
 tf.logging.set_verbosity_error()
 tf.logging.disable_progress_bar()

@@ -51,14 +51,28 @@ def test_nothing_to_draw_is_no_error(tmp_path):
 @pytest.mark.parametrize('name, expected', [
     ('NVIDIA H200', (989e12, 67e12)), ('NVIDIA A100-SXM4-80GB', (312e12, 19.5e12)),
     ('NVIDIA L4', (121e12, 30e12)), ('NVIDIA GeForce RTX 4090', (165e12, 83e12)),
-    ('NVIDIA L40S', (math.inf, math.inf)), ('NVIDIA RTX A1000', (math.inf, math.inf)),
+    ('NVIDIA L40S', (None, None)), ('NVIDIA RTX A1000', (None, None)),
 ])
 def test_a_gpu_is_known_by_its_whole_name(name, expected):
     assert tuple(logs.peak_of_gpu(name, dtype) for dtype in ('bfloat16', 'float32')) == expected
 
 
-def test_a_cpu_is_measured():
-    assert 1e8 < logs.peak_flops('cpu', 'float32', 1) < 1e14
+def test_a_row_has_an_mfu_where_the_peak_is_known(tmp_path):
+    assert logs.peak_flops('cpu', 'float32', 1) is None
+    since = dict(steps=2, samples=16, tokens=10, seconds=4.0, data=1.0)
+    assert 'mfu' not in logs.speed(since, 1, 3e9, None)
+    assert logs.speed(since, 1, 3e9, 48e9)['mfu'] == 0.25
+
+
+def test_a_row_is_json_whatever_the_loss_is(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    logs.append(path, dict(step=1, loss=math.nan, grad_norm=math.inf, lr=0.5))
+
+    def refuse(word):
+        raise ValueError(word)
+
+    row = json.loads(path.read_text(), parse_constant=refuse)
+    assert row == dict(step=1, loss=None, grad_norm=None, lr=0.5)
 
 
 @pytest.mark.skipif(not shutil.which('git'), reason='no git')

@@ -8,7 +8,8 @@ import torch
 import optim
 import usage
 
-SETTINGS = dict(lr=1e-3, min_lr=0.0, weight_decay=0.1, grad_clip=1.0, betas=(0.9, 0.95), ema=0.0,
+SETTINGS = dict(optimizer='adamw', schedule='cosine', decay=0.2, lr=1e-3, min_lr=0.0,
+                weight_decay=0.1, grad_clip=1.0, betas=(0.9, 0.95), ema=0.0,
                 groups=[('bias', {'weight_decay': 0.0}), ('.*', {})], init_skip=['^connector'],
                 loss_weights={'a': 2, 'b': 0.0}, mix={'a': 1.0, 'b': 2.0})
 
@@ -36,6 +37,7 @@ def parameters():
 @pytest.mark.parametrize('change', [
     {}, {'lr': 0.0}, {'grad_clip': 0.0}, {'ema': 0.999}, {'betas': [0.0, 0.0]}, {'init_skip': []},
     {'groups': [['^a', {'freeze': True, 'lr_scale': 0}], ['.*', {}]]}, {'loss_weights': {}},
+    {'optimizer': 'muon', 'schedule': 'wsd', 'decay': 1.0},
 ], ids=str)
 def test_what_may_be(change):
     optim.check(SETTINGS | change)
@@ -51,6 +53,10 @@ def test_what_may_be(change):
     ('betas', (0.9, 1.5), ['betas', ': 1.5', 'below 1']),
     ('betas', (-0.1, 0.9), ['betas', ': -0.1', 'at least 0']),
     ('betas', (0.9, 'x'), ['betas', ": 'x'"]),
+    ('optimizer', 'sgd', ["optimizer='sgd'", 'adamw, muon']),
+    ('schedule', 'step', ["schedule='step'", 'wsd']),
+    ('decay', 0.0, ['decay=0.0', 'above 0']),
+    ('decay', 1.5, ['decay=1.5', 'at most 1']),
     ('ema', 1.0, ['ema=1.0', 'below 1']),
     ('ema', -0.1, ['ema=-0.1']),
     ('groups', ['.*'], ['groups', "'.*'", '(regex, {']),

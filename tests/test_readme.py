@@ -116,13 +116,16 @@ def settings_of(script, arguments):
     """Names of the settings that a command may give."""
     if script == 'launch/slurm.sh':
         return settings_of('train.py', arguments)
+    # the command is a script of its own
+    if script == 'data.py':
+        return settings_of('show_steps.py', arguments) | settings_of('train.py', arguments)
     source = usage.read_source(ROOT / script)
     known = set(usage.settings_of(usage.before_configure(source.tree.body), source, {}))
     # what argparse takes, or a script reads by itself
     known |= {'help', *re.findall(r'[\'"]--(\w+)\b', text_of(ROOT / script))}
 
-    # a config file for train.py is also one for data.py; a job hands on what stands after --
-    if script in ('data.py', 'launch/sagemaker.py'):
+    # a job hands on what stands after --
+    if script == 'launch/sagemaker.py':
         known |= settings_of('train.py', arguments)
     task_class = {'train.py': 'TrainSettings', 'sample.py': 'SampleSettings'}.get(script)
     if task_class:

@@ -20,7 +20,7 @@ from tiny import Process, losses, names, rows, run, same_weights, wait_until, we
 
 import checkpoint
 import shards
-from model import generate
+from generate import generate
 
 STEPS = 24
 # five of 24 steps: 4.8, 9.6, 14.4, 19.2, 24
@@ -102,8 +102,7 @@ def test_log_rows(base):
     assert [row['samples'] for row in found] == [12 * row['step'] for row in found]
     # 12 + 12 + 25 samples
     assert all(row['epoch'] == pytest.approx(row['samples'] / 49, abs=1e-4) for row in found)
-    assert all(
-        row['bad_samples'] == 0 and row['mem_gb'] > 0.05 and row['mfu'] > 0 for row in found)
+    assert all(row['bad_samples'] == 0 and row['mem_gb'] > 0.05 for row in found)
     for row in found:
         assert row['samples_per_sec'] == pytest.approx(12 / row['step_time'], rel=0.05)
         assert row['samples_per_sec_per_gpu'] == row['samples_per_sec']
@@ -421,8 +420,7 @@ def assert_equal_runs(out, alone, tolerance=1e-5):
 @pytest.fixture(scope='module')
 def two_ranks(unequal, tmp_path_factory):
     out = tmp_path_factory.mktemp('ranks') / 'run'
-    run('train.py', *unequal, '--micro_batch_size=3', f'--out_dir={out}', real=True,
-        torchrun=2).ok()
+    run('train.py', *unequal, '--micro_batch_size=3', f'--out_dir={out}', torchrun=2).ok()
     return out
 
 
@@ -816,7 +814,7 @@ def test_lengths(data, tmp_path, length, steps, samples):
 
 
 def test_a_saved_config_reproduces_the_run_from_another_folder(base, tmp_path):
-    run('train.py', base / 'config.json', '--out_dir=again', cwd=tmp_path, real=True).ok()
+    run('train.py', base / 'config.json', '--out_dir=again', cwd=tmp_path).ok()
     assert_same_run(tmp_path / 'again', base)
     ours, theirs = (
         json.loads((out / 'config.json').read_text()) for out in (tmp_path / 'again', base))
@@ -828,7 +826,7 @@ def test_wandb_offline(short, tmp_path):
     env = {'WANDB_MODE': 'offline', 'WANDB_SILENT': 'true', 'WANDB_DIR': str(tmp_path),
            'HOME': str(tmp_path), 'WANDB_CACHE_DIR': str(tmp_path),
            'WANDB_DATA_DIR': str(tmp_path), 'WANDB_CONFIG_DIR': str(tmp_path)}
-    short('--wandb_project=tiny', '--max_steps=3', env=env, real=True).ok()
+    short('--wandb_project=tiny', '--max_steps=3', env=env).ok()
     files = list((tmp_path / 'run').rglob('*.wandb'))
     assert len(files) == 1 and b'grad_norm' in files[0].read_bytes()
     assert len(rows(tmp_path / 'run')) == 3

@@ -38,7 +38,7 @@ TRAINING = ['--device=cpu', '--tokenizer=bytes', '--seq_len=64', '--batch_size=1
 FLAGS = [*MODEL, *TRAINING, '--augment=true']
 LLM_FLAGS = ['--task=llm', *DECODER, *TRAINING]     # it has no pictures
 ROW_KEYS = set('step samples tokens epoch loss lr grad_norm samples_per_sec '
-               'samples_per_sec_per_gpu tokens_per_sec tokens_per_sec_per_gpu mfu data_time '
+               'samples_per_sec_per_gpu tokens_per_sec tokens_per_sec_per_gpu data_time '
                'step_time mem_gb bad_samples'.split())
 
 # -----------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""Texts that models continue, with pictures or without: how prompts are asked, and answers.
+
+sample.py's tasks import this, and what looks at a picture.
+"""
+import torch
+
+from generate import generate
+from processor import BadSample
+
+
+def check_sampling(options):
+    """Raises ValueError for settings of generation that can not be."""
+    # temperature 0 takes the likeliest token, top_k 0 keeps all of them
+    for key in ('batch_size', 'max_new_tokens'):
+        if getattr(options, key) < 1:
+            raise ValueError(f'{key}={getattr(options, key)} must be at least 1')
+    for key in ('temperature', 'top_k'):
+        if getattr(options, key) < 0:
+            raise ValueError(f'{key}={getattr(options, key)} must be at least 0')
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f'top_p={options.top_p} must be above 0 and at most 1')
+
+
+def answers(run, prompts, pixels, options):
+    """Texts that continue prompts, (token ids, blocks) of each, as Processor.asked gives them.
+    pixels: uint8 (I, H, W, 3), one picture a prompt, or None."""
+    out, tok, eyes = [], run.tokenizer, run.processor.eyes
+    for a in range(0, len(prompts), options.batch_size):
+        # what pads blocks is in no segment: nobody sees it
+        ids, blocks = zip(*prompts[a:a + options.batch_size])
+        tokens, _ = padded(ids, tok.pad_id)
+        blocks, _ = padded(blocks, 1)
+
+        # each batch has a seed of its own, as its rows are counted from 0
+        pictures = None
+        if pixels is not None:
+            pictures = eyes.to_tensor(pixels[a:a + options.batch_size], run.device)
+        new = generate(run.model, tokens.to(run.device), pictures, options.max_new_tokens,
+                       options.temperature, options.top_k, options.top_p, run.processor.end_id,
+                       tok.pad_id, options.seed + a, blocks=blocks.to(run.device))
+        out += map(tok.decode, new)
+    return out
+
+
+def padded(rows, pad_id, least=1):
+    """Lists of token ids -> (tokens, segments), int64 tensors (B, T), T at least `least`, padded
+    on the right, segments 0 there."""
+    # a batch is as wide as its longest row
+    width = max(least, *map(len, rows))
+    tokens = torch.tensor([row + [pad_id] * (width - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    segments = (torch.arange(width)[None] < lengths[:, None]).long()
+    return tokens, segments
+
+
+def set_mask(model, processor):
+    """What a model with pictures attends to by itself is what its form trains."""
+    # a policy has one inside
+    vlm = getattr(model, 'encoder', model)
+    if not hasattr(vlm, 'default_blocks'):
+        return
+
+    # a form that wants more of a sample than a prompt is no model's of others
+    vlm.config.attends = 'prefix'
+    try:
+        blocks = processor.asked()[1]
+    except (KeyError, TypeError, BadSample):
+        return
+    if all(blocks):
+        vlm.config.attends = 'causal'
