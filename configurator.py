@@ -77,6 +77,9 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
     # Some file set it where only running it can tell, in an `if` perhaps.
     if more and flat['task'] != scope['task']:
         refuse(f"task={flat['task']} comes too late: write task = '...' on a line of its own")
+    # A file of yours is found from any folder.
+    if more and flat['task'].endswith('.py'):
+        flat['task'] = os.path.abspath(os.path.expanduser(flat['task']))
     try:
         settings.update({name: fill(name, value, flat) for name, value in scope.items()})
     except ValueError as error:

@@ -574,6 +574,12 @@ def check(settings, world):
         if settings[key] < 0:
             raise ValueError(f'{key}={settings[key]} must be at least 0')
 
+    if settings['seed'] >= 2 ** 63:
+        raise ValueError(f'seed={settings["seed"]} must be below 2^63')
+    for name, place in settings['val'].items():
+        if not isinstance(place, str):
+            raise ValueError(f'val: {name!r} is {place!r}: expected the name of a data set')
+
     batch_size, micro_batch = settings['batch_size'], settings['micro_batch_size']
     unit = world * max(micro_batch, 1)
     if batch_size < 1 or batch_size % unit:

@@ -222,6 +222,8 @@ def export(model, folder, dtype=torch.float32, max_shard_size='5GB'):
 def export_run(run, folder, dtype=torch.float32):
     """A run, or one of its checkpoints, as a folder of others: of transformers, or of diffusers.
     Raises ValueError."""
+    if os.path.isdir(os.path.join(folder, 'checkpoints')):
+        raise ValueError(f'{folder!r} is a run and would be overwritten: name a new folder')
     run_of = open_ours(run)
     settings, tokenizer, model = run_of.settings, run_of.tokenizer, run_of.model
 

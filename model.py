@@ -33,7 +33,7 @@ class ViTConfig:
     feature_layer: int = -1     # layer whose output is given, as it is; -1: the last, normed
     dropout: float = 0.0        # on the output of each attention and MLP
     remat: bool = False         # compute layers again in the backward pass: less memory, slower
-    hf: str = ''                # a folder or hub id: that model of transformers instead (hf.py)
+    hf: str = ''                # a folder or hub id: that model of transformers instead
 
     @property
     def num_patches(self):
@@ -68,7 +68,7 @@ class DecoderConfig:
     feature_layer: int = -1     # layer whose output is given, as it is; -1: the last, normed
     dropout: float = 0.0        # on the output of each attention and MLP
     remat: bool = False         # compute layers again in the backward pass: less memory, slower
-    hf: str = ''                # a folder or hub id: that causal LM of transformers (hf.py)
+    hf: str = ''                # a folder or hub id: that causal LM of transformers
 
 
 @dataclass
@@ -274,8 +274,16 @@ class ConvStem(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(width, width, 1))
 
 
+def check_sizes(c, part, names):
+    """Raises ValueError for a size of a part of a model that is 0 or less."""
+    for name in names.split():
+        if getattr(c, name) < 1:
+            raise ValueError(f'{part}.{name}={getattr(c, name)} must be at least 1')
+
+
 def check_vit(c):
     """Raises ValueError for settings that no vision tower can have."""
+    check_sizes(c, 'vit', 'image_size patch_size width mlp_dim num_heads')
     if c.image_size % c.patch_size:
         raise ValueError(f'vit.image_size={c.image_size} must be a multiple of '
                          f'vit.patch_size={c.patch_size}')
@@ -422,6 +430,7 @@ class DecoderBlock(nn.Module):
 
 def check_decoder(c):
     """Raises ValueError for settings that no decoder can have."""
+    check_sizes(c, 'decoder', 'width mlp_dim num_heads num_kv_heads head_dim')
     if c.num_heads % c.num_kv_heads:
         raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of '
                          f'decoder.num_kv_heads={c.num_kv_heads}')

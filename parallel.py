@@ -27,7 +27,7 @@ def begin(device):
     if 'WORLD_SIZE' not in os.environ:
         return device
     backend = 'gloo'
-    if device != 'cpu':
+    if device != 'cpu' and torch.cuda.is_available():
         torch.cuda.set_device(device)
         backend = 'cpu:gloo,cuda:nccl'
 
@@ -36,6 +36,16 @@ def begin(device):
     store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return device
+
+
+def check(settings, world=1):
+    """Raises ValueError for a device that is not there."""
+    kind, _, number = settings['device'].partition(':')
+    if kind not in ('auto', 'cpu', 'cuda') or not (number or '0').isdigit():
+        raise ValueError(f'device={settings["device"]!r}: expected auto, cpu, cuda or cuda:NUMBER')
+    if kind == 'cuda' and not 0 <= int(number or 0) < torch.cuda.device_count():
+        raise ValueError(f'device={settings["device"]!r}: torch sees {torch.cuda.device_count()} '
+                         'GPUs here: give --device=cpu, or the number of one of them from 0')
 
 
 def leave(code):

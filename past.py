@@ -150,7 +150,8 @@ def load_averages(averages, path):
         if name in there:
             kept[name] = new.pop(name)
     checkpoint.load(new, path)
-    checkpoint.load(kept, folder)
+    if kept:
+        checkpoint.load(kept, folder)
 
 
 def load_state(state, path):

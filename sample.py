@@ -58,6 +58,7 @@ answer_help(__file__, task=_task, task_class='SampleSettings')     # before torc
 import torch
 
 import hub
+import parallel
 from shards import BadSample
 from tasks import body_of, load, that_have
 
@@ -75,6 +76,10 @@ if options.batch_size < 1:
 if options.device == 'auto':
     options.device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
+try:
+    parallel.check(vars(options))
+except ValueError as error:
+    fail(error)
 try:
     run = hub.open_run(_checkpoint, options.device, options.ema)
 except (ValueError, OSError) as error:

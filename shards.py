@@ -94,8 +94,8 @@ class Folder:
 
         listings = [one for one in self.listings(spec, data_dir) if len(one.names)]
         if not listings:
-            raise ValueError(f'data set {spec!r} holds no shards: make it again with its script '
-                             'of prepare/')
+            raise ValueError(f'data set {spec!r} holds no shards (.tar): `tar cf FOLDER/a.tar -C '
+                             'FOLDER .` makes one of files, or make it with a script of prepare/')
         if len({one.stored for one in listings}) > 1:
             raise ValueError(f'data set {spec!r}: its parts differ in sequence_length, dtype or '
                              'vocab_size')

@@ -87,6 +87,8 @@ if __name__ == '__main__':
     first, last = map(int, show_steps.split(':'))
     if first < 1:
         leave(2, f'--show_steps={show_steps}: steps begin at 1, as in log.jsonl')
+    if first >= last:
+        leave(2, f'--show_steps={show_steps}: there is no step in it; {first}:{first + 1} is one')
     try:
         history = open_past(settings, out_dir)
     except (ValueError, OSError) as error:

@@ -127,11 +127,11 @@ bar = None                  # the progress bar, once there is one
 
 
 def fail(message, code):
-    """One line, and out. What is wrong with a setting every rank would say: the first speaks."""
+    """One line, and out. Where all ranks have the same to say, the first has ended the others."""
     if bar:
         bar.close()
-    if master or code == 1:
-        print(f'train.py: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
+    time.sleep(0 if master or code == 1 else 3)
+    print(f'train.py: {" ".join(str(message).split())}', file=sys.stderr, flush=True)
     parallel.leave(code)
 
 
@@ -141,8 +141,8 @@ def fail(message, code):
 log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
 
 try:
-    for check in (data.check, optim.check, checkpoint.check, task.check):
-        check(config, world)
+    for part in (parallel, data, optim, checkpoint, task):
+        part.check(config, world)
     micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
 
     # the checkpoint to go on from, and its progress

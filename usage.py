@@ -30,7 +30,26 @@ def settings_in(path, class_name):
     if not found:
         return {}
     cls, source = found  # a file may import it
-    return settings_of(cls.body, source, {})
+    settings = {}
+    for base in cls.bases:
+        parent = parent_of(base, source)
+        if parent:
+            settings |= settings_of(parent[0].body, parent[1], {})
+    return settings | settings_of(cls.body, source, {})
+
+
+def parent_of(base, source):
+    """(class, its source) of one that another inherits from: `TrainSettings`, or
+    `vlm.TrainSettings` after `from tasks import vlm`; or None."""
+    if isinstance(base, ast.Name):
+        return find_class(base.id, source)
+    for node in source.tree.body:
+        if isinstance(node, ast.ImportFrom) and isinstance(base, ast.Attribute):
+            for alias in node.names:
+                path = HOME / node.module.replace('.', '/') / f'{alias.name}.py'
+                if ast.unparse(base.value) == (alias.asname or alias.name) and path.is_file():
+                    return find_class(base.attr, read_source(path))
+    return None
 
 
 def read_source(path):

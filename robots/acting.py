@@ -241,7 +241,11 @@ def act_out(run, options):
 
 
 def check_sizes(run, options, robot):
-    """Raises ValueError where a robot has more numbers than the run was trained on."""
+    """Raises ValueError where a robot has more numbers than the run was trained on, or nothing is
+    to be done."""
+    for key in ('episodes', 'execute'):
+        if getattr(options, key) < 1:
+            raise ValueError(f'{key}={getattr(options, key)} must be at least 1')
     proprio_dim = robot.proprio_dim
     if options.env == 'metaworld' and run.processor.eyes:
         proprio_dim = robot.hand_dim                # who sees is not told where things are

@@ -106,7 +106,9 @@ def path_of(name):
     path = os.path.join(HERE, f'{name}.py')
     if name.endswith('.py'):
         path = os.path.abspath(os.path.expanduser(name))
-    if name not in names() and not (name.endswith('.py') and os.path.isfile(path)):
+        if not os.path.isfile(path):
+            raise ValueError(f'task={name!r}: there is no file {path}')
+    elif name not in names():
         raise ValueError(f'task={name!r}: expected one of {", ".join(names())}, or a file of '
                          'yours, such as mine.py')
     return path
@@ -149,8 +151,11 @@ def defaults(name):
 
 
 def body_of(settings):
-    """{name: default} of a class of settings."""
-    return {key: value for key, value in vars(settings).items() if not key.startswith('_')}
+    """{name: default} of a class of settings, with those that it inherits."""
+    body = {}
+    for cls in reversed(settings.__mro__):
+        body |= {key: value for key, value in vars(cls).items() if not key.startswith('_')}
+    return body
 
 
 def that_have(key, settings='TrainSettings'):

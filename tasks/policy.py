@@ -17,7 +17,7 @@ from torch import nn
 import pictures
 from configurator import part
 from diffusion import schedule_of, sincos
-from model import VLM, Decoder, DecoderConfig, ViTConfig, make_attn_mask, sized
+from model import VLM, Decoder, DecoderConfig, ViTConfig, check_sizes, make_attn_mask, sized
 from robots import samples
 from robots.acting import SampleSettings, sample  # noqa: F401
 from robots.chunks import LOSSES, action_loss, draws_of, start_of, state_of
@@ -63,9 +63,8 @@ class PolicyConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f'policy.{name}={getattr(self, name)!r}: expected one of '
                                  f'{", ".join(allowed)}')
-        for name in ('action_dim', 'action_steps', 'num_noise_draws', 'pool'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'policy.{name}={getattr(self, name)} must be at least 1')
+        check_sizes(self, 'policy', 'action_dim action_steps num_noise_draws pool width depth '
+                                    'mlp_dim num_heads')
         if self.proprio_dim < 0:
             raise ValueError(f'policy.proprio_dim={self.proprio_dim} must be at least 0')
         if self.width % (2 * self.num_heads):

@@ -77,6 +77,9 @@ def check(settings, world):
     """Raises ValueError for settings that can not be."""
     if settings['denoiser'] not in ('dit', 'unet'):
         raise ValueError(f'denoiser={settings["denoiser"]!r}: expected dit or unet')
+    for name in ('image_size', 'channels', 'patch_size', 'width', 'mlp_dim', 'num_heads'):
+        if settings[f'dit.{name}'] < 1:
+            raise ValueError(f'dit.{name}={settings[f"dit.{name}"]} must be at least 1')
     length = settings['clip.max_length']
     if settings['denoiser'] == 'unet' and settings['seq_len'] != length:
         raise ValueError(f'seq_len={settings["seq_len"]}: denoiser=unet reads {length}, which is '

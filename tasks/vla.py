@@ -23,6 +23,7 @@ from model import (
     RMSNorm,
     ViTConfig,
     VLMConfig,
+    check_sizes,
     make_attn_masks,
     positions_of,
     rope_table,
@@ -54,9 +55,7 @@ class VLAConfig:
         """Raises ValueError for settings that no action expert can have."""
         if self.loss not in LOSSES:
             raise ValueError(f'vla.loss={self.loss!r}: expected one of {", ".join(LOSSES)}')
-        for name in ('action_dim', 'action_steps', 'num_noise_draws'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'vla.{name}={getattr(self, name)} must be at least 1')
+        check_sizes(self, 'vla', 'action_dim action_steps num_noise_draws width mlp_dim')
         if self.proprio_dim < 0:
             raise ValueError(f'vla.proprio_dim={self.proprio_dim} must be at least 0')
         if self.width % 2:

@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import tiny
 from test_configurator import HOME, refusal, script
 
 import configurator
+import tasks
+import tasks.vlm
 import usage
 from configurator import answer_help, configure, find_task, part
 from usage import settings_in
@@ -266,6 +269,23 @@ def test_settings_in_a_class(home):
     assert list(settings_in(home / 'tasks/t2i.py', 'TrainSettings')) == ['dit.depth', 'denoiser']
     assert list(settings_in(home / 'tasks/vlm.py', 'SampleSettings')) == ['image']
     assert settings_in(home / 'tasks/t2i.py', 'SampleSettings') == {}
+
+
+@pytest.mark.parametrize('text', [
+    'from tasks import vlm\n\nclass TrainSettings(vlm.TrainSettings):\n    weight = 2.0\n',
+    'from tasks.vlm import TrainSettings as Theirs\n\nclass TrainSettings(Theirs):\n'
+    '    weight = 2.0\n',
+])
+def test_a_task_may_inherit_settings(tmp_path, text):
+    """For training as for the help."""
+    path = tmp_path / 'mine.py'
+    path.write_text(text)
+    theirs = settings_in(tiny.ROOT / 'tasks/vlm.py', 'TrainSettings')
+    assert list(settings_in(path, 'TrainSettings')) == [*theirs, 'weight']
+    scope = {}
+    exec(text, scope)
+    assert tasks.body_of(scope['TrainSettings']) == tasks.body_of(tasks.vlm.TrainSettings) | {
+        'weight': 2.0}
 
 
 def help_of(capsys, *args, **kwargs):

@@ -407,6 +407,7 @@ def test_show_steps_says_what_is_wrong_in_one_line(config, tmp_path):
             [gone, '--show_steps=1:2'], 'others'), ([weights, '--show_steps=1:2'], 'weight'),
                        ([config, '--show_step=1:2'], 'show_steps'),
                        ([config, '--show_steps=0:2'], 'begin at 1'),
+                       ([config, '--show_steps=5:2'], 'no step'),
                        ([config, '--show_steps=1:2', '--lanes=0'], 'lanes')]:
         out = show(*args)
         assert out.returncode == 2 and out.stdout == '' and word in out.stderr, (args, out)

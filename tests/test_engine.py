@@ -17,8 +17,8 @@ from test_remote import proxy, s3  # noqa: F401  (fixtures)
 from tiny import Process, losses, names, rows, run, same_weights, wait_until, weights
 
 import checkpoint
-import past
 import mirror
+import past
 import remote
 from model import Decoder, DecoderConfig, token_losses
 
