@@ -266,7 +266,7 @@ def test_a_forked_process_fetches_what_its_parents_threads_had_begun(s3):
 
 def test_shards_are_fetched_ahead_of_need(s3):
     folder = Folder(s3.url, cache_dir=s3.cache)
-    order = data.Order([folder.sizes], [1.0], lanes=1, window=1)
+    order = data.Order([folder.sizes], [1.0], lanes=1, window=5, whole=0)
     batches = data.Batches([folder], order, caption_rows(), ahead=4)
     first, later = (folder.name(order.locate(np.array([n]))[2][0]) for n in (0, 6))
     batches[np.arange(1)]
