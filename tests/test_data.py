@@ -2,14 +2,13 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 import tracemalloc
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_set
+import tiny
+from conftest import write_set
 
 import data
 from data import WHOLE, History, InOrder, Order, Random, hash64, permute
@@ -353,9 +352,8 @@ def test_provenance_counts_every_sample(emoji, tmp_path, lanes, window, whole):
 # python data.py --show_steps
 
 
-def show(*args, cwd=None):
-    return subprocess.run([sys.executable, str(ROOT / 'data.py'), *map(str, args)],
-                          capture_output=True, text=True, cwd=cwd, timeout=60)
+def show(*args, cwd=None, real=False):
+    return tiny.run('data.py', *args, cwd=cwd, real=real)
 
 
 @pytest.fixture
@@ -370,31 +368,31 @@ def config(emoji, tmp_path):
 
 
 def test_show_steps_prints_what_the_order_gives(config, emoji, tmp_path):
-    out = show(config, '--show_steps=8:11', cwd=tmp_path)
-    assert out.returncode == 0 and out.stderr == ''
+    out = show(config, '--show_steps=8:11', cwd=tmp_path, real=True)
+    assert out.code == 0 and out.err == ''
     folders = [Folder(str(emoji)), Folder(str(tmp_path / 'other'))]
     order = Order([f.sizes for f in folders], [2, 1], seed=3, lanes=4, window=8)
     expected = [[str(n // 6 + 1), str(n), folders[d].path, str(e), folders[d].name(s),
                  folders[d].key(s, i)]
                 for n, (d, e, s, i) in zip(range(42, 60), located(order, np.arange(42, 60)))]
-    assert [line.split('\t') for line in out.stdout.splitlines()] == expected
+    assert [line.split('\t') for line in out.out.splitlines()] == expected
     flags = show(config, '--show_steps=8:11', '--batch_size=3', '--seed=4',
-                 cwd=tmp_path).stdout.splitlines()
+                 cwd=tmp_path).out.splitlines()
     assert [line.split('\t')[:2]
             for line in flags] == [[str(n // 3 + 1), str(n)] for n in range(21, 30)]
 
 
 def test_show_steps_where(config, tmp_path):
-    lines = show(config, '--show_steps=1:31', cwd=tmp_path).stdout.splitlines()
+    lines = show(config, '--show_steps=1:31', cwd=tmp_path).out.splitlines()
     keys = {line.split('\t')[-1] for line in lines}
     for where, wanted in [(key := max(keys), {key}), ('*3', {k for k in keys if k.endswith('3')}),
                           ('none', set())]:
         out = show(config, '--show_steps=1:31', f'--where={where}', cwd=tmp_path)
-        assert out.returncode == 0
-        assert out.stdout.splitlines() == [line
-                                           for line in lines if line.split('\t')[-1] in wanted]
+        assert out.code == 0
+        assert out.out.splitlines() == [
+            line for line in lines if line.split('\t')[-1] in wanted]
     assert show(config, '--show_steps=1:31', '--where=00000000',
-                cwd=tmp_path).stdout.splitlines() == [
+                cwd=tmp_path).out.splitlines() == [
                     line for line in lines if line.split('\t')[-2] == '00000000']
 
 
@@ -410,12 +408,12 @@ def test_show_steps_says_what_is_wrong_in_one_line(config, tmp_path):
                        ([config, '--show_steps=5:2'], 'no step'),
                        ([config, '--show_steps=1:2', '--lanes=0'], 'lanes')]:
         out = show(*args)
-        assert out.returncode == 2 and out.stdout == '' and word in out.stderr, (args, out)
-        assert out.stderr.count('\n') == 1 and 'Traceback' not in out.stderr, (args, out.stderr)
+        assert out.code == 2 and out.out == '' and word in out.err, (args, out)
+        assert out.err.count('\n') == 1 and 'Traceback' not in out.err, (args, out.err)
 
 
 def test_show_steps_names_a_damaged_shard_in_one_line(config, tmp_path):
     os.truncate(tmp_path / 'other' / '00000001.tar', 600)
     out = show(config, '--show_steps=1:11')
-    assert out.returncode in (1, 2) and '00000001.tar' in out.stderr
-    assert out.stderr.count('\n') == 1 and 'Traceback' not in out.stderr, out.stderr
+    assert out.code in (1, 2) and '00000001.tar' in out.err
+    assert out.err.count('\n') == 1 and 'Traceback' not in out.err, out.err
