@@ -2,24 +2,28 @@
 
     python prepare/emoji.py && python train.py config/siglip_emoji.py
 
-2 cores of an AMD EPYC, no GPU: 6 minutes (5.2 steps/s). The nearest of 286 names is right for 61.9 % of the pictures of
-the unseen style (seed 0; the nearest training picture in 8 x 8 pixels: 42.3 %).
+2 cores of an AMD EPYC, no GPU: 6 minutes (5.2 steps/s). The nearest of 286 names is right for
+61.9 % of the pictures of the unseen style (seed 0; the nearest training picture in 8 x 8 pixels:
+42.3 %).
 
-What was tried, unseen style, by CPU-seconds of one thread (cross-entropy over names as a stand-in unless it says sigmoid):
+What was tried, unseen style, by CPU-seconds of one thread (cross-entropy over names as a stand-in
+unless it says sigmoid):
     sigmoid, bias -10, mean of the patches            150 s   0 %   sits at the prior
-    sigmoid, bias -4, mean of the patches, BatchNorm  450 s  55 %   pooled pictures start at cosine 0.94 of each other
-    4 blocks, 64 patches of 8 px, mean                 60 s   2 %   a mean does not say where things are
+    sigmoid, bias -4, mean of the patches, BatchNorm  450 s  55 %   pictures start at cosine 0.94
+    4 blocks, 64 patches of 8 px, mean                 60 s   2 %   a mean says what, not where
     all patches side by side into the head, 4 blocks   40 s   9 %
-      - no blocks                                      40 s  50 %   150 s 58 %, trained pictures 100 %
+      - no blocks                                      40 s  50 %
+      - no blocks                                     150 s  58 %   trained pictures 100 %
       - 2 blocks whose branches start at 0             40 s  41 %   67 s 47 %
       - 2 such blocks, a linear patch stem             40 s  37 %
-      - sigmoid, no blocks                             40 s  39 %   with BatchNorm 42 %, with twice the lr 38 %
+      - sigmoid, no blocks                             40 s  39 %   BatchNorm 42 %, lr x 2 38 %
       - no blocks, 64 px instead of 32                133 s  61 %   200 s 61 %
-      - 2 such blocks, 64 px                          133 s  55 %   what this file has: 62 % after its 1,800 steps
+      - 2 such blocks, 64 px                          133 s  55 %   this file: 62 % in the end
       - no blocks, all 1,510 names                    133 s  50 %   on these 286
       - no blocks, augmentation 1.5 times as strong   100 s  55 %
       - no blocks, dropout 0.3 before the head        100 s  57 %
-    sigmoid against the batch's 64 texts or all 286    100 s  28 or 30 %, so all: then a batch can be cut as one likes
+    sigmoid against the batch's 64 texts              100 s  28 %
+    sigmoid against all 286 texts                     100 s  30 %   a batch can be cut as one likes
 """
 task = 'siglip'
 out_dir = 'out/siglip_emoji'
