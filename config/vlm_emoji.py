@@ -1,13 +1,14 @@
-"""A vision-language model says the name of a picture: 286 animals, foods and plants, drawn by five
-designers.
+"""A vision-language model says the name of a picture: 286 animals, foods and plants.
 
+    make demo FULL=1
     python prepare/emoji.py && python train.py config/siglip_emoji.py
     python train.py config/vlm_emoji.py
+    python sample.py --out_dir=out/vlm_emoji --eval=mix,heldout,fluent-emoji-flat
 
 2 cores of an AMD EPYC, no GPU: 7 minutes (5 steps/s) after 6 for the tower. Exact match of seeds
 0, 1, 2: pictures trained on 100 %, held-out pictures of those styles 46, 41, 43 %, the unseen
-style 62.9, 64.7, 64.7 %; with a blank or another picture 0 % (python sample.py
---out_dir=out/vlm_emoji --eval=mix,heldout,fluent-emoji-flat).
+style 62.9, 64.7, 64.7 % (the nearest training picture in 8 x 8 pixels: 42.3 %); with a blank or
+another picture 0 %.
 
 What was tried: a tower pooled by its mean hands the decoder features with a cosine of 0.997, and
 the decoder stays at the names' prior (3 % after 270 steps); 1,000 + 1,000 steps of both stages
@@ -17,6 +18,7 @@ task = 'vlm'
 out_dir = 'out/vlm_emoji'
 init_from = 'out/siglip_emoji'  # its vision tower
 
+# five designers draw the same things; a sixth, fluent-emoji-flat, is never trained on
 data_dir = 'datasets/emoji'
 mix = {'noto': 1.0, 'twemoji': 1.0, 'openmoji': 1.0, 'noto-v1': 1.0, 'emojione': 1.0}
 augment = True
