@@ -1,6 +1,9 @@
 """A vision tower learns which of 64 names a picture has: the first stage of config/vlm_emoji_64.py.
 
-RESULT
+    make demo
+    python prepare/emoji.py && python train.py config/siglip_emoji_64.py
+
+2 cores of an AMD EPYC, no GPU: 80 s (17 steps/s). config/vlm_emoji_64.py says what it is good for.
 """
 task = 'siglip'
 out_dir = 'out/siglip_emoji_64'
