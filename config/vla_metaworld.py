@@ -1,7 +1,7 @@
 """A vision-language-action model from the captioner of `make demo`: four tasks of MetaWorld, told
 apart by the sentence.
 
-    make demo
+    make demo FULL=1
     (the data as config/policy_metaworld_pixels.py makes them)
     python train.py config/vla_metaworld.py
     python sample.py --out_dir=out/vla_metaworld --env=metaworld \
