@@ -2,7 +2,6 @@
 
 Axes: N pictures, H W pixels, D numbers of a feature.
 """
-import sys
 
 import numpy as np
 from PIL import Image
@@ -72,34 +71,3 @@ def frechet(a, b):
 
     between_means = ((a.mean(0) - b.mean(0)) ** 2).sum()
     return float(between_means + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
-
-
-def draw(path, name, pixels, texts, given, score, columns=8, rows=5):
-    """A PNG of pictures, their true names and the answers: green right, red wrong."""
-    import matplotlib
-    # The one way to draw that needs no screen.
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    # Evenly from the whole set, which may be sorted.
-    count = min(columns * rows, len(texts))
-    chosen = np.linspace(0, len(texts) - 1, count).round().astype(int)
-
-    # Half an inch for the title above each picture.
-    height = 0.5 + 1.25 * pixels.shape[1] / pixels.shape[2]
-    size = columns * 1.7, rows * height
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout='constrained')
-    for axis in axes.flat:
-        axis.axis('off')
-
-    for axis, i in zip(axes.flat, chosen):
-        axis.imshow(pixels[i], interpolation='nearest')
-        if given[i] == texts[i]:
-            axis.set_title(texts[i], fontsize=7, color='g')
-        else:
-            axis.set_title(f'{texts[i]}\n{given[i][:28]}', fontsize=7, color='r')
-
-    title = f'{name}: {score:.1%} of {len(texts)} right (the true name; below it a wrong answer)'
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
-    print(f'grid of {len(chosen)} pictures: {path}', file=sys.stderr)
