@@ -6,8 +6,7 @@
 
 What is trained is a task, a file of tasks/ or yours: its settings join those below. The same
 command resumes a run that stopped. The loss of a step is, for each kind of target, one mean over
-the global batch, however it is cut into ranks and micro-batches. `step` counts finished steps: the
-row of log.jsonl with step=101 is of the step that `data.py --show_steps=101:102` shows.
+the global batch, however it is cut into ranks and micro-batches. `step` counts finished steps.
 """
 from configurator import answer_help, configure
 
@@ -186,6 +185,7 @@ except (ValueError, OSError) as error:
     fail(error, 2)
 if show_parameters:
     from usage import describe
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # ... | head ends in silence
     say('\n'.join(describe(groups, dict(raw_model.named_parameters()))))
     sys.exit(0)
 if lr == 0:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -666,6 +667,15 @@ def test_init_from_what_is_not_there_or_damaged(siglip, short, tmp_path):
     copy(siglip, tmp_path / 'broken')
     cut(tmp_path / 'broken' / 'checkpoints' / 'latest' / 'model.safetensors')
     short(f'--init_from={tmp_path / "broken"}').refused('init_from', 'broken')
+
+
+def test_parameters_end_when_nobody_reads_on(data, tmp_path):
+    flags = *tiny.FLAGS, f'--data_dir={data}', '--mix={"plain": 1}', '--max_steps=8'
+    command = shlex.join([sys.executable, str(tiny.ROOT / 'train.py'), *flags, '--parameters',
+                          f'--out_dir={tmp_path / "run"}'])
+    done = subprocess.run(f'{command} | true', shell=True, capture_output=True, text=True,
+                          env=os.environ | tiny.ENV)
+    assert done.stderr == ''
 
 
 # -----------------------------------------------------------------------------------------------
