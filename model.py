@@ -470,6 +470,20 @@ class Learned(NamedTuple):
     places: torch.Tensor        # (n,): where in `tokens`, flat, each stands: its row is place // T
 
 
+def layout(config, x, blocks, segments, masks, positions):
+    """(masks, positions) of embeddings x (B, T, D): those that are given, else what follows from
+    blocks (None: causal) and segments."""
+    if masks is None:
+        if blocks is None:
+            blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+        masks = make_attn_masks(config, blocks, segments)
+    if positions is None and segments is None:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+    elif positions is None:
+        positions = positions_of(segments)
+    return masks, positions
+
+
 class Decoder(nn.Module):
     """A language model. With `blocks=None` it is causal."""
 
@@ -510,20 +524,11 @@ class Decoder(nn.Module):
         With a cache, `masks` (two, (B, T, S)) and `positions` (B, T) say where new tokens stand;
         without, both follow from blocks and segments."""
         # Plain causal rows need no mask: SDPA has a faster path for them.
-        is_plain = blocks is None and segments is None
+        is_plain = masks is None and blocks is None and segments is None
         is_windowed = 0 < self.config.sliding_window < x.shape[1]
-        if masks is None and is_plain and not is_windowed:
+        if is_plain and not is_windowed:
             masks = None, None
-        elif masks is None:
-            if blocks is None:
-                blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-            masks = make_attn_masks(self.config, blocks, segments)
-
-        if positions is None and segments is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-        elif positions is None:
-            positions = positions_of(segments)
-
+        masks, positions = layout(self.config, x, blocks, segments, masks, positions)
         ropes = rope_tables(self.config, positions)
         for layer in self.blocks:
             x = run_block(layer, self.config.remat, x, ropes, masks, cache)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from families.files import fetch
-from model import Decoder, make_attn_masks, positions_of
+from model import Decoder, layout
 
 # ------------------------------------------------------------------------------------------------
 # opening
@@ -179,14 +179,7 @@ class HFDecoder(nn.Module):
 
     def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None):
         """As Decoder.features."""
-        if masks is None:
-            if blocks is None:
-                blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-            masks = make_attn_masks(self.config, blocks, segments)
-        if positions is None and segments is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-        elif positions is None:
-            positions = positions_of(segments)
+        masks, positions = layout(self.config, x, blocks, segments, masks, positions)
 
         # A model with both kinds of layers takes both masks by name.
         full, local = (mask[:, None] for mask in masks)                         # (B, 1, T, S)
