@@ -24,6 +24,7 @@ from types import SimpleNamespace as Group  # what stands for a dataclass while 
 
 TYPES = (bool, int, float, str, tuple, list, dict)  # bool first: it is an int too
 HELP = {'--help', '-h'}
+ALLOW_CODE = '--allow_code=true'  # what a saved run names may be run
 HOME = Path(__file__).resolve().parent  # config/ and tasks/ are here
 
 
@@ -52,13 +53,15 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
     # Left to right, the last one counts; the globals change when all has been read.
     flat = {k: convert(f'the default {k}={v!r}', v, v) for k, v in defaults.items()}
     for place, argument in enumerate(argv):
+        if argument == ALLOW_CODE:
+            continue
         is_flag = argument.startswith('-')
         if is_flag:
             given = read_flag(argument, argv[place + 1 :], defaults)
         elif argument.endswith('.py'):
             given = run_python(find(argument), scope, flat, partial, elsewhere)
         elif argument.endswith('.json'):
-            given = read_json(find(argument))
+            given = read_json(find(argument), argv)
         elif '=' in argument:
             refuse(f'unexpected {argument!r}: write --{argument}')
         else:
@@ -250,13 +253,18 @@ def find(name):
     refuse(f'no config file {name}: {nearest_file(path)}')
 
 
-def read_json(path):
+def read_json(path, argv):
     try:
         given = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:  # only JSON's knows the line
         refuse(f'{path}:{getattr(error, "lineno", 1)}: {type(error).__name__}: {error}')
     if not isinstance(given, dict):
         refuse(f'{path}:1: expected {{"key": value}}, as in config.json')
+    if '.py' in repr(given) and ALLOW_CODE not in argv:
+        from usage import code_problem
+        problem = code_problem(given, path)
+        if problem:
+            refuse(problem)
     return given
 
 
@@ -269,7 +277,7 @@ def find_task(argv, default):
         elif argument.startswith('-'):  # also --name=a.py
             continue
         elif argument.endswith('.json'):
-            value = read_json(find(argument)).get('task', task)
+            value = read_json(find(argument), argv).get('task', task)
             task = convert(f'task={value!r:.60} in {argument}', value, default)
         elif argument.endswith('.py'):
             task = task_in(find(argument), task)

@@ -6,6 +6,8 @@ the Hugging Face hub, big_vision's .npz, and runs of ours.
     python hub.py export out/run folder [--dtype=bfloat16]  a run, as a folder for transformers
     python hub.py push out/run name/repository              the same to the Hub, with a model card
 
+A run that names code (`task: mine.py`) is opened with --allow_code=true on the command line.
+
 No table of names or shapes is here. Each family of models has a module in families/, all of them
 have the same plain names, and they are asked in turn:
 
@@ -34,7 +36,9 @@ import processor as processors
 import tasks
 import tokenizer as tokenizers
 from answering import set_mask
+from configurator import ALLOW_CODE
 from tokenizer import read_json
+from usage import code_problem
 
 # The families are found beside this file, in the order in which they are asked.
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -127,9 +131,23 @@ def open_run(path, device='cpu', ema=True):
     return module.open_run(path, device)
 
 
+def check_code(path):
+    """Raises ValueError where a run or checkpoint of ours names code: it may have been downloaded,
+    and only the command line says that it may run."""
+    folder = past.checkpoint_of(path)
+    try:
+        settings = read_json(os.path.join(folder, 'config.json'))
+    except (OSError, ValueError):
+        return                                      # who opens it says what is wrong with it
+    problem = code_problem(settings, folder)
+    if problem and ALLOW_CODE not in sys.argv:
+        raise ValueError(problem)
+
+
 def open_ours(path, device='cpu', ema=True):
     """The checkpoint.Run of a run's folder or of one of its checkpoints; ema: with the averages of
     the weights, where it kept them. Raises ValueError."""
+    check_code(path)
     folder = past.checkpoint_of(path)
     try:
         settings = read_json(os.path.join(folder, 'config.json'))
@@ -255,7 +273,7 @@ def main(argv):
     for word in argv:
         if word in ('--dtype=float32', '--dtype=bfloat16', '--dtype=float16'):
             dtype = getattr(torch, word.removeprefix('--dtype='))
-        else:
+        elif word != ALLOW_CODE:
             words.append(word)
 
     # What a user can put right is said in one line.

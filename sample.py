@@ -7,6 +7,8 @@
     python sample.py --out_dir=out/policy_metaworld_state --env=metaworld --episodes=20
     python sample.py --out_dir=out/policy_metaworld_state --serve_policy=8000
     python sample.py --out_dir=out/vlm_emoji --help         (all that this run knows)
+
+A run that somebody else made may name code, as `task: mine.py`: --allow_code=true lets it run.
 """
 import json as jsons
 import os
@@ -66,9 +68,13 @@ try:
     if not _task:
         _checkpoint = _folder if hub.is_foreign(_folder) else _checkpoint
         _task = hub.task_of(_checkpoint)
-    globals().update(body_of(load(_task).SampleSettings))
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
+try:
+    hub.check_code(_checkpoint)         # before it is run
+    globals().update(body_of(load(_task).SampleSettings))
+except (ValueError, OSError) as error:
+    fail(error)
 options = SimpleNamespace(**configure(
     globals(), elsewhere=lambda key: that_have(key, 'SampleSettings')))
 if options.batch_size < 1:

@@ -222,6 +222,30 @@ def describe(groups, parameters):
     return lines
 
 
+# Code that a saved run names
+
+NAME_CODE = 'task', 'processor'
+
+
+def code_in(settings):
+    """The settings that name a file of Python, as texts; those of a mix's data sets, too."""
+    found = []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            found += code_in(value)
+        elif key.rpartition('.')[2] in NAME_CODE and re.search(r'\.py(:|$)', str(value)):
+            found.append(f'{key}={value!r}')
+    return found
+
+
+def code_problem(settings, where):
+    """What to say of a saved run that names code, which would do all that its user may; or ''."""
+    found = code_in(settings)
+    if not found:
+        return ''
+    return f'{where} names code, {", ".join(found)}: if you trust it, add --allow_code=true'
+
+
 # What may have been meant, for refusals
 
 OTHER_NAMES = dict(  # ours = what other trainers call it

@@ -60,7 +60,7 @@ def open_theirs(name, auto, weights):
     try:
         if weights:
             return auto_class.from_pretrained(folder, use_safetensors=True, **options)
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         return auto_class.from_config(config, **options)
     except (ValueError, OSError, KeyError, ImportError, RuntimeError, AttributeError) as error:
         reason = ' '.join(str(error).split())[:300]

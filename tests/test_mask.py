@@ -33,7 +33,7 @@ def test_validation_and_sample_answer_as_trained(form, tmp_path):
     row, = tiny.rows(tmp_path / 'run', 'val_loss')
     assert row['exact_match'] == 1
     shown = tiny.run('sample.py', f'--out_dir={tmp_path / "run"}', '--eval=plain', '--json=true',
-                     '--device=cpu').ok()
+                     '--device=cpu', '--allow_code=true').ok()
     assert json.loads(shown.out)['exact_match'] == 1
 
 

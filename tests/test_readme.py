@@ -121,8 +121,8 @@ def settings_of(script, arguments):
         return settings_of('show_steps.py', arguments) | settings_of('train.py', arguments)
     source = usage.read_source(ROOT / script)
     known = set(usage.settings_of(usage.before_configure(source.tree.body), source, {}))
-    # what argparse takes, or a script reads by itself
-    known |= {'help', *re.findall(r'[\'"]--(\w+)\b', text_of(ROOT / script))}
+    # what configure takes of every script, argparse takes, or a script reads by itself
+    known |= {'help', 'allow_code', *re.findall(r'[\'"]--(\w+)\b', text_of(ROOT / script))}
 
     # a job hands on what stands after --
     if script == 'launch/sagemaker.py':
@@ -222,7 +222,7 @@ def test_the_task_of_the_readme(pictures, tmp_path):
 
     # patches that the model saw stay as they are, the others are its own
     tiny.run('sample.py', '--out_dir=one', f'--image={pictures[0]}', '--device=cpu',
-             cwd=tmp_path).ok()
+             '--allow_code=true', cwd=tmp_path).ok()
     stays = unchanged_patches(pictures[0], tmp_path / 'filled.png')
     assert 0 < stays.sum() < stays.size
 
