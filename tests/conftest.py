@@ -44,7 +44,7 @@ def needs(path):
             is_folder = (ROOT / room).is_dir()
             yield room if is_folder or (ROOT / f'{room}.py').exists() else f'{room}.py'
         if room == 'tasks' and inside:
-            yield f'tasks/{inside}.py'
+            yield f'tasks/{inside.partition(".")[0]}.py'
 
 
 def is_there(name):
