@@ -2,10 +2,15 @@
 
 sample.py's tasks import this, and what looks at a picture.
 """
+import sys
+
 import torch
 
 from generate import generate
 from processor import BadSample
+from usage import refuse_unused, unused
+
+COLDEST = 1e-3                  # the lowest temperature that is not 0
 
 
 def check_sampling(options):
@@ -19,6 +24,16 @@ def check_sampling(options):
             raise ValueError(f'{key}={getattr(options, key)} must be at least 0')
     if not 0 < options.top_p <= 1:
         raise ValueError(f'top_p={options.top_p} must be above 0 and at most 1')
+
+    # below it, a logit that is divided by it may pass the largest number that there is
+    if 0 < options.temperature < COLDEST:
+        raise ValueError(f'temperature={options.temperature} must be 0, which takes the likeliest '
+                         f'token, or at least {COLDEST}')
+    if options.temperature == 0:
+        refuse_unused(vars(options), dict(top_k=0, top_p=1.0), ('top_k', 'top_p'),
+                      'temperature=0 takes the likeliest token')
+        for line in unused(vars(options), dict(seed=0), ('seed',), 'temperature=0'):
+            print(line, file=sys.stderr)
 
 
 def answers(run, prompts, pixels, options):

@@ -570,7 +570,7 @@ def check(settings, world):
         if settings[key] < 1:
             raise ValueError(f'{key}={settings[key]} must be at least 1')
     for key in ('eval_every', 'keep_last', 'workers', 'warmup', 'seed', 'skip_bad_steps',
-                'max_bad_fraction', 'micro_batch_size', 'whole'):
+                'max_bad_fraction', 'micro_batch_size', 'whole', 'cache_gb'):
         if settings[key] < 0:
             raise ValueError(f'{key}={settings[key]} must be at least 0')
 
@@ -600,7 +600,14 @@ def check(settings, world):
 def open_mix(settings):
     """The folders of a mix, {data set: Folder}, and the History of a run that begins. Raises
     ValueError and OSError."""
-    folders = {name: open_folder(name, settings) for name in settings['mix']}
+    folders, known = {}, {}
+    for name in settings['mix']:
+        folders[name] = folder = open_folder(name, settings)
+        # under two names it would be gone through twice, each time in another order
+        first = os.path.realpath(folder.shard_path(0)), len(folder.sizes)
+        if known.setdefault(first, name) != name:
+            raise ValueError(f'mix: {known[first]!r} and {name!r} are one data set: give it one '
+                             'weight')
     return folders, History(settings, folders)
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import attention
+from usage import refuse_unused
 
 # -------------------------------------------------------------------------------------------------
 # random numbers from keys: splitmix64 (Steele, Lea, Flood 2014) counts, Box-Muller makes normals
@@ -405,6 +406,20 @@ def sincos(t, width, min_period=4e-3, max_period=4.0):
     period = min_period * (max_period / min_period) ** exponent
     angle = t.float()[:, None] * (2 * math.pi / period)
     return torch.cat((angle.sin(), angle.cos()), 1)
+
+
+# settings of a config that only one objective reads
+OF_OBJECTIVE = dict(flow=('time', 'shift'), ddpm=('schedule', 'schedule_steps', 'prediction',
+                                                  'spacing', 'clip_range'))
+
+
+def check_objective(settings, known, part):
+    """Raises ValueError where a setting of the other objective is set. known: {key: default};
+    part: the name of the config in the settings."""
+    for objective, names in OF_OBJECTIVE.items():
+        if objective != settings[f'{part}.objective']:
+            refuse_unused(settings, known, [f'{part}.{name}' for name in names],
+                          f'{part}.objective={settings[f"{part}.objective"]}')
 
 
 def schedule_of(c):

@@ -35,6 +35,10 @@ def begin(model, path, skip, cache_dir):
             if reader and not has_denoiser(folder):
                 target, prefix = getattr(model, reader), f'{reader}.'
             loaded, unused = load_weights(target, folder, skip)
+        for regex in skip:
+            if not any(re.search(regex, name) for name in target.state_dict()):
+                raise ValueError(f'init_skip: {regex!r} is found in no name of a parameter '
+                                 '(--parameters lists them)')
     except checkpoint.ERRORS as error:
         raise ValueError(f'init_from={path!r}: {error}') from None
 

@@ -24,18 +24,11 @@ PEAKS = {
 
 
 def cut_log(path, step):
-    """Drop the rows of steps that the resumed run takes again, and a last row that was cut."""
-    rows = []
+    """log.jsonl as it was after a step, empty where there is none. Raises ValueError."""
     if os.path.exists(path):
-        with open(path, encoding='utf-8') as f:
-            for line in f:
-                if line.endswith('\n') and json.loads(line)['step'] <= step:
-                    rows.append(line)
-
-    # Renamed when it is whole: a kill in between loses no row.
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(rows)
-    os.replace(path + '.tmp', path)
+        from past import keep_rows
+        keep_rows(path, step)
+    open(path, 'a').close()
 
 
 def plot(out_dir, val):

@@ -15,7 +15,8 @@ CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'con
 
 
 def check(settings, world=1):
-    """Raises ValueError, one line on one fault, for what a run can not be trained with."""
+    """Raises ValueError, one line on one fault, for what a run can not be trained with; lines on
+    what is set and changes nothing."""
     for key, allowed in CHOICES.items():
         if settings[key] not in allowed:
             raise ValueError(f'{key}={settings[key]!r}: expected one of {", ".join(allowed)}')
@@ -23,7 +24,7 @@ def check(settings, world=1):
         raise ValueError(f'decay={settings["decay"]}: expected a fraction of the run, above 0 and '
                          'at most 1')
 
-    # lr=0 is no fault: a dry run, which train.py tells of.
+    # lr=0 is no fault: a dry run, which is told.
     for key in ('lr', 'min_lr', 'weight_decay', 'grad_clip'):
         if not is_amount(settings[key]):
             raise ValueError(f'{key}={settings[key]}: {AMOUNT}')
@@ -42,6 +43,8 @@ def check(settings, world=1):
     check_groups(settings['groups'])
     for regex in settings['init_skip']:
         check_regex('init_skip', regex)
+        if not settings['init_from']:
+            raise ValueError(f'init_skip: {regex!r}: there is no init_from that it could skip')
 
     # A weight of 0 keeps a data set in the order of the run, and learns nothing from it.
     known = list(settings['mix'])
@@ -50,6 +53,19 @@ def check(settings, world=1):
             raise ValueError(f'loss_weights: {name!r} is no data set of mix={known}')
         if not is_amount(weight):
             raise ValueError(f'loss_weights: {name!r}: {weight!r}: {AMOUNT}')
+    if not any(settings['loss_weights'].get(name, 1) for name in known):
+        raise ValueError(f'loss_weights={settings["loss_weights"]}: nothing would be learned of '
+                         'any data set: give one of them a weight above 0')
+
+    # Not refused: a config may have them, and another schedule be tried by a flag.
+    lines, schedule = [], settings['schedule']
+    if settings['lr'] == 0:
+        lines.append('lr=0: nothing will change but what is measured')
+    if settings['decay'] != 0.2 and schedule != 'wsd':
+        lines.append(f'decay={settings["decay"]} is not used: schedule={schedule}')
+    if settings['min_lr'] and schedule == 'constant':
+        lines.append(f'min_lr={settings["min_lr"]} is not used: schedule=constant')
+    return lines
 
 
 def is_amount(value):

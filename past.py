@@ -3,6 +3,7 @@
 train.py imports this where there is something to go on from.
 """
 import filecmp
+import json
 import os
 from dataclasses import replace
 
@@ -120,6 +121,25 @@ def check_same_files(path, run):
         if name not in run.settings['adopt']:
             raise ValueError(f'{name} is not what {path} was made with: bring it back, or take '
                              f'the new one with --adopt=\'["{name}"]\'')
+
+
+def keep_rows(path, step):
+    """Drop the rows of a log.jsonl that the resumed run takes again, and a last one that was cut.
+    Raises ValueError."""
+    rows = []
+    with open(path, 'rb') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                if line.endswith(b'\n') and json.loads(line)['step'] <= step:
+                    rows.append(line)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f'{path}, line {number} is no row of a log ({error}): mend the '
+                                 'line, or move the file away') from None
+
+    # renamed when it is whole: a kill in between loses no row
+    with open(path + '.tmp', 'wb') as f:
+        f.writelines(rows)
+    os.replace(path + '.tmp', path)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -49,8 +49,24 @@ def open_past(settings, out_dir):
         if name not in history.folders:
             history.folders[name] = data.open_folder(name, settings)
     # where the last batch was cut short
-    history.length(settings | dict(num_checkpoints=0, allow_repeat=True))
+    steps_of(history, settings)
     return history
+
+
+def steps_of(history, settings):
+    """Steps of the run; 0 where no setting says so."""
+    return history.length(settings | dict(num_checkpoints=0, allow_repeat=True))[0]
+
+
+def check_end(history, settings, first, last):
+    """Raises ValueError for steps that the run will never take."""
+    steps = steps_of(history, settings)
+    if not steps or last <= steps + 1:
+        return
+    remedy = f'--show_steps={first}:{steps + 1}'
+    if first > steps:
+        remedy = 'say how long it is to be (max_steps)'
+    raise ValueError(f'--show_steps={first}:{last}: the run ends with step {steps}: {remedy}')
 
 
 def show(history, first, last):
@@ -91,6 +107,7 @@ if __name__ == '__main__':
         leave(2, f'--show_steps={show_steps}: there is no step in it; {first}:{first + 1} is one')
     try:
         history = open_past(settings, out_dir)
+        check_end(history, settings, first, last)
     except (ValueError, OSError) as error:
         leave(2, error)
     try:

@@ -140,8 +140,9 @@ def fail(message, code):
 log_path, checkpoints = f'{out_dir}/log.jsonl', f'{out_dir}/checkpoints'
 
 try:
+    notes = []
     for part in (parallel, data, optim, checkpoint, task):
-        part.check(config, world)
+        notes += part.check(config, world) or []
     micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
 
     # the checkpoint to go on from, and its progress
@@ -159,8 +160,7 @@ try:
     folders, history = data.open_mix(config)
     if resumed:
         import past
-        for line in past.go_on(history, config, resumed, saved, tasks.kept(task)):
-            say(line)
+        notes += past.go_on(history, config, resumed, saved, tasks.kept(task))
     order = history.order
     steps, checkpoint_steps = history.length(config)
     lr_at = optim.learning_rate(config, steps)
@@ -188,8 +188,8 @@ if show_parameters:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # ... | head ends in silence
     say('\n'.join(describe(groups, dict(raw_model.named_parameters()))))
     sys.exit(0)
-if lr == 0:
-    say('lr=0: nothing will change but what is measured')
+for line in notes:
+    say(line)
 
 torch.set_float32_matmul_precision(matmul)
 torch.backends.cudnn.allow_tf32 = matmul != 'highest'

@@ -246,6 +246,28 @@ def code_problem(settings, where):
     return f'{where} names code, {", ".join(found)}: if you trust it, add --allow_code=true'
 
 
+# What is set and not used
+
+
+def unused(settings, known, keys, because):
+    """Lines on settings that somebody has set and this command does not read. known: {key:
+    default}, as config.json has it; keys: their names, or beginnings of them that end in a
+    dot."""
+    groups, lines = tuple(key for key in keys if key.endswith('.')), []
+    for key, default in known.items():
+        # a config.json holds all of them, as they are where nobody sets them
+        is_one = key in keys or key.startswith(groups)
+        if is_one and settings[key] != default:
+            lines.append(f'{key}={settings[key]!r} is not used: {because}')
+    return lines
+
+
+def refuse_unused(settings, known, keys, because):
+    """Raises ValueError for the first of those that `unused` finds."""
+    for line in unused(settings, known, keys, because):
+        raise ValueError(f'{line}: leave it out')
+
+
 # What may have been meant, for refusals
 
 OTHER_NAMES = dict(  # ours = what other trainers call it

@@ -17,7 +17,7 @@ import importlib.util
 import os
 import sys
 
-from configurator import flatten
+from configurator import flatten, plain
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -29,7 +29,7 @@ FILES = ()          # JSON files that it keeps in each checkpoint: the names of 
 
 
 def check(settings, world):
-    """Raises ValueError for settings that can not be."""
+    """Raises ValueError for settings that can not be; lines on those that change nothing."""
 
 
 def eyes(settings):
@@ -147,7 +147,7 @@ def train_settings(name):
 
 def defaults(name):
     """The flat settings of a task as they are where nobody sets them. Raises ValueError."""
-    return flatten(train_settings(name))
+    return plain(flatten(train_settings(name)))
 
 
 def body_of(settings):

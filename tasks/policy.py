@@ -16,14 +16,15 @@ from torch import nn
 
 import pictures
 from configurator import part
-from diffusion import schedule_of, sincos
+from diffusion import check_objective, schedule_of, sincos
 from model import VLM, Decoder, DecoderConfig, ViTConfig, check_sizes, make_attn_mask, sized
 from robots import samples
 from robots.acting import SampleSettings, sample  # noqa: F401
 from robots.chunks import LOSSES, action_loss, draws_of, start_of, state_of
 from robots.denoisers import MLPDenoiser, Pool, Transformer, UNet1d
 from robots.samples import FILES, form, prepare, statistics  # noqa: F401
-from tasks import tower, vlm
+from tasks import defaults, tower, vlm
+from usage import unused
 
 
 @dataclass
@@ -106,13 +107,29 @@ class TrainSettings:
     augment = False             # pictures change a little every time they are seen
 
 
+# what a branch does not read
+WORDS = ('decoder.', 'prompt')
+PICTURES = ('vit.', 'pixel_shuffle', 'connector_bias', 'cameras', 'image_mean', 'image_std',
+            'image_draft', 'augment')
+NOT_OF_ENCODER = dict(none=(*WORDS, *PICTURES, 'policy.pool'), text=PICTURES)
+NOT_OF_DENOISER = dict(mlp=('num_heads', 'channels', 'kernel_size'),
+                       unet=('depth', 'mlp_dim', 'num_heads'),
+                       transformer=('pool', 'channels', 'kernel_size'))
 KEPT = ('pixel_shuffle', 'connector_bias', 'action_steps', 'action_dim', 'proprio_dim',
         'normalize')
 
 
 def check(settings, world):
-    """Raises ValueError for settings that can not be."""
+    """Raises ValueError for settings that can not be; lines on those that are not used."""
     samples.check(settings)
+    known, c = defaults('policy'), part(settings, 'policy', PolicyConfig)
+    check_objective(settings, known, 'policy')
+
+    # parts and pictures that this policy does not have; a config may serve several
+    lines = unused(settings, known, NOT_OF_ENCODER.get(c.encoder, ()),
+                   f'policy.encoder={c.encoder}')
+    names = [f'policy.{name}' for name in NOT_OF_DENOISER.get(c.denoiser, ())]
+    return lines + unused(settings, known, names, f'policy.denoiser={c.denoiser}')
 
 
 def eyes(settings):

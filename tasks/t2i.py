@@ -23,7 +23,7 @@ import pictures
 import tasks
 from answering import padded
 from configurator import part
-from diffusion import random_keys
+from diffusion import check_objective, random_keys
 from images import judge, sd
 from images.clip import CLIPText, CLIPTextConfig
 from images.dit import DiTConfig, TextToImage
@@ -32,6 +32,7 @@ from model import Decoder, DecoderConfig, sized
 from processor import READ, question
 from shards import BadSample
 from tasks import vlm
+from usage import refuse_unused, unused
 from vocabularies.clip import clip_row
 
 
@@ -74,7 +75,7 @@ KEPT = ('denoiser',)
 
 
 def check(settings, world):
-    """Raises ValueError for settings that can not be."""
+    """Raises ValueError for settings that can not be; lines on those that are not used."""
     if settings['denoiser'] not in ('dit', 'unet'):
         raise ValueError(f'denoiser={settings["denoiser"]!r}: expected dit or unet')
     for name in ('image_size', 'channels', 'patch_size', 'width', 'mlp_dim', 'num_heads'):
@@ -84,6 +85,21 @@ def check(settings, world):
     if settings['denoiser'] == 'unet' and settings['seq_len'] != length:
         raise ValueError(f'seq_len={settings["seq_len"]}: denoiser=unet reads {length}, which is '
                          'clip.max_length')
+    return unused_of_denoiser(settings, tasks.defaults('t2i'))
+
+
+def unused_of_denoiser(settings, known):
+    """Lines on settings that the denoiser does not read. Raises ValueError."""
+    denoiser = settings['denoiser']
+    if denoiser == 'dit':
+        check_objective(settings, known, 'dit')
+        lines = unused(settings, known, ('unet.', 'clip.'), 'denoiser=dit')
+        if not settings['dit.vae']:
+            lines += unused(settings, known, ('vae.',), 'dit.vae is empty')
+        return lines
+    of_dit = [key for key in known if key.startswith('dit.')]
+    of_dit = set(of_dit) - {'dit.image_size', 'dit.drop'}
+    return unused(settings, known, ('decoder.', *of_dit), f'denoiser={denoiser}')
 
 
 def eyes(settings):
@@ -213,6 +229,14 @@ def sample(run, options):
         raise ValueError(f'strength={options.strength} must be above 0 and at most 1')
     if options.mask and not options.image:
         raise ValueError(f'mask={options.mask!r} goes with --image')
+    given, known = vars(options), tasks.body_of(SampleSettings)
+    if not options.image:
+        refuse_unused(given, known, ('strength',), 'it goes with --image')
+    if options.eval:
+        refuse_unused(given, known, ('prompt', 'n', 'image', 'strength', 'mask'),
+                      f'--eval={options.eval} draws each sentence of a data set once')
+    else:
+        refuse_unused(given, known, ('judge',), 'it goes with --eval')
     if options.eval:
         judge_pictures(run, options)
     else:

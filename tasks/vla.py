@@ -99,8 +99,9 @@ def check(settings, world):
     """Raises ValueError for settings that can not be."""
     samples.check(settings)
     check_text_loss(settings)
-    if settings['action_weight'] < 0:
-        raise ValueError(f'action_weight={settings["action_weight"]} must be at least 0')
+    if settings['action_weight'] <= 0:
+        raise ValueError(f'action_weight={settings["action_weight"]} must be above 0: without '
+                         'actions it is task=vlm')
 
 
 def build(settings, tokenizer, load_weights=True):

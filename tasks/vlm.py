@@ -20,8 +20,9 @@ from configurator import part
 from generate import generate
 from model import VLM, DecoderConfig, ViTConfig, VLMConfig, sized
 from processor import LEARNED, SEEN, document, is_document, question
-from tasks import tower
+from tasks import body_of, tower
 from tasks.llm import arguments, check_text_loss  # noqa: F401
+from usage import refuse_unused
 
 
 class TrainSettings:
@@ -127,6 +128,11 @@ def count_right(run, batch, tensors):
 def sample(run, options):
     """Say what is in --image, or measure the data sets of --eval."""
     check_sampling(options)
+    if options.eval:
+        refuse_unused(vars(options), body_of(SampleSettings), ('image',),
+                      f'--eval={options.eval} looks at the pictures of a data set')
+    else:
+        refuse_unused(vars(options), body_of(SampleSettings), ('grid',), 'it goes with --eval')
     if options.eval:
         evaluate(run, options)
     elif options.image:

@@ -406,6 +406,8 @@ def test_show_steps_says_what_is_wrong_in_one_line(config, tmp_path):
                        ([config, '--show_step=1:2'], 'show_steps'),
                        ([config, '--show_steps=0:2'], 'begin at 1'),
                        ([config, '--show_steps=5:2'], 'no step'),
+                       ([config, '--show_steps=2:5', '--max_steps=3'], '--show_steps=2:4'),
+                       ([config, '--show_steps=4:5', '--max_steps=3'], 'ends with step 3'),
                        ([config, '--show_steps=1:2', '--lanes=0'], 'lanes')]:
         out = show(*args)
         assert out.code == 2 and out.out == '' and word in out.err, (args, out)

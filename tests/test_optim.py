@@ -11,7 +11,7 @@ import usage
 SETTINGS = dict(optimizer='adamw', schedule='cosine', decay=0.2, lr=1e-3, min_lr=0.0,
                 weight_decay=0.1, grad_clip=1.0, betas=(0.9, 0.95), ema=0.0,
                 groups=[('bias', {'weight_decay': 0.0}), ('.*', {})], init_skip=['^connector'],
-                loss_weights={'a': 2, 'b': 0.0}, mix={'a': 1.0, 'b': 2.0})
+                init_from='run', loss_weights={'a': 2, 'b': 0.0}, mix={'a': 1.0, 'b': 2.0})
 
 
 def model():
@@ -72,6 +72,8 @@ def test_what_may_be(change):
     ('loss_weights', {'x': 1.0}, ['loss_weights', "'x'", "['a', 'b']"]),
     ('loss_weights', {'a': -1.0}, ['loss_weights', "'a': -1.0", 'at least 0']),
     ('loss_weights', {'a': 'much'}, ['loss_weights', "'a': 'much'"]),
+    ('loss_weights', {'a': 0, 'b': 0.0}, ["loss_weights={'a': 0, 'b': 0.0}", 'nothing']),
+    ('init_from', '', ['init_skip', "'^connector'", 'no init_from']),
 ], ids=str)
 def test_one_fault_is_named(key, value, words):
     with pytest.raises(ValueError) as error:
@@ -79,6 +81,13 @@ def test_one_fault_is_named(key, value, words):
     message = str(error.value)
     assert all(word in message for word in words) and '\n' not in message, message
     assert set(re.findall(r'(\w+)=', message)) <= {key, 'mix'}, message
+
+
+def test_what_changes_nothing_is_said():
+    assert optim.check(SETTINGS) == []
+    lines = optim.check(SETTINGS | dict(lr=0.0, decay=0.5, min_lr=0.1, schedule='constant'))
+    assert [line.split('=')[0] for line in lines] == ['lr', 'decay', 'min_lr']
+    assert optim.check(SETTINGS | dict(decay=0.5, min_lr=0.1, schedule='wsd')) == []
 
 
 # ------------------------------------------------------------------------------------------------
