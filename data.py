@@ -326,7 +326,8 @@ class Batches:
             if self.seed is not None:
                 rng = Random(self.seed, 4, position)
             try:
-                for piece in self.processor.pieces(folder.read(shard, index), rng):
+                members = folder.read(shard, index)
+                for piece in self.processor.pieces(members, rng, folder.path):
                     pieces.append((position, piece | {'part': number, 'position': position}))
             except BadSample as error:
                 pieces.append((position, None))

@@ -44,6 +44,11 @@ def open_picture(data, size=0):
         raise BadSample(f'the picture can not be decoded ({error})') from None
 
 
+def is_depth(name, data):
+    """Does a picture hold distances? It is named so, and has 16 bits, as a PNG's header says."""
+    return 'depth' in name.lower() and data.startswith(b'\x89PNG') and data[24:25] == b'\x10'
+
+
 def find(names):
     """The files that a list of paths, patterns and folders, separated by commas, stands for.
 
@@ -91,6 +96,16 @@ class Eyes:
             white = Image.new('RGBA', picture.size, 'white')
             picture = Image.alpha_composite(white, picture).convert('RGB')
         return np.array(self.to_square(picture))
+
+    def pixels_of(self, data, sample, rng=None):
+        """The same of one of a sample's pictures, if it is one. Raises BadSample."""
+        # distances of 16 bits would be learned as a grey of 8
+        names = sample.get('picture_names', ())
+        for name, picture in zip(names, sample['pictures']):
+            if picture is data and is_depth(name, data):
+                raise BadSample(f'{name!r} holds depth in 16 bits, which is no picture: a form of '
+                                'yours can read it among the members')
+        return self.pixels(data, rng)
 
     def to_square(self, picture):
         """PIL picture of any size -> size x size, by `resize`."""

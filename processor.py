@@ -41,7 +41,7 @@ ENDINGS = ('jpg', 'jpeg', 'png', 'webp')
 
 
 # what `fields` and those who ask a model add to a sample: not of its .json
-OURS = ('pictures', 'picture_names', 'members', '_asking', '_lowdim')
+OURS = ('pictures', 'picture_names', 'members', 'data_set', '_asking', '_lowdim')
 KNOWN = 'text', 'prefix and suffix', 'messages', 'instruction'
 
 
@@ -109,8 +109,8 @@ def document(sample, p):
 
 
 def question(sample, p):
-    """(prefix, suffix) of a sample: its own, or the run's prompt and the caption. An instruction
-    has no answer. Raises BadSample where nothing is there to answer."""
+    """(prefix, suffix) of a sample: its own, or the run's prompt and the caption. Raises
+    BadSample where nothing is there to answer."""
     # keys of another format are no answer
     said = sample.keys() & {'text', 'suffix', 'messages', 'instruction'}
     if not sample['pictures'] and not said:
@@ -122,7 +122,7 @@ def question(sample, p):
         answer = sample.get('text', '')
     if answer is None:
         raise BadSample('no suffix: nothing to answer')
-    if not answer.strip() and 'instruction' not in sample and not sample.get('_asking'):
+    if not answer.strip() and not sample.get('_asking'):
         raise BadSample(nothing_to_learn(sample))
     return prefix, answer.strip()
 
@@ -256,14 +256,15 @@ class Processor:
                 raise BadSample(str(error)) from None
         return self.known_ids[item]
 
-    def pieces(self, members, rng=None):
+    def pieces(self, members, rng=None, data_set=''):
         """{extension: bytes} -> pieces: dicts of tokens, targets, blocks, hidden (arrays of one
         length), pictures [uint8 (H, W, 3)], text, beside. One piece, or several of a text that is
-        longer than a row. rng: a Random augments the pictures. Raises BadSample."""
+        longer than a row. rng: a Random augments the pictures; data_set: of the mix, for the form.
+        Raises BadSample."""
         for ext in ('tokens.npy', 'tokens.bin'):
             if ext in members:
                 return self.cut(read_tokens(members[ext], ext))
-        return self.row(fields(members, self.eyes is not None), rng)
+        return self.row(fields(members, self.eyes is not None) | dict(data_set=data_set), rng)
 
     def row(self, sample, rng=None):
         """What a sample holds, as `fields` gives it -> pieces."""
@@ -277,7 +278,7 @@ class Processor:
             ids += new
             roles += [role] * len(new)
             if isinstance(item, bytes):
-                pictures.append(self.eyes.pixels(item, rng))
+                pictures.append(self.eyes.pixels_of(item, sample, rng))
             elif isinstance(item, np.ndarray):
                 pictures.append(item)
         ids, roles = np.array(ids, np.int32), np.array(roles, np.uint8)

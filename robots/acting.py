@@ -74,6 +74,39 @@ def reads_words(run):
     return run.settings.get('policy.encoder') != 'none'
 
 
+def seen_by(run):
+    """Names of the cameras that a policy was trained on, in their order; 'image' where a picture
+    had no name, [] where it is blind or nobody wrote it down."""
+    if not run.processor.eyes:
+        return []
+    cameras = run.settings['cameras'] or run.kept['stats.json'].get('cameras', [])
+    return [name or 'image' for name in cameras]
+
+
+def lacked(run):
+    """The set of those of them that not every data set had: a robot may do without."""
+    cameras = set()
+    for names in run.settings.get('cameras_of', {}).values():
+        cameras |= set(seen_by(run)) - names.keys()
+    return cameras
+
+
+def names_in_order(run, given):
+    """Names of an observation's pictures, in the order in which the policy was trained on them.
+    Raises ValueError."""
+    names = seen_by(run)
+    # one picture is the one, whatever it is called
+    if not run.settings['cameras'] and len(names) < 2 and len(given) == 1:
+        return list(given)
+    if not names:
+        return sorted(given)
+    for name in names:
+        if name not in given and name not in lacked(run):
+            raise ValueError(f'no picture of camera {name!r}, which the policy was trained on: '
+                             f'there are {", ".join(given) or "none"}')
+    return [name for name in names if name in given]
+
+
 def policy_of(run, options, words=None, is_blank=False, action_dim=0):
     """A function of observations, as rollouts.rollouts takes it. words: task -> the sentence it is
     told; is_blank: it sees white pictures; action_dim: of a robot with fewer numbers than the
@@ -110,7 +143,7 @@ def sample_of(run, observation, words, is_blank, action_dim):
     """An observation as if it were read from a shard."""
     pictures, names = [], []
     if run.processor.eyes:
-        names = run.settings['cameras'] or sorted(observation['pictures'])
+        names = names_in_order(run, observation['pictures'])
         pictures = [observation['pictures'][name] for name in names]
     if is_blank:
         pictures = [np.full_like(picture, 255) for picture in pictures]
@@ -119,16 +152,23 @@ def sample_of(run, observation, words, is_blank, action_dim):
     # of the chunk that is to come it is only looked at how large it is
     chunk = np.zeros((run.settings['action_steps'], action_dim), np.float32)
     lowdim = dict(actions=chunk, is_pad=np.zeros(len(chunk), bool),
-                  proprio=np.asarray(observation['proprio'], np.float32))
-    return dict(pictures=pictures, picture_names=list(names), instruction=instruction,
+                  proprio=state_of(run, observation))
+    return dict(pictures=pictures, picture_names=names, instruction=instruction,
                 _lowdim=lowdim)
+
+
+def state_of(run, observation):
+    """The state (P,) of an observation, as far as the run looks at it."""
+    if not run.settings['proprio_dim']:
+        return np.zeros(0, np.float32)
+    return np.asarray(observation['proprio'], np.float32)
 
 
 def states_of(run, observations):
     """The states as the robots have them, (A, P), padded with zeros to the run's size."""
     states = torch.zeros(len(observations), run.settings['proprio_dim'], device=run.device)
     for row, observation in zip(states, observations):
-        state = torch.as_tensor(np.asarray(observation['proprio'], np.float32))
+        state = torch.as_tensor(state_of(run, observation))
         row[:len(state)] = state.to(run.device)
     return states
 
@@ -251,6 +291,8 @@ def check_sizes(run, options, robot):
         proprio_dim = robot.hand_dim                # who sees is not told where things are
     stats = run.kept['stats.json']
     own_actions, own_states = len(stats['actions']['mean']), len(stats['proprio']['mean'])
+    if not run.settings['proprio_dim']:
+        proprio_dim = 0
     if own_actions < robot.action_dim or own_states < proprio_dim:
         raise ValueError(f'--env={options.env}: actions of {robot.action_dim} and states of '
                          f'{proprio_dim} numbers, {options.out_dir} was trained on {own_actions} '
@@ -278,7 +320,11 @@ def play(run, options, robot, episodes, label, policy):
             shown = episodes
 
     def make(task):
-        return simulators.make(task, size, run.settings['cameras'] or ('near',), 0, is_blind)
+        # one camera without a name is the environment's own
+        cameras = seen_by(run)
+        if cameras == ['image'] and not run.settings['cameras']:
+            cameras = []
+        return simulators.make(task, size, cameras, 0, is_blind)
 
     # the expert looks at every step; with pictures, an environment takes 60 MB
     execute, won = options.execute, {task: 0 for task, _ in episodes}
@@ -306,27 +352,37 @@ def play(run, options, robot, episodes, label, policy):
 # for robots
 
 
-def answer_robots(run, options):
-    """A server, until SIGTERM or Ctrl-C; see serve/server.py."""
-    cameras = []
-    if run.processor.eyes:
-        cameras = run.settings['cameras'] or ['image']
-
-    # what an observation holds: (dtype, shape, may it be missing)
+def fields_of(run):
+    """What an observation holds: {name: (dtype, shape, may it be missing)}."""
     side = run.settings['vit.image_size']
     num_states = len(run.kept['stats.json']['proprio']['mean'])
-    fields = dict(proprio=('float32', (num_states,), False),
+    # a state that is not looked at may be sent all the same
+    is_unseen = not run.settings['proprio_dim']
+    fields = dict(proprio=('float32', (num_states,), is_unseen),
                   instruction=('str', (), not reads_words(run)))
-    for name in cameras:
-        fields[name] = 'uint8', (side, side, 3), False
-    fields |= dict(seed=('int64', (), True), step=('int64', (), True))
+    for name in cameras_asked(run):
+        fields[name] = 'uint8', (side, side, 3), name in lacked(run)
+    return fields | dict(seed=('int64', (), True), step=('int64', (), True))
+
+
+def cameras_asked(run):
+    """Names of the pictures that a robot sends."""
+    if not run.processor.eyes:
+        return []
+    return seen_by(run) or ['image']
+
+
+def answer_robots(run, options):
+    """A server, until SIGTERM or Ctrl-C; see serve/server.py."""
+    fields, cameras = fields_of(run), cameras_asked(run)
     policy = policy_of(run, options)
 
     def act(observations):
         """Pictures come beside the rest; a simulator has them in a dict."""
         given = []
         for observation in observations:
-            pictures = {name: observation[name] for name in cameras}
+            # the server puts a 0 for what may be missing
+            pictures = {name: observation[name] for name in cameras if np.ndim(observation[name])}
             given.append(observation | dict(pictures=pictures))
         return policy(given)
 

@@ -362,8 +362,13 @@ class Units(nn.Module):
             if is_relative and stats['action_steps'] != steps:
                 raise ValueError('they are of relative actions in chunks of '
                                  f'{stats["action_steps"]}, not of {steps}')
+            if is_relative and not proprio_dim:
+                raise ValueError('they are of actions relative to the state, which proprio_dim=0 '
+                                 'leaves out')
+            self.known_numbers = len(stats['actions']['mean']), len(stats['proprio']['mean'])
             self.actions = Normalizer(stats['actions'], kind, action_dim)
-            self.proprio = Normalizer(stats['proprio'], kind, proprio_dim)
+            # a run may leave the state out
+            self.proprio = Normalizer(stats['proprio'], kind, proprio_dim) if proprio_dim else None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'no statistics of actions ({error!r}): '
                              'make them with prepare/stats.py') from None
@@ -371,7 +376,8 @@ class Units(nn.Module):
     def encode(self, lowdim):
         """lowdim as the data set has it -> as a model learns it; `actions` may be missing."""
         proprio, out = lowdim['proprio'], dict(lowdim)
-        out['proprio'] = self.proprio(proprio, lowdim['proprio_mask'].bool())
+        if self.proprio:
+            out['proprio'] = self.proprio(proprio, lowdim['proprio_mask'].bool())
 
         # The anchor is the state in the robot's units, before it is normalised.
         if 'actions' in lowdim:

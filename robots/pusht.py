@@ -21,14 +21,14 @@ class PushT:
     action: where the agent is to go, 2 numbers in pixels of 512. size > 0: pictures from above."""
     proprio_dim, action_dim, fps, task = 5, 2, 10, 'pusht'
 
-    def __init__(self, size=0, max_steps=300):
+    def __init__(self, size=0, max_steps=300, camera='top'):
         # pygame, when it is imported: no window, no greeting.
         os.environ.setdefault('SDL_VIDEODRIVER', 'dummy')
         os.environ.setdefault('PYGAME_HIDE_SUPPORT_PROMPT', '1')
         from gym_pusht.envs import PushTEnv
         self.size, self.max_steps, self.cameras = size, max_steps, {}
         if size:
-            self.cameras['top'] = 'top'
+            self.cameras[camera] = 'top'
 
         # Its renderer wants a size even if nobody looks.
         self.env = PushTEnv(obs_type='state', render_mode='rgb_array',
@@ -53,11 +53,11 @@ class PushT:
         return self.observe(pictures), bool(done)
 
     def observe(self, pictures=True):
-        """proprio fp32 (5,), pictures {'top': uint8 (size, size, 3)}, instruction, task, seed,
+        """proprio fp32 (5,), pictures {camera: uint8 (size, size, 3)}, instruction, task, seed,
         step."""
         views = {}
-        if pictures and self.size:
-            views['top'] = self.picture('top')
+        if pictures:
+            views = {name: self.picture(name) for name in self.cameras}
         return dict(proprio=self.state.astype(np.float32), pictures=views,
                     instruction=WORDINGS[0], task='pusht', seed=self.seed, step=self.steps)
 

@@ -8,41 +8,47 @@ import json
 import fsspec
 import numpy as np
 
+import tasks
 from diffusion import random_keys
+from parallel import say
 from processor import BESIDE, HIDDEN, LEARNED, SEEN, document, is_document, question
-from robots import actions
+from robots import actions, cameras
+from robots.cameras import names_in
 from robots.chunks import nothing
 from shards import BadSample
+from tasks import vlm
 
 # what stands for a camera that is missing: a black pixel, as PNG
 BLACK = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2'
                          'FzhVAAAAAElFTkSuQmCC')
 # of these a run keeps the statistics that it began with
 FILES = ('stats.json',)
+# what samples and the model's config have in common
+SIZES = 'action_steps', 'action_dim', 'proprio_dim'
 
 
 def form(sample, p):
     """<image>..., bos, instruction, newline, all seen by all, and an answer, if there is one, as
-    paligemma has it; beside them the actions and the state."""
+    paligemma has it; beside them the actions and the state. What has no actions is as a vlm has
+    it: cameras are of robots."""
     # an observation brings its arrays, as robots/acting.py makes it; a shard's sample has a member
     lowdim = sample.get('_lowdim') or actions.read(sample.get('members', {})).get('lowdim')
-    beside = []
-    if lowdim:
-        beside = [(padded(lowdim, p.settings), BESIDE)]
+    if not lowdim:
+        return vlm.form(sample, p)
+    beside = [(padded(lowdim, p), BESIDE)]
 
-    # a state alone is a sample, and so is a text alone
-    has_words = sample.keys() & {'text', 'suffix', 'messages'}
-    if lowdim and not sample['pictures'] and not has_words:
-        sample.setdefault('instruction', '')
+    # actions alone are a sample: without words the run's are said, and nothing needs an answer
+    if not sample.keys() & {'text', 'suffix', 'messages'}:
+        sample.setdefault('instruction', p.prompt)
+    sample['_asking'] = True
     if is_document(sample):
         return document(sample, p) + beside
 
     # what is seen
     pictures = [(picture, SEEN) for picture in sample['pictures']]
     if p.settings['cameras'] and p.eyes:
-        pictures, mask = by_camera(sample, p.settings['cameras'])
-        if beside:
-            beside.append((dict(camera_mask=mask), BESIDE))
+        pictures, mask = by_camera(sample, p.settings)
+        beside.append((dict(camera_mask=mask), BESIDE))
 
     # what is said; most samples of robots have no answer
     prefix, suffix = question(sample, p)
@@ -52,28 +58,49 @@ def form(sample, p):
     return parts + beside
 
 
-def by_camera(sample, cameras):
+def by_camera(sample, settings):
     """The pictures of the cameras that the settings name, in their order, and which are there,
-    bool (cameras,). One that is missing is black, and nobody sees it."""
-    by_name = dict(zip(sample['picture_names'], sample['pictures']))
-    parts = []
-    for name in cameras:
+    bool (cameras,). One that is missing is black, and nobody sees it. Raises BadSample."""
+    # extensions count in any case
+    by_name, twice = {}, set()
+    for name, picture in zip(sample['picture_names'], sample['pictures']):
+        name = name.lower()
         if name in by_name:
-            parts.append((by_name[name], SEEN))
-        else:
+            twice.add(name)
+        by_name[name] = picture
+
+    names, parts, is_there = names_in(sample.get('data_set'), settings), [], []
+    for camera in settings['cameras']:
+        # of a camera that its data set lacks there is no name
+        name = names.get(camera)
+        is_there.append(name is not None and name.lower() in by_name)
+        if not is_there[-1]:
             parts.append((BLACK, HIDDEN))
-    return parts, np.array([name in by_name for name in cameras])
+            continue
+        if name.lower() in twice:
+            raise BadSample(f'it has two pictures of camera {name!r}')
+        parts.append((by_name[name.lower()], SEEN))
+    return parts, np.array(is_there)
 
 
-def padded(lowdim, settings):
+def padded(lowdim, p):
     """Actions and state of one sample at the sizes of the settings, with masks of what is real.
     Raises BadSample."""
-    steps, size = settings['action_steps'], settings['action_dim']
-    state_size = settings['proprio_dim']
+    steps, size, state_size = (p.settings[key] for key in SIZES)
     chunk, is_pad, proprio = lowdim['actions'], lowdim['is_pad'], lowdim['proprio']
+    # a run that is not to see the state
+    if not state_size:
+        proprio = proprio[:0]
     if len(chunk) > steps or chunk.shape[1] > size or len(proprio) > state_size:
         raise BadSample(f'actions {chunk.shape} and proprio {proprio.shape} are larger than '
                         f'action_steps={steps}, action_dim={size}, proprio_dim={state_size}')
+
+    # numbers without statistics would be learned as they are
+    known = getattr(p, 'known_numbers', (size, state_size))
+    if chunk.shape[1] > known[0] or len(proprio) > known[1]:
+        raise BadSample(f'{chunk.shape[1]} numbers of an action and {len(proprio)} of a state: '
+                        f'stats.json has {known[0]} and {known[1]}; python prepare/stats.py makes '
+                        'it anew')
 
     # everything is padding
     out = dict(actions=np.zeros((steps, size), np.float32), is_pad=np.ones(steps, bool),
@@ -107,29 +134,46 @@ def check(settings):
             raise ValueError(f'{key}={settings[key]} must be at least 1')
     if settings['proprio_dim'] < 0:
         raise ValueError(f'proprio_dim={settings["proprio_dim"]} must be at least 0')
+    cameras.check(settings)
 
 
 def sizes(settings):
     """What samples and the model's config have in common."""
-    return {key: settings[key] for key in ('action_steps', 'action_dim', 'proprio_dim')}
+    return {key: settings[key] for key in SIZES}
 
 
-def statistics(settings, folders):
-    """stats.json of prepare/stats.py: the setting's, or the one beside the one data set of a mix.
-    Raises ValueError."""
+def statistics(settings, folders, learns_text=True):
+    """stats.json of prepare/stats.py: the setting's, or the one beside the one data set of a mix
+    that has actions; `cameras`: those of the samples, where the settings name none. Raises
+    ValueError for what does not fit the data sets."""
+    found = cameras.surveys(settings, folders)
+    robots = [folder for folder, each in zip(folders, found) if each.samples]
+    idle = [each.name for each in found if not each.samples]
+    if idle and not learns_text:
+        say(f'no actions in {", ".join(idle)}: nothing is learned from there')
+
     # normalised by other numbers, the actions of one data set are not those of another
     path = settings['stats']
-    if not path and len(folders) > 1:
-        names = ','.join(folder.path for folder in folders)
-        raise ValueError(f'{len(folders)} data sets have one stats.json: python prepare/stats.py '
-                         f'--data={names} --out=stats.json, and --stats=stats.json')
-    path = path or folders[0].base.rstrip('/') + '/stats.json'
+    names = ','.join(folder.path for folder in robots or folders)
+    if not path and len(robots) != 1:
+        raise ValueError(f'{len(robots)} data sets have actions, and one stats.json: python '
+                         f'prepare/stats.py --data={names} --out=stats.json, and '
+                         '--stats=stats.json')
+    path = path or robots[0].base.rstrip('/') + '/stats.json'
     try:
         with fsspec.open(path, 'r', encoding='utf-8') as file:
-            return {'stats.json': json.load(file)}
+            stats = json.load(file)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f'stats={path!r} can not be read ({error}): python prepare/stats.py '
-                         f'--data={folders[0].path} makes it') from None
+                         f'--data={names} makes it') from None
+
+    cameras.check_statistics(stats, path, found, settings)
+    if tasks.load(settings['task']).eyes(settings):
+        seen = cameras.check_pictures(settings, found)
+        # who acts shows the policy the same
+        if seen and not settings['cameras']:
+            stats['cameras'] = seen
+    return {'stats.json': stats}
 
 
 def prepare(run):
@@ -143,6 +187,7 @@ def prepare(run):
     units = actions.Units(run.kept['stats.json'], settings['normalize'], settings['action_steps'],
                           settings['action_dim'], settings['proprio_dim'])
     run.units = units.to(run.device)
+    run.processor.known_numbers = units.known_numbers
 
 
 def count_actions(batch):

@@ -13,16 +13,19 @@ TEST_SEED = 1_000_000
 HELD_OUT = 3
 
 
-def make(task, size=0, cameras=('near',), max_steps=0, blind=False):
+def make(task, size=0, cameras=(), max_steps=0, blind=False):
     """The environment of a task, a key of metaworld.TASKS or 'pusht'. size: of the pictures, 0 for
-    none. max_steps: of an episode, 0 for the environment's own. blind: the pictures are not for
-    who acts. Raises ValueError."""
+    none. cameras: () for the environment's own. max_steps: of an episode, 0 for the environment's
+    own. blind: the pictures are not for who acts. Raises ValueError."""
     if task == 'pusht':
-        return pusht.PushT(size, max_steps or 300)
+        # it is seen from above, whatever who acts calls that
+        if len(cameras) > 1:
+            raise ValueError(f'cameras {", ".join(cameras)}: pusht has one, from above')
+        return pusht.PushT(size, max_steps or 300, *cameras)
     if task not in metaworld.TASKS:
         known = ', '.join(metaworld.TASKS)
         raise ValueError(f'task {task!r}: expected one of {known}, pusht')
-    return metaworld.MetaWorld(task, size, cameras, max_steps or 500, blind)
+    return metaworld.MetaWorld(task, size, cameras or ('near',), max_steps or 500, blind)
 
 
 def instruction(task, number=0, held_out=False):

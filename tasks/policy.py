@@ -22,7 +22,7 @@ from robots import samples
 from robots.acting import SampleSettings, sample  # noqa: F401
 from robots.chunks import LOSSES, action_loss, draws_of, start_of, state_of
 from robots.denoisers import MLPDenoiser, Pool, Transformer, UNet1d
-from robots.samples import FILES, form, prepare, statistics  # noqa: F401
+from robots.samples import FILES, form, prepare  # noqa: F401
 from tasks import defaults, tower, vlm
 from usage import unused
 
@@ -93,8 +93,9 @@ class TrainSettings:
     action_steps = 0            # actions of a chunk; a sample is padded to so many
     action_dim = 0              # of so many numbers,
     proprio_dim = 0             # and the state to so many
-    cameras = []                # names of the pictures of every sample, in this order; [] those
-    #                             that it has
+    cameras = []                # names of a robot's pictures, in this order; [] those that its
+    #                             samples have
+    cameras_of = {}             # data set -> {camera: its name there}, without those it lacks
     stats = ''                  # a stats.json of prepare/stats.py; empty: the one beside the data
     #                             set
     normalize = 'quantile'      # actions and states: quantile (1 %, 99 % to -1, 1) | min_max |
@@ -296,6 +297,11 @@ class DiffusionPolicy(nn.Module):
 
 # -----------------------------------------------------------------------------------------------
 # training
+
+
+def statistics(settings, folders):
+    """As robots/samples.py has it, of what learns from actions alone."""
+    return samples.statistics(settings, folders, learns_text=False)
 
 
 def count(batch):

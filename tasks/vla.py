@@ -73,8 +73,9 @@ class TrainSettings:
     action_dim = 0              # of so many numbers,
     proprio_dim = 0             # and the state to so many
     action_weight = 1.0         # of the mean over actions, beside the mean over text
-    cameras = []                # names of the pictures of every sample, in this order; [] those
-    #                             that it has
+    cameras = []                # names of a robot's pictures, in this order; [] those that its
+    #                             samples have
+    cameras_of = {}             # data set -> {camera: its name there}, without those it lacks
     stats = ''                  # a stats.json of prepare/stats.py; empty: the one beside the data
     #                             set
     normalize = 'quantile'      # actions and states: quantile (1 %, 99 % to -1, 1) | min_max |
