@@ -110,8 +110,8 @@ class TrainSettings:
 
 # what a branch does not read
 WORDS = ('decoder.', 'prompt')
-PICTURES = ('vit.', 'pixel_shuffle', 'connector_bias', 'cameras', 'image_mean', 'image_std',
-            'image_draft', 'augment')
+PICTURES = ('vit.', 'pixel_shuffle', 'connector_bias', 'cameras', 'cameras_of', 'image_mean',
+            'image_std', 'image_draft', 'augment')
 NOT_OF_ENCODER = dict(none=(*WORDS, *PICTURES, 'policy.pool'), text=PICTURES)
 NOT_OF_DENOISER = dict(mlp=('num_heads', 'channels', 'kernel_size'),
                        unet=('depth', 'mlp_dim', 'num_heads'),
