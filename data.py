@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from processor import BadSample, collate
+from processor import BadSample, collate, is_read
 from shards import CACHE, Folder  # noqa: F401
 
 # -------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class Batches:
 
     def __init__(self, folders, order, processor, seed=None, pack=False, multiple=1, ahead=0):
         self.folders, self.order, self.processor, self.seed = folders, order, processor, seed
-        self.pack, self.multiple = pack, multiple
+        self.pack, self.multiple, self.said = pack, multiple, set()
         self.remote = [number for number, folder in enumerate(folders) if folder.is_remote]
         self.ahead = ahead if self.remote else 0
         vocab_size = processor.tokenizer.vocab_size
@@ -327,6 +327,9 @@ class Batches:
                 rng = Random(self.seed, 4, position)
             try:
                 members = folder.read(shard, index)
+                if not all(map(is_read, members)):
+                    import unread
+                    unread.look(folder, shard, members, self.processor, self.said)
                 for piece in self.processor.pieces(members, rng, folder.path):
                     pieces.append((position, piece | {'part': number, 'position': position}))
             except BadSample as error:

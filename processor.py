@@ -35,6 +35,8 @@ from shards import BadSample
 SEEN, READ, LEARNED, HIDDEN, BESIDE = range(5)
 HERE = os.path.dirname(os.path.abspath(__file__))
 ENDINGS = ('jpg', 'jpeg', 'png', 'webp')
+# what else is read of a sample, but by a form of yours
+MEMBERS = ('txt', 'json', 'tokens.npy', 'tokens.bin', 'lowdim.npy', 'lowdim.npz', 'latents.npy')
 
 # -----------------------------------------------------------------------------------------------
 # what a sample holds
@@ -43,6 +45,10 @@ ENDINGS = ('jpg', 'jpeg', 'png', 'webp')
 # what `fields` and those who ask a model add to a sample: not of its .json
 OURS = ('pictures', 'picture_names', 'members', 'data_set', '_asking', '_lowdim')
 KNOWN = 'text', 'prefix and suffix', 'messages', 'instruction'
+
+
+def is_read(ext):
+    return ext in MEMBERS or ext.rpartition('.')[2] in ENDINGS
 
 
 def fields(members, with_pictures=True):

@@ -21,6 +21,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 CACHE = os.path.join(os.environ.get('XDG_CACHE_HOME') or '~/.cache', 'nanofoundry')
 MAX_MEMBER = 64 << 20           # bytes of a member that is read whole; more is a bad sample
+MAX_NAME = 1024                 # characters of a name: each row of an index has room for them
 
 
 class BadSample(Exception):
@@ -31,30 +32,23 @@ def is_url(path):
     return '://' in path
 
 
-def find(path, data_dir='', what='data set'):
-    """Where a file or folder of a config is. Raises FileNotFoundError."""
+def place(path, data_dir=''):
+    """Where a path of a config is; '' if it does not exist."""
     # in data_dir, there beside the scripts, or just where it says
     for candidate in (os.path.join(data_dir, path), os.path.join(HERE, data_dir, path), path):
+        candidate = os.path.expanduser(candidate)
         if os.path.exists(candidate):
             return candidate
-    remedy = 'make it with a script of prepare/ (the config names it) or correct it'
-    from usage import nearest_folder
-    near = nearest_folder(path, data_dir)
-    if near:
-        remedy = f'did you mean {near!r}? If not, {remedy}'
-    raise FileNotFoundError(f'{what} {path!r} does not exist, in data_dir={data_dir!r} or as a '
-                            f'path: {remedy}')
+    return ''
 
 
-def expand(spec):
-    """'a,s3://b/{000..099}.tar' -> the paths and URLs in it."""
-    from braceexpand import UnbalancedBracesError, braceexpand
-    # commas inside braces separate nothing here
-    patterns = re.findall(r'(?:\{[^{}]*\}|[^,])+', spec)
-    try:
-        return [path for pattern in patterns for path in braceexpand(pattern.strip())]
-    except UnbalancedBracesError:
-        raise ValueError(f'data set {spec!r}: its braces do not match') from None
+def find(path, data_dir='', what='data set'):
+    """Where a file or folder of a config is. Raises FileNotFoundError."""
+    found = place(path, data_dir)
+    if not found:
+        from tars import not_found
+        raise FileNotFoundError(not_found(path, data_dir, what))
+    return found
 
 
 # -------------------------------------------------------------------------------------------------
@@ -94,8 +88,8 @@ class Folder:
 
         listings = [one for one in self.listings(spec, data_dir) if len(one.names)]
         if not listings:
-            raise ValueError(f'data set {spec!r} holds no shards (.tar): `tar cf FOLDER/a.tar -C '
-                             'FOLDER .` makes one of files, or make it with a script of prepare/')
+            from tars import no_shards
+            raise ValueError(no_shards(self, spec, data_dir))
         if len({one.stored for one in listings}) > 1:
             raise ValueError(f'data set {spec!r}: its parts differ in sequence_length, dtype or '
                              'vocab_size')
@@ -108,7 +102,7 @@ class Folder:
         # of several folders each name is a path; arrays, so that a million shards take little
         if len(listings) > 1:
             self.base, self.sizes = '', np.concatenate([one.sizes for one in listings])
-            paths = [np.char.add(one.base.encode(), one.names) for one in listings]
+            paths = [np.char.add(os.fsencode(one.base), one.names) for one in listings]
             self.names = np.concatenate(paths)
 
         # there is no manifest that says it
@@ -125,49 +119,17 @@ class Folder:
         return Remote(self.cache_dir, int(self.cache_gb * (1 << 30)))
 
     def listings(self, spec, data_dir):
-        """Yields the Listing of each folder of a spec: first whole ones, then single shards."""
-        chosen = {}                     # folder -> file names
-        for path in expand(spec):
-            if path.endswith('.tar'):
-                tars = [path]
-            elif path.endswith('.txt'):
-                tars = self.tars_of_list(path if is_url(path) else find(path, data_dir))
-            else:
-                yield self.whole_folder(path, data_dir)
-                continue
-            for tar in tars:
-                chosen.setdefault(os.path.dirname(tar), []).append(os.path.basename(tar))
-        for folder, files in chosen.items():
-            if not is_url(folder) and not os.path.isdir(folder):
-                folder = find(folder or '.', data_dir)
-            yield self.some_of_folder(folder, files)
+        """The Listing of each part of a spec."""
+        # most data sets are one folder with a manifest, whatever its name
+        folder = place(spec, data_dir)
+        manifest = os.path.join(folder, 'manifest.jsonl')
+        if folder and os.path.exists(manifest):
+            return [self.manifest(manifest)._replace(base=folder.rstrip('/') + '/')]
+        from tars import listings
+        return [Listing(*part) for part in listings(self, spec, data_dir)]
 
-    def tars_of_list(self, path):
-        """Paths and URLs in a .txt, one a line, relative to where it is."""
-        lines = self.read_file(path).decode().splitlines()
-        tars = [line.strip() for line in lines if line.strip()]
-        return [tar if is_url(tar) else os.path.join(os.path.dirname(path), tar) for tar in tars]
-
-    def whole_folder(self, path, data_dir):
-        """The Listing of a folder, or of the folder of a manifest."""
-        folder = path.rstrip('/') if is_url(path) else find(path, data_dir)
-        manifest = folder if folder.endswith('.jsonl') else folder + '/manifest.jsonl'
-        base = os.path.dirname(manifest) + '/'
-        if folder == manifest or self.exists(manifest):
-            return self.manifest(manifest)._replace(base=base)
-        # without one the shards are those that are there
-        files = self.remote.names_in(folder) if is_url(folder) else os.listdir(folder)
-        names = to_names(file for file in files if file.endswith('.tar'))
-        return Listing(base, np.sort(names), np.full(len(names), -1))
-
-    def some_of_folder(self, folder, files):
-        """The Listing of some shards; their counts are in the manifest, if there is one."""
-        names, sizes, stored = to_names(files), np.full(len(files), -1), Stored()
-        if self.exists(folder + '/manifest.jsonl'):
-            _, known, counts, stored, _ = self.manifest(folder + '/manifest.jsonl')
-            _, ours, theirs = np.intersect1d(names, known, return_indices=True)
-            sizes[ours] = counts[theirs]
-        return Listing(folder + '/', names, sizes, stored)
+    # for tars.py, which imports nothing of this
+    is_url, place, find = staticmethod(is_url), staticmethod(place), staticmethod(find)
 
     def exists(self, path):
         return self.remote.exists(path) if is_url(path) else os.path.exists(path)
@@ -200,7 +162,7 @@ class Folder:
         return listing
 
     def cached(self, what, ending):
-        digest = hashlib.sha256(what.encode()).hexdigest()[:32]
+        digest = hashlib.sha256(os.fsencode(what)).hexdigest()[:32]
         return os.path.join(self.cache_dir, 'index', digest + ending)
 
     def __getstate__(self):
@@ -211,10 +173,10 @@ class Folder:
         return int(self.sizes.sum())
 
     def name(self, shard):
-        return self.names[shard].decode()
+        return os.fsdecode(self.names[shard])
 
     def shard_path(self, shard):
-        return f'{self.base}{self.name(shard)}.tar'
+        return self.base + file_of(self.name(shard))
 
     def fetch(self, shards):
         """Begin to copy remote shards to this node."""
@@ -228,6 +190,9 @@ class Folder:
             path = self.shard_path(shard)
             remote = is_url(path)
             path = self.remote.copy(path) if remote else os.path.abspath(path)
+            # a pipe would be waited for
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise OSError(f'{path} is a folder or a device, no shard: give it another name')
             self.files[shard] = os.open(path, os.O_RDONLY)
             if len(self.files) > self.max_open:
                 os.close(self.files.popitem(last=False)[1])
@@ -246,7 +211,8 @@ class Folder:
         """The Index of a shard: made when it is first opened, then kept in the cache folder."""
         if shard not in self.indexes:
             path, fd = self.shard_path(shard), self.open(shard)
-            cached = self.cached(self.contents[shard], '.npy')
+            # 2: what index_tar gives, or refuses, has changed
+            cached = self.cached(f'index 2 {self.contents[shard]}', '.npy')
             # a file of the cache may be missing or damaged: what it holds can be had again
             try:
                 table = np.load(cached)
@@ -305,9 +271,10 @@ class Folder:
         return data
 
 
-def to_names(files):
-    """Names of .tar files -> an array of UTF-8 bytes, without .tar."""
-    return np.array([file.removesuffix('.tar').encode() for file in files], np.bytes_)
+def file_of(name):
+    """A shard's file: its name says .tar only where that is written in another way (.TAR)."""
+    is_whole = name.lower().endswith('.tar') and not name.endswith('.tar')
+    return name if is_whole else f'{name}.tar'
 
 
 def read_manifest(path, data):
@@ -320,16 +287,19 @@ def read_manifest(path, data):
             row = json.loads(line)
             chunk.append(row['shard'].removesuffix('.tar').encode())
             sizes.append(row['num_sequences'])
+            for key in ('num_sequences', 'num_bytes', 'sequence_length', 'vocab_size'):
+                if type(row.get(key, 0)) is not int or not 0 <= row.get(key, 0) < 1 << 40:
+                    raise ValueError(f'{key} is {row[key]!r}')
             num_bytes += row.get('num_bytes', 0)
-            if type(sizes[-1]) is not int or not 0 <= sizes[-1] < 1 << 40:
-                raise ValueError(f'num_sequences is {sizes[-1]!r}')
+            if not 0 < len(chunk[-1]) <= MAX_NAME or b'\0' in chunk[-1]:
+                raise ValueError('shard is no name of a file')
 
             # the same in every row
             length, dtype = row.get('sequence_length', 0), row.get('dtype', 'uint16')
             stored.add(Stored(length, dtype, row.get('vocab_size', 0)))
-            if len(stored) > 1 or type(length) is not int or dtype not in ('uint16', 'uint32'):
+            if len(stored) > 1 or dtype not in ('uint16', 'uint32'):
                 raise ValueError(f'sequence_length, dtype and vocab_size are {stored}')
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f'{path}, line {number} is no manifest row ({error}): expected '
                              '{"shard": "00000000", "num_sequences": 123}') from None
 
@@ -343,7 +313,7 @@ def read_manifest(path, data):
     ordered = np.sort(names)
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
-        raise ValueError(f'{path}: shard {twice[0].decode()!r} comes twice')
+        raise ValueError(f'{path}: shard {os.fsdecode(twice[0])!r} comes twice')
     stored = next(iter(stored), Stored())
     return Listing('', names, np.array(sizes, np.int64), stored, num_bytes)
 
@@ -372,11 +342,15 @@ def index_tar(path, fd):
     """The members of a tar's samples as a table: sample, key, ext, offset, size, repeated."""
     rows, latest, count = [], {}, 0         # latest: key -> (its sample, extensions of that)
     for member in read_headers(path, fd):
-        # as in webdataset: a name without a dot, or that begins with it, is no sample
+        # as in webdataset: a name without a dot, or that begins with it (as those that macOS adds
+        # do), is no sample, and no __folder__ holds any
         folder, name = os.path.split(member.name)
         stem, _, ext = name.partition('.')
-        if not member.isfile() or not stem or not ext:
+        if member.isdir() or not stem or not ext or re.match('__[^/]*__/', member.name):
             continue
+        if not is_plain(member):
+            from tars import no_file
+            raise ValueError(f'{path}: {no_file(member)}')
 
         # Members that share the name up to the first dot are one sample, wherever they stand. A
         # key that comes again, later in the tar and with members that it has already, is another
@@ -388,8 +362,8 @@ def index_tar(path, fd):
             sample, exts, count = count, set(), count + 1
             latest[key] = sample, exts
         exts.add(ext)
-        place = member.offset_data, member.size
-        rows.append((sample, key.encode(), ext.encode(), *place, repeated))
+        place_of = member.offset_data, member.size
+        rows.append((sample, os.fsencode(key), os.fsencode(ext), *place_of, repeated))
 
     # sample by sample; inside one they stay as they are in the tar
     rows.sort(key=lambda row: row[0])
@@ -399,26 +373,48 @@ def index_tar(path, fd):
                            ('offset', '<u8'), ('size', '<u8'), ('repeated', '?')])
 
 
+def is_plain(member):
+    """Is it a file that lies in its tar, byte by byte?"""
+    has_name = len(member.name) <= MAX_NAME and '\0' not in member.name
+    return has_name and member.isreg() and not member.issparse()
+
+
 def read_headers(path, fd):
     """The members of a tar, which must be whole. Raises ValueError."""
+    members, end = [], 0
     with open(os.dup(fd), 'rb') as f:
         f.seek(0)
         try:
-            members = tarfile.open(fileobj=f, mode='r:').getmembers()
-        except tarfile.TarError as error:
+            tar = tarfile.open(fileobj=f, mode='r:')
+            while (member := tar.next()) is not None:
+                # it would go in circles
+                if member.size < 0 or tar.offset <= end:
+                    raise ValueError(f'a member of {member.size} bytes')
+                members.append(member)
+                end = tar.offset
+        # a damaged header may be anything to tarfile
+        except Exception as error:
             raise ValueError(f'{path} is no tar or is damaged ({error}): copy it or make the data '
                              'set again') from None
 
-        # tarfile ends in silence where a tar is cut. Behind the last member, which is padded to
-        # blocks of 512 bytes, a block of zeros must be.
-        end = 0
-        if members:
-            end = members[-1].offset_data + (members[-1].size + 511) // 512 * 512
-        f.seek(end)
-        if f.read(512) != bytes(512):
-            raise ValueError(f'{path} is cut short or damaged at byte {end}: copy it again or '
-                             'make the data set again')
+        # tarfile ends in silence where a tar is cut, at a damaged header, and at the end of the
+        # first of two that were joined. Behind the last member there must be zeros, and no more.
+        problem = end_of(f, end)
+        if problem:
+            raise ValueError(f'{path} {problem}')
     return members
+
+
+def end_of(f, end):
+    """What is wrong with the end of a tar whose members end at byte `end`, or ''."""
+    f.seek(end)
+    if f.read(512) != bytes(512):
+        return f'is cut short or damaged at byte {end}: copy it again or make the data set again'
+    while block := f.read(1 << 20):
+        if block.strip(b'\0'):
+            return (f'ends at byte {end}, but more follows: is it several tars, joined? Each is a '
+                    'shard of its own (or `tar xif` it and `tar cf` a new one)')
+    return ''
 
 
 class Index:
@@ -442,7 +438,7 @@ class Index:
         """Where each member's sequences begin."""
         self.starts, self.offsets, self.stride = [0], [], sequence_length * dtype.itemsize
         for _, key, ext, offset, size, _ in self.table.tolist():
-            where = f'{path}, {key.decode()}'
+            where = f'{path}, {os.fsdecode(key)}'
             # members of other kinds hold no sequences
             if ext == b'tokens.npy':
                 from npy import npy_header
@@ -469,9 +465,9 @@ class Index:
 
     def key(self, index):
         if not self.starts:
-            return self.table['key'][self.first[index]].decode()
+            return os.fsdecode(self.table['key'][self.first[index]])
         number, inside = self.place(index)
-        return f'{self.keys[number].decode()}[{inside}]'
+        return f'{os.fsdecode(self.keys[number])}[{inside}]'
 
     def members(self, index, horizon=0):
         """(extension, offset, size, repeated) of each member of a sample."""
@@ -487,7 +483,7 @@ class Index:
                 offset, size = offset + begin, size - begin
                 if horizon:
                     size = min(size, horizon * row_type.itemsize)
-            members.append((ext.decode(), offset, size, repeated))
+            members.append((os.fsdecode(ext), offset, size, repeated))
         return members
 
     def row_type(self, index):

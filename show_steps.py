@@ -95,6 +95,8 @@ def leave(code, error):
 
 
 if __name__ == '__main__':
+    # a key is written as it is in its tar, UTF-8 or not
+    sys.stdout.reconfigure(errors='surrogateescape')
     # ... | head ends in silence
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     settings = configure(globals(), partial=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+import fsspec  # noqa: E402
 import torch  # noqa: E402
 
 import shards  # noqa: E402
@@ -89,8 +90,7 @@ def collect(folder, action_steps, pairs, rotations, found):
             try:
                 lowdim = read_lowdim(folder, shard, index)
             except BadSample as error:
-                name, key = folder.name(shard), folder.key(shard, index)
-                bad.append(f'{folder.base}{name}.tar, {key}: {error}')
+                bad.append(f'{folder.shard_path(shard)}, {folder.key(shard, index)}: {error}')
                 continue
             rows = {'actions': counted_actions(lowdim, pairs, rotations),
                     'proprio': lowdim['proprio'][None]}
@@ -111,31 +111,60 @@ def collect(folder, action_steps, pairs, rotations, found):
     return bad
 
 
+def place_of(folders, out):
+    """Where stats.json goes, tried before anything is counted. Raises ValueError."""
+    path = os.path.expanduser(out) or os.path.join(folders[0].base, 'stats.json')
+    remedy = 'say with --out=stats.json where the statistics go'
+    if not out and not folders[0].base:
+        raise ValueError(f'--data={folders[0].path} lies in several folders: {remedy}')
+    if shards.is_url(path):
+        return path
+
+    # a data set may be read-only, and hours of counting would be lost
+    if os.path.isdir(path):
+        raise ValueError(f'--out={out} is a folder: {remedy}')
+    try:
+        open(f'{path}.part', 'w').close()
+        os.remove(f'{path}.part')
+    except OSError as error:
+        raise ValueError(f'{path} can not be written ({error.strerror}): {remedy}') from None
+    return path
+
+
 def write(path, found, s):
-    """stats.json, whole or not at all."""
+    """stats.json, whole or not at all. Raises OSError."""
     content = {key: stats.to_dict() for key, stats in found.items()}
     # training refuses statistics of other chunks
     content |= {key: s[key] for key in ('action_steps', 'pairs', 'rotations')}
+    text = json.dumps(content, indent=1) + '\n'
+    if shards.is_url(path):
+        # who reads it there sees nothing until it is closed
+        with fsspec.open(path, 'w', encoding='utf-8') as file:
+            file.write(text)
+        return
     with open(f'{path}.part', 'w', encoding='utf-8') as file:
-        file.write(json.dumps(content, indent=1) + '\n')
+        file.write(text)
     os.replace(f'{path}.part', path)
 
 
 def main(s):
     """The command; s: the settings above."""
+    # one spec where commas separate something else: {a,b}, or a name that has some
     names = [name for name in s['data'].split(',') if name]
-    if not names:
+    if '{' in s['data'] or shards.place(s['data'], s['data_dir']):
+        names = [s['data']]
+    if not s['data'] or not names:
         fail('--data= names no data set: --data=datasets/metaworld', 2)
     if len(names) > 1 and not s['out']:
         fail('several data sets: say with --out=stats.json where their statistics go', 2)
 
-    found, bad, folders = {'actions': Statistics(0), 'proprio': Statistics(0)}, [], []
+    found, bad = {'actions': Statistics(0), 'proprio': Statistics(0)}, []
     try:
-        for name in names:
-            folder = Folder(name, s['data_dir'], s['cache_dir'])
-            folders.append(folder)
+        folders = [Folder(name, s['data_dir'], s['cache_dir']) for name in names]
+        path = place_of(folders, s['out'])
+        for folder in folders:
             bad += collect(folder, max(s['action_steps'], 1), s['pairs'], s['rotations'], found)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         fail(error, 1)
 
     # the first ones say what is wrong with them
@@ -145,8 +174,11 @@ def main(s):
     if not actions.any():
         fail('no sample has actions', 1)
 
-    path = s['out'] or os.path.join(folders[0].base, 'stats.json')
-    write(path, found, s)
+    try:
+        write(path, found, s)
+    except Exception as error:          # each kind of storage has errors of its own
+        fail(f'{path} can not be written ({error!r}): say with --out=stats.json where the '
+             'statistics go', 1)
     message = f'{path}: {proprio.max(initial=0)} samples, actions of {len(actions)} and ' \
               f'states of {len(proprio)} numbers'
     if bad:

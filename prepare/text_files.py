@@ -14,6 +14,9 @@ import tarfile
 from pathlib import Path
 from typing import NamedTuple
 
+from shards import end_of, is_plain
+from tars import no_file
+
 ENDINGS = ('.txt', '.txt.gz', '.txt.zst', '.jsonl', '.jsonl.gz', '.jsonl.zst', '.json', '.json.gz',
            '.json.zst', '.parquet', '.tar')
 PIECE = 1 << 20                 # bytes that are read at once where they are thrown away
@@ -44,7 +47,7 @@ def find_inputs(names, out):
         if not name:
             continue
         for path in sorted(paths_of(name, out)):
-            if not path.name.endswith(ENDINGS):
+            if not path.name.lower().endswith(ENDINGS):
                 raise BadInput(f'input {path} ends in none of {" ".join(ENDINGS)}')
             # links and patterns may lead to one file in two ways
             found.setdefault(path.resolve(), path)
@@ -79,7 +82,7 @@ def files_below(folder, out):
     """Files of a folder, but no hidden ones and none that an earlier run wrote to `out`."""
     out, paths = out.resolve(), []
     for path in folder.rglob('*'):
-        if not path.name.endswith(ENDINGS) or not path.is_file():
+        if not path.name.lower().endswith(ENDINGS) or not path.is_file():
             continue
         is_hidden = any(part.startswith('.') for part in path.relative_to(folder).parts)
         if not is_hidden and out not in path.resolve().parents:
@@ -93,11 +96,11 @@ def files_below(folder, out):
 
 def unpack(raw, path):
     """The file as it was before it was packed. Raises where its end is read and it was cut."""
-    if path.suffix not in ('.gz', '.zst'):
+    if path.suffix.lower() not in ('.gz', '.zst'):
         return raw
     if path.stat().st_size == 0:
         raise EOFError('the file is empty, and a packed file is never')
-    if path.suffix == '.gz':
+    if path.suffix.lower() == '.gz':
         return gzip.GzipFile(fileobj=raw)
 
     # the zstandard package would not see a cut
@@ -162,7 +165,7 @@ def text_records(raw, path, s, at, count):
     """Records of a .txt, .json or .jsonl file."""
     limit, file = s.max_document_mb << 20, unpack(raw, path)
     form = 'json'
-    if path.name.removesuffix('.gz').removesuffix('.zst').endswith('.txt'):
+    if path.name.lower().removesuffix('.gz').removesuffix('.zst').endswith('.txt'):
         form = 'text'
 
     # the one place after a file that is read whole is 1
@@ -230,10 +233,17 @@ def tar_members(archive):
     """Yield ((folder, key), extension, member) of the files in a .tar file."""
     while (member := archive.next()) is not None:
         archive.members.clear()  # or it would remember every one
+        # it would go in circles
+        if member.size < 0 or archive.offset <= member.offset:
+            raise ValueError(f'{member.name!r} has {member.size} bytes')
         folder, name = os.path.split(member.name)
         key, _, extension = name.partition('.')
-        if member.isfile():
-            yield (folder, key), extension, member
+        # as shards.py has it: a link would be a document less
+        if member.isdir() or not key or not extension:
+            continue
+        if not is_plain(member):
+            raise ValueError(no_file(member))
+        yield (folder, key), extension.lower(), member
 
 
 def tar_records(raw, path, s, at, count):
@@ -261,10 +271,10 @@ def tar_records(raw, path, s, at, count):
             data = archive.extractfile(member).read()
         yield Record(form, data, f'{path}: {member.name}', (first.offset, 1), first.offset)
 
-    # tarfile takes a damaged header, or none, for the end
-    raw.seek(archive.offset)
-    if raw.read(512) != bytes(512):
-        raise ValueError(f'damaged or cut at byte {archive.offset}')
+    # tarfile takes a damaged header, or none, for the end, and the first of two that were joined
+    problem = end_of(raw, archive.offset)
+    if problem:
+        raise ValueError(f'it {problem}')
 
 
 # -------------------------------------------------------------------------------------------------
@@ -278,7 +288,7 @@ def records(files, s, place):
     begin, at, count = place
     readers = {'.parquet': parquet_records, '.tar': tar_records}
     for number, path in enumerate(files[begin:], begin):
-        reader = readers.get(path.suffix, text_records)
+        reader = readers.get(path.suffix.lower(), text_records)
         try:
             with open(path, 'rb') as raw:
                 for form, data, where, after, read in reader(raw, path, s, at, count):

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -463,3 +464,42 @@ def test_stats_of_what_is_wrong(tmp_path):
         done = stats_command(*args)
         assert done.returncode == code and word in done.stderr, done.stderr
         assert done.stderr.count('\n') == 1, done.stderr
+
+
+def test_stats_say_where_they_can_not_be_written_before_they_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / 'prepare'))
+    import stats
+    a, b = (write_episodes(tmp_path / name, [6]) for name in 'ab')
+    (tmp_path / 'list.txt').write_text('a/0.tar\nb/0.tar\n')
+    shard = next(a.glob('*.tar')).name
+    (tmp_path / 'list.txt').write_text(f'a/{shard}\nb/{shard}\n')
+
+    def said(data, out=''):
+        """Exit code and what is on stderr."""
+        try:
+            stats.main(dict(data=str(data), out=str(out), action_steps=1, pairs=[], rotations=[],
+                            data_dir='', cache_dir=str(tmp_path / 'cache')))
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
+
+    # a read-only set: its statistics can go nowhere there
+    (a / 'stats.json.part').mkdir()
+    with monkeypatch.context() as m:
+        m.setattr(stats, 'collect', None)
+        for data, out in ((a, ''), (tmp_path / 'list.txt', ''), (f'{tmp_path}/{{a,b}}', ''),
+                          (a, tmp_path), (a, tmp_path / 'gone/stats.json')):
+            code, line = said(data, out)
+            assert code == 1 and '--out' in line and line.count('\n') == 1, (data, out, line)
+    (a / 'stats.json.part').rmdir()
+
+    # where it can, a list and a URL are as good as a folder
+    out = tmp_path / 'both.json'
+    assert said(tmp_path / 'list.txt', out) == (0, '') and said(f'{tmp_path}/{{a,b}}', out)[0] == 0
+    assert json.loads(out.read_text())['actions']['count'] == [12] * 2
+    url = f'memory://{tmp_path.name}'
+    fsspec.filesystem('memory').put(str(a), url, recursive=True)
+    assert said(url) == (0, '')
+    with fsspec.open(f'{url}/stats.json') as file:
+        assert json.load(file)['actions']['count'] == [6] * 2
+    assert said(a) == (0, '') and not list(a.glob('*.part'))

@@ -706,6 +706,25 @@ def test_bad_records_of_tables_and_tars(tmp_path, capsys):
     assert "3 bad documents" in capsys.readouterr().out
     write_tar(tmp_path / "b.tar", [("a.txt", b"one"), ("a.txt", b"two")])
     assert "twice" in refused(tmp_path / "b.tar", tmp_path / "out6")
+    # of two that are joined, the second is not left out, nor is a link
+    (tmp_path / "c.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    assert "joined" in refused(tmp_path / "c.tar", tmp_path / "out7", skip_bad="true")
+    with tarfile.open(tmp_path / "a.tar", "a") as archive:
+        link = tarfile.TarInfo("e.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "a.txt"
+        archive.addfile(link)
+    assert "is a link" in refused(tmp_path / "a.tar", tmp_path / "out8", skip_bad="true")
+
+
+def test_names_in_capitals_are_read(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/A.TXT").write_text("one")
+    (tmp_path / "in/B.JSONL").write_text('{"text": "two"}\n')
+    with gzip.open(tmp_path / "in/C.TXT.GZ", "wt") as file:
+        file.write("three")
+    write_tar(tmp_path / "in/D.TAR", [("x.TXT", b"four")])
+    make(tmp_path / "in", tmp_path / "out")
+    assert sorted(read_documents(tmp_path / "out/train")) == ["four", "one", "three", "two"]
 
 
 @pytest.mark.parametrize("inputs, words", [
