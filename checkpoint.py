@@ -13,8 +13,10 @@ number. DCP is torch.distributed.checkpoint. past.py goes on from a checkpoint, 
 it to a URL, and back.
 """
 import contextlib
+import fcntl
 import json
 import os
+import platform
 import re
 import shutil
 import threading
@@ -92,11 +94,13 @@ def files_of(folder):
 def point_latest(folder, name):
     """The link `latest` to a checkpoint, replaced in one step."""
     link = os.path.join(folder, '.latest.tmp')
-    # of a process that was killed just here
-    if os.path.lexists(link):
-        os.remove(link)
-    os.symlink(name, link)
-    os.replace(link, os.path.join(folder, 'latest'))
+    # nothing needs it: a disk may have no links, and a folder of that name stays
+    with contextlib.suppress(OSError):
+        # of a process that was killed just here
+        if os.path.lexists(link):
+            os.remove(link)
+        os.symlink(name, link)
+        os.replace(link, os.path.join(folder, 'latest'))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -310,12 +314,37 @@ def check(settings, world):
         check_url(settings['remote'])
 
 
-def remove_leftovers(out_dir):
-    """Half-written checkpoints of a command that was killed."""
-    folder = os.path.join(out_dir, 'checkpoints')
-    for name in os.listdir(folder):
-        if name.startswith('.step_'):
-            shutil.rmtree(os.path.join(folder, name))
+# -----------------------------------------------------------------------------------------------
+# one command at a time trains into an out_dir
+
+def check_free(out_dir):
+    """Raises ValueError where another process trains into out_dir."""
+    if os.path.exists(os.path.join(out_dir, 'lock')):
+        import leftovers
+        leftovers.check_free(out_dir)
+
+
+def take(out_dir, step, say):
+    """Let a run go on in out_dir, which is made if need be, after `step` steps; its lock, which
+    keeps others away while this process has it open. Raises OSError and ValueError."""
+    os.makedirs(os.path.join(out_dir, 'checkpoints'), exist_ok=True)
+    lock, log = (os.path.join(out_dir, name) for name in ('lock', 'log.jsonl'))
+    held = open(lock, 'a+')
+    try:
+        # not flock, which the workers that are forked here would hold, too
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        import leftovers
+        leftovers.wait(held, fcntl.LOCK_EX, say)
+    held.truncate(0)
+    print(platform.node(), os.getpid(), file=held, flush=True)
+
+    if os.path.exists(log):
+        import leftovers
+        leftovers.tidy(out_dir, step, say)
+    # for whoever follows it from the start
+    open(log, 'a').close()
+    return held
 
 
 # -----------------------------------------------------------------------------------------------

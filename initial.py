@@ -7,6 +7,7 @@ import re
 
 import checkpoint
 import hub
+import past
 from shards import is_url
 
 
@@ -55,8 +56,12 @@ def has_weights(folder):
 
 def weights_folder(path):
     """The folder with the weights of a run or of a checkpoint; '' where it has none."""
+    # the newest by its number, and perhaps its ema/: the link may be missing
+    run, is_latest, below = path.partition('/checkpoints/latest')
+    if is_latest:
+        path = past.checkpoint_of(run) + below
     # a checkpoint, or a run with its checkpoints
-    for folder in (path, os.path.join(path, 'checkpoints', 'latest')):
+    for folder in (path, past.checkpoint_of(path)):
         if has_weights(folder):
             return folder
     return ''
@@ -77,7 +82,7 @@ def load_weights(model, path, skip=()):
     ValueError, and ERRORS of a damaged file."""
     folder = weights_folder(path)
     if not folder:
-        raise ValueError('no model.safetensors there, nor in checkpoints/latest below it')
+        raise ValueError('no model.safetensors there, nor in checkpoints/ below it')
 
     # views of the parameters: loading fills the model
     wanted = {}

@@ -23,14 +23,6 @@ PEAKS = {
 }
 
 
-def cut_log(path, step):
-    """log.jsonl as it was after a step, empty where there is none. Raises ValueError."""
-    if os.path.exists(path):
-        from past import keep_rows
-        keep_rows(path, step)
-    open(path, 'a').close()
-
-
 def plot(out_dir, val):
     """out_dir/loss.png from log.jsonl, while it grows."""
     import matplotlib
@@ -78,13 +70,15 @@ def environment(device, world):
 
 
 def git(*args):
-    """What git says of the folder of this file; '' where that is no repository."""
+    """What git says of the folder of this file; '' where that is no repository, or no git is."""
     folder = os.path.dirname(os.path.abspath(__file__))
-    done = subprocess.run(['git', *args], cwd=folder, capture_output=True, text=True)
-    # rev-parse prints its argument where it can not resolve it.
-    if done.returncode != 0:
+    try:
+        # Of a file that is no UTF-8, too. rev-parse prints its argument where it can not resolve
+        # it, and fails.
+        return subprocess.run(['git', *args], cwd=folder, capture_output=True, text=True,
+                              errors='replace', check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return ''
-    return done.stdout.strip()
 
 
 def peak_flops(device, dtype, world):
@@ -153,15 +147,3 @@ def count_flops(model, inputs):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
     return counter.get_total_flops()
-
-
-def open_wandb(project, out_dir, settings):
-    """A run of wandb; a resumed one goes on under the same id."""
-    import wandb
-    path = os.path.join(out_dir, 'wandb_id')
-    if not os.path.exists(path):
-        with open(path, 'w', encoding='utf-8') as f:
-            json.dump(os.urandom(4).hex(), f)
-    with open(path, encoding='utf-8') as f:
-        run_id = json.load(f)
-    return wandb.init(project=project, id=run_id, resume='allow', dir=out_dir, config=settings)

@@ -3,7 +3,6 @@
 train.py imports this where there is something to go on from.
 """
 import filecmp
-import json
 import os
 from dataclasses import replace
 
@@ -17,6 +16,8 @@ from tokenizer import read_json
 
 # settings that a run keeps, whatever its task
 KEPT = ('task', 'tokenizer', 'lanes', 'optimizer')
+# what a checkpoint's progress.json holds
+WRITTEN = dict(step=int, samples=int, tokens=int, bad_samples=int, world=int, files=dict)
 
 # -------------------------------------------------------------------------------------------------
 # the checkpoint to go on from
@@ -25,16 +26,15 @@ KEPT = ('task', 'tokenizer', 'lanes', 'optimizer')
 def verify(path):
     """What progress.json of a checkpoint says. Raises OSError and ValueError where a file is not
     as it was written."""
-    # all files that it names; a file more is no fault
     progress = read_json(os.path.join(path, 'progress.json'))
+    if [type(progress.get(key)) for key in WRITTEN] != [*WRITTEN.values()]:
+        raise ValueError('progress.json is not what a run writes')
+    # all files that it names; a file more is no fault
     there = checkpoint.files_of(path)
-    for file, (size, crc) in progress['files'].items():
-        # the size first: cut short is what happens most
-        size_there, crc_there = there.get(file, (0, None))
-        if size_there != size:
-            raise ValueError(f'{file} has {size_there} of {size} bytes')
-        if crc_there != crc:
-            raise ValueError(f'{file} is not what was written (checksum)')
+    for file, written in progress['files'].items():
+        if there.get(file) != written:
+            raise ValueError(f'{file} has {there.get(file)}, not {written} as it was written '
+                             '(bytes and checksum)')
     return progress
 
 
@@ -45,7 +45,7 @@ def newest(folder, say):
     for path in paths:
         try:
             return path, verify(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             reason = ' '.join(str(error).split())[:200]
             say(f'{path} is damaged and is skipped: {reason}')
     if paths:
@@ -55,11 +55,13 @@ def newest(folder, say):
 
 def checkpoint_of(path):
     """The folder of a run's newest checkpoint, or of the checkpoint that the path is."""
-    folder = os.path.abspath(os.path.expanduser(path))
+    folder = os.path.abspath(os.path.expanduser(path)).removesuffix('/checkpoints/latest')
     is_checkpoint = os.path.basename(os.path.dirname(folder)) == 'checkpoints'
     if is_checkpoint or os.path.exists(os.path.join(folder, 'model.safetensors')):
         return folder
-    return os.path.join(folder, 'checkpoints', 'latest')
+    # by its number: the link is for people, and a copy may lack it
+    folder = os.path.join(folder, 'checkpoints')
+    return os.path.join(folder, (checkpoint.names(folder) or ['latest'])[0])
 
 
 def find(out_dir, resume, say):
@@ -76,7 +78,7 @@ def find(out_dir, resume, say):
         return '', {}, (f'resume={resume!r}: {error.filename} is missing; expected one of auto, '
                         'never, or a checkpoint')
     except (ValueError, OSError) as error:
-        return '', {}, str(error)
+        return '', {}, f'resume={resume!r}: {error}'
     # whoever says so wants to begin, and must not lose what is there
     if path and resume == 'never':
         return '', {}, f'resume=never, but {path} exists: give another out_dir'
@@ -121,25 +123,6 @@ def check_same_files(path, run):
         if name not in run.settings['adopt']:
             raise ValueError(f'{name} is not what {path} was made with: bring it back, or take '
                              f'the new one with --adopt=\'["{name}"]\'')
-
-
-def keep_rows(path, step):
-    """Drop the rows of a log.jsonl that the resumed run takes again, and a last one that was cut.
-    Raises ValueError."""
-    rows = []
-    with open(path, 'rb') as f:
-        for number, line in enumerate(f, 1):
-            try:
-                if line.endswith(b'\n') and json.loads(line)['step'] <= step:
-                    rows.append(line)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f'{path}, line {number} is no row of a log ({error}): mend the '
-                                 'line, or move the file away') from None
-
-    # renamed when it is whole: a kill in between loses no row
-    with open(path + '.tmp', 'wb') as f:
-        f.writelines(rows)
-    os.replace(path + '.tmp', path)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ A run that somebody else made may name code, as `task: mine.py`: --allow_code=tr
 """
 import json as jsons
 import os
+import re
 import sys
 from types import SimpleNamespace
 
@@ -43,17 +44,27 @@ def given(name, default):
     return default
 
 
+def newest(folder):
+    """The name of the newest of a run's checkpoints, whether there is a link to it or not."""
+    names = []
+    if os.path.isdir(folder):
+        names = [name for name in os.listdir(folder) if re.fullmatch(r'step_\d{8,}', name)]
+    return max(names, key=lambda name: (len(name), name), default='latest')
+
+
 def task_of(folder):
     """The task of a checkpoint's config.json, '' without one."""
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
             return jsons.load(file).get('task', '')
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return ''
 
 
 _folder = os.path.expanduser(given('out_dir', out_dir))
-_checkpoint = os.path.join(_folder, 'checkpoints', given('checkpoint', checkpoint))
+_checkpoints = os.path.join(_folder, 'checkpoints')
+_name = given('checkpoint', checkpoint)
+_checkpoint = os.path.join(_checkpoints, newest(_checkpoints) if _name == 'latest' else _name)
 _task = task_of(_checkpoint)
 answer_help(__file__, task=_task, task_class='SampleSettings')     # before torch is imported
 

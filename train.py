@@ -144,6 +144,8 @@ try:
     for part in (parallel, data, optim, checkpoint, task):
         notes += part.check(config, world) or []
     micro_batch, pack = micro_batch_size or batch_size // world, config.get('pack', False)
+    if not show_parameters:
+        checkpoint.check_free(out_dir)
 
     # the checkpoint to go on from, and its progress
     found = '', {}, ''
@@ -249,9 +251,7 @@ optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 # begin, or go on
 
 progress = dict(step=0, samples=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0,
-                loss_scale=1.0)
-if dtype == 'float16':
-    progress['loss_scale'] = 2.0 ** 16
+                loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
 
 try:
     if resumed:
@@ -265,11 +265,9 @@ try:
             average.copy_(trained[name].detach())
     parallel.barrier()              # all have read before the first writes
     if master and progress['step'] < steps:         # what trains nothing changes nothing
-        os.makedirs(checkpoints, exist_ok=True)
-        checkpoint.remove_leftovers(out_dir)
+        held = checkpoint.take(out_dir, progress['step'], say)
         checkpoint.write_json(f'{out_dir}/config.json', config)
         checkpoint.write_json(f'{out_dir}/environment.json', logs.environment(device, world))
-        logs.cut_log(log_path, progress['step'])
 except checkpoint.ERRORS as error:
     fail(f'out_dir={out_dir!r}: {str(error).strip().splitlines()[-1]}', 2)
 
@@ -308,7 +306,8 @@ def log(row):
 
 wandb_run = copy = None
 if wandb_project and master and progress['step'] < steps:
-    wandb_run = logs.open_wandb(wandb_project, out_dir, config)
+    from wandb_log import open_wandb
+    wandb_run = open_wandb(wandb_project, out_dir, config)
 if remote and master:
     from mirror import Mirror
     copy = Mirror(remote, out_dir, say)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import leftovers
 import logs
 
 
@@ -18,10 +19,34 @@ def test_rows_of_steps_that_come_again_are_dropped(tmp_path):
     path = tmp_path / 'log.jsonl'
     kept = row(1, loss=2.0) + row(2, loss=1.5) + row(2, val='held', val_loss=1.6)
     path.write_text(kept + row(3, loss=1.0) + '{"step": 2, "lo')
-    logs.cut_log(str(path), 2)
+    assert leftovers.cut_log(str(path), 2) == 1
     assert path.read_text() == kept and len(list(tmp_path.iterdir())) == 1
-    logs.cut_log(str(tmp_path / 'new.jsonl'), 0)
-    assert (tmp_path / 'new.jsonl').read_text() == ''
+    assert leftovers.cut_log(str(path), 2) == 0 and path.read_text() == kept
+
+
+@pytest.mark.parametrize('damage', [
+    b'{"step": 2, "lo', bytes(300), bytes(300) + b'\n', b'\xff\xfe\x80\n', b'null\n', b'[]\n5\n',
+    b'{"loss": 1}\n', b'{"step": "2"}\n', b'[' * 100_000 + b'\n'],
+    ids=['torn', 'zeros', 'a row of zeros', 'no UTF-8', 'null', 'no objects', 'no step', 'a text',
+         'deep'])
+@pytest.mark.parametrize('place', [0, 1, 2])
+def test_no_good_row_is_lost_beside_what_is_damaged(tmp_path, damage, place):
+    """Zeros that stand before a row, as after a power failure, leave the row as it is."""
+    path, good = tmp_path / 'log.jsonl', [row(step, loss=1.5).encode() for step in (1, 2)]
+    is_torn = not damage.endswith(b'\n') and damage.strip(b'\0')
+    # what was torn ended there: nothing is behind it but a row that another command began
+    lines = [*good[:place], damage + (b'\n' if is_torn and place < 2 else b''), *good[place:]]
+    path.write_bytes(b''.join(lines))
+    assert leftovers.cut_log(str(path), 5) == len(
+        [line for line in damage.split(b'\n') if line.strip(b'\0')])
+    assert path.read_bytes() == b''.join(good)
+
+
+def test_a_row_that_only_lacks_its_end_is_one(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    path.write_text(row(1, loss=2.0) + row(2, loss=1.5).strip())
+    assert leftovers.cut_log(str(path), 2) == 0
+    assert path.read_text() == row(1, loss=2.0) + row(2, loss=1.5)
 
 
 def drawn(out):
@@ -73,6 +98,12 @@ def test_a_row_is_json_whatever_the_loss_is(tmp_path):
 
     row = json.loads(path.read_text(), parse_constant=refuse)
     assert row == dict(step=1, loss=None, grad_norm=None, lr=0.5)
+
+
+def test_without_git_a_run_is_described_all_the_same(monkeypatch):
+    monkeypatch.setenv('PATH', '')
+    found = logs.environment('cpu', 1)
+    assert found['git'] == found['diff'] == '' and found['torch']
 
 
 @pytest.mark.skipif(not shutil.which('git'), reason='no git')

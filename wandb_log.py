@@ -1,0 +1,15 @@
+"""A run that logs to wandb (`wandb_project`), too; train.py imports this for one that does."""
+import json
+import os
+
+
+def open_wandb(project, out_dir, settings):
+    """A run of wandb; a resumed one goes on under the same id."""
+    import wandb
+    path = os.path.join(out_dir, 'wandb_id')
+    if not os.path.exists(path):
+        with open(path, 'w', encoding='utf-8') as f:
+            json.dump(os.urandom(4).hex(), f)
+    with open(path, encoding='utf-8') as f:
+        run_id = json.load(f)
+    return wandb.init(project=project, id=run_id, resume='allow', dir=out_dir, config=settings)
