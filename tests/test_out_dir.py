@@ -174,6 +174,7 @@ def test_a_run_whose_latest_is_a_folder_goes_on_and_is_used(train, base, out):
     run('sample.py', f'--out_dir={out}', '--prompt=a', '--max_new_tokens=2').ok()
 
 
+@pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
 def test_a_disk_without_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, 'Operation not permitted')
