@@ -44,6 +44,15 @@ def open_picture(data, size=0):
         raise BadSample(f'the picture can not be decoded ({error})') from None
 
 
+def on_white(picture):
+    """What is transparent of a PIL picture becomes white: RGB."""
+    from PIL import Image
+    if picture.mode != 'RGBA':
+        return picture
+    white = Image.new('RGBA', picture.size, 'white')
+    return Image.alpha_composite(white, picture).convert('RGB')
+
+
 def is_depth(name, data):
     """Does a picture hold distances? It is named so, and has 16 bits, as a PNG's header says."""
     return 'depth' in name.lower() and data.startswith(b'\x89PNG') and data[24:25] == b'\x10'
@@ -87,15 +96,11 @@ class Eyes:
         """Encoded picture -> RGB uint8 (S, S, 3), on white. rng: a Random augments it.
 
         Raises BadSample."""
-        from PIL import Image
         picture = open_picture(data, self.size if self.draft else 0)
         if rng is not None:
             return augment(np.array(self.to_square(picture).convert('RGBA')), rng)
 
-        if picture.mode == 'RGBA':
-            white = Image.new('RGBA', picture.size, 'white')
-            picture = Image.alpha_composite(white, picture).convert('RGB')
-        return np.array(self.to_square(picture))
+        return np.array(self.to_square(on_white(picture)))
 
     def pixels_of(self, data, sample, rng=None):
         """The same of one of a sample's pictures, if it is one. Raises BadSample."""

@@ -58,10 +58,11 @@ def pictures(folder, shard, eyes, bad):
     for index in range(folder.sizes[shard]):
         try:
             members = folder.read(shard, index)
-            images = fields(members)['pictures']
+            sample = fields(members)
+            images = sample['pictures']
             if len(images) != 1 or 'latents.npy' in members:
                 raise BadSample(f'{len(images)} pictures: expected one')
-            yield folder.key(shard, index), members, eyes.pixels(images[0])
+            yield folder.key(shard, index), members, eyes.pixels_of(images[0], sample)
         except BadSample as error:
             name, key = folder.name(shard), folder.key(shard, index)
             bad.append(f'{folder.base}{name}.tar, {key}: {error}')

@@ -7,7 +7,8 @@ Every time step becomes a sample: `key.<camera>.png` (exact; jpg is smaller), `k
 `proprio` (column observation.state), a chunk of `action_steps` actions (the column action) and
 `is_pad`, `key.json` with the instruction, episode, frame and timestamp. A set without cameras is
 stored by episodes, `key.lowdim.npy`, see prepare/metaworld.py. A camera is the last part of its
-feature's name: observation.images.front becomes front.
+feature's name, and as many more as tell it from the others: observation.images.front becomes
+front. Depth is no picture: it is left out, and named with all other columns that are.
 
 `--rotations=[('action', 3, 'quaternion')]` makes the four numbers from 3 on the six of a 6D
 rotation, and on export these again what they were: of the columns `action` and
@@ -37,7 +38,7 @@ import torch  # noqa: E402
 
 import shards  # noqa: E402
 from configurator import configure  # noqa: E402
-from pictures import open_picture  # noqa: E402
+from pictures import is_depth, on_white, open_picture  # noqa: E402
 from processor import fields  # noqa: E402
 from robots import record  # noqa: E402
 from robots.actions import Statistics, read  # noqa: E402
@@ -60,6 +61,11 @@ rotations = []                  # [(column, place, kind), ...] of what becomes 6
 fps = 0                         # of an export (0: as the shards say)
 crf = 23                        # of an export's h264: 0 keeps every pixel
 cache_dir = shards.CACHE
+
+
+# columns that samples are made of; `index` counts the rows, which stay in their order
+USED = {'action', 'observation.state', 'timestamp', 'frame_index', 'episode_index', 'index',
+        'task_index', 'next.success'}
 
 
 class Broken(Exception):
@@ -244,18 +250,67 @@ def image_frames(table, key):
     """Yield the same of a column of encoded pictures."""
     for cell in table[key].to_pylist():
         try:
-            yield np.array(open_picture(cell['bytes']).convert('RGB'))
+            yield pixels_of(key, cell['bytes'])
         except (BadSample, TypeError, KeyError) as error:
             raise Broken(f'{key}: {error}') from None
+
+
+def pixels_of(name, data):
+    """An encoded picture -> uint8 (H, W, 3), on white, as training has it. Raises BadSample."""
+    if is_depth(name, data):
+        raise BadSample(f'{name} holds depth in 16 bits, which is no picture')
+    return np.array(on_white(open_picture(data)))
+
+
+def camera_names(features):
+    """{feature: what its camera is called}. Raises ValueError where names would be one."""
+    keys = [key for key, feature in features.items() if feature['dtype'] in ('video', 'image')]
+    names = {key: shortest_name(key, keys) for key in keys}
+    # members of a tar have no case, and a / begins a folder
+    for key, name in names.items():
+        same = [other for other in names if names[other].lower() == name.lower()]
+        if len(same) > 1:
+            raise ValueError(f'cameras {", ".join(same)} differ in the case of letters alone:'
+                             ' rename one of them')
+        if '/' in name:
+            raise ValueError(f'camera {key} has a / in its name: rename it')
+    return names
+
+
+def shortest_name(key, keys):
+    """The end of a feature's name, by its dots, that no other ends with."""
+    parts = key.split('.')
+    for begin in reversed(range(len(parts))):
+        name = '.'.join(parts[begin:])
+        same = [other for other in keys if f'.{other}'.lower().endswith(f'.{name}'.lower())]
+        if len(same) == 1:
+            break
+    return name
+
+
+def holds_depth(key, feature, table):
+    """Is a feature a film or pictures of distances, as it says, or as its first picture is?"""
+    about = feature.get('info') or feature.get('video_info') or {}
+    says_so = about.get('video.is_depth_map') or about.get('is_depth_map')
+    # grey of 10, 12 or 16 bits
+    if says_so or str(about.get('video.pix_fmt')).startswith('gray1'):
+        return True
+    if feature['dtype'] != 'image' or 'depth' not in key.lower():
+        return False
+    # fractions are stored as TIFF
+    first = (table[key][0].as_py() or {}).get('bytes') or b''
+    return is_depth(key, first) or first[:4] in (b'II*\0', b'MM\0*')
 
 
 # -------------------------------------------------------------------------------------------------
 # LeRobot -> shards
 
 
-def read_episode(root, info, tasks, episode, s, opened):
-    """[(key, {extension: bytes})] of an episode. Raises Broken."""
+def read_episode(root, info, tasks, episode, s, opened, left_out):
+    """[(key, {extension: bytes})] of an episode; names of columns that are not in them go to
+    `left_out`. Raises Broken."""
     table = episode_rows(root, info, episode, opened)
+    left_out |= {*table.column_names, *info['features']} - USED
     actions = column(table, 'action')
     times = column(table, 'timestamp')[:, 0].astype(float)
 
@@ -275,11 +330,14 @@ def read_episode(root, info, tasks, episode, s, opened):
         raise Broken(f'task {error} is unknown') from None
 
     pictures = {}
-    for key, feature in info['features'].items():
-        camera = key.rpartition('.')[2]
+    for key, camera in camera_names(info['features']).items():
+        feature = info['features'][key]
+        if holds_depth(key, feature, table):
+            continue
+        left_out.discard(key)
         if feature['dtype'] == 'video':
             pictures[camera] = video_frames(root, info, episode, key, times)
-        elif feature['dtype'] == 'image':
+        else:
             pictures[camera] = image_frames(table, key)
 
     # one step of success makes an episode one
@@ -296,18 +354,19 @@ def convert(s):
     from webdataset import TarWriter
     root, out = Path(s['data']), Path(s['out'])
     info, tasks, episodes = read_meta(root)
+    camera_names(info['features'])          # before there is a file
 
     # the manifest comes last: a folder with one is whole
     out.mkdir(parents=True, exist_ok=True)
     manifest = out / 'manifest.jsonl'
     manifest.unlink(missing_ok=True)
-    lines, num_broken, num_steps, opened = [], 0, 0, {}
+    lines, num_broken, num_steps, opened, left_out = [], 0, 0, {}, set()
     for start in range(0, len(episodes), s['episodes_per_shard']):
         path, count = out / f'{len(lines):08d}.tar', 0
         with TarWriter(f'{path}.part', encoder=False, mtime=0.0) as sink:
             for episode in episodes[start:start + s['episodes_per_shard']]:
                 try:
-                    samples = read_episode(root, info, tasks, episode, s, opened)
+                    samples = read_episode(root, info, tasks, episode, s, opened, left_out)
                 except Broken as error:
                     number = episode['episode_index']
                     print(f'prepare/lerobot.py: episode {number}: {error}', file=sys.stderr)
@@ -321,6 +380,9 @@ def convert(s):
         num_steps += count
 
     manifest.write_text(''.join(lines))
+    if left_out:
+        print(f'prepare/lerobot.py: columns left out: {", ".join(sorted(left_out))}',
+              file=sys.stderr)
     print(f'{out}: {len(episodes) - num_broken} episodes, {num_steps} steps, {num_broken} broken '
           'episodes left out')
     return num_broken
@@ -341,8 +403,10 @@ def steps_of(folder):
                 members = folder.read(shard, index)
                 sample, lowdim, pictures = fields(members), read(members)['lowdim'], {}
                 for camera, content in zip(sample['picture_names'], sample['pictures']):
-                    picture = open_picture(content).convert('RGB')
-                    pictures[camera or 'image'] = np.array(picture)
+                    camera = camera or 'image'
+                    if camera in pictures:
+                        raise BadSample(f'it has two pictures of camera {camera!r}')
+                    pictures[camera] = pixels_of(camera, content)
             except (BadSample, KeyError) as error:
                 raise ValueError(f'{folder.name(shard)}.tar, {key}: {error}') from None
 
@@ -396,8 +460,12 @@ def write_frames(root, key, frames, videos, fps, crf):
     if key not in videos:
         path, shape = root / f'videos/{key}/chunk-000/file-000.mp4', frames[0].shape
         videos[key] = *open_video(path, shape, fps, crf), shape
-    container, stream, _ = videos[key]
+    container, stream, shape = videos[key]
     for frame in frames:
+        # the encoder would stretch it
+        if frame.shape != shape:
+            raise ValueError(f'{key} has pictures of {frame.shape[:2]}, those before have '
+                             f'{shape[:2]}')
         container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24')))
 
 

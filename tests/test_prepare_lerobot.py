@@ -2,6 +2,7 @@
 pixel and bit."""
 import io
 import json
+import re
 import runpy
 
 import numpy as np
@@ -286,6 +287,95 @@ def test_shards_that_can_not_be_exported_are_named(tmp_path):
         done = run(f'--data={folder}', f'--out={folder}/v3', '--export=true',
                    f'--cache_dir={folder}/cache')
         assert done.code == 1 and done.err.count('\n') == 1 and message in done.err, done.err
+
+
+def with_columns(root, columns, features):
+    """Add columns {name: cell} to every row of a set of v2.1, and features to info.json."""
+    for path in root.glob('data/*/*.parquet'):
+        table = pq.read_table(path)
+        for name, cell in columns.items():
+            table = table.append_column(name, pa.array([cell] * len(table)))
+        pq.write_table(table, path)
+    info = json.loads((root / 'meta/info.json').read_text())
+    info['features'] |= features
+    (root / 'meta/info.json').write_text(json.dumps(info))
+    return root
+
+
+def encoded(array, form='PNG'):
+    """A cell of LeRobot's."""
+    out = io.BytesIO()
+    Image.fromarray(array).save(out, form)
+    return dict(bytes=out.getvalue(), path='x')
+
+
+def test_cameras_stay_apart_depth_does_not_become_one_and_columns_are_named(tmp_path):
+    """Two wrists, one of them with transparent pixels; depth in 16 bits, in fractions, and as a
+    film that says so; other columns."""
+    views = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 4), dtype=np.uint8)
+    distance = np.full((16, 16), 20_000, np.uint16)
+    of = 'observation.images'
+    images = {f'{of}.left.wrist': encoded(views[0, ..., :3]),
+              f'{of}.right.Wrist': encoded(views[1]), f'{of}.front': encoded(views[0]),
+              f'{of}.depth_front': encoded(distance),
+              f'{of}.front.depth': encoded(distance.astype(np.float32), 'TIFF'),
+              f'{of}.grey': encoded(distance)}
+    features = {key: dict(dtype='image') for key in images}
+    features[f'{of}.range'] = dict(dtype='video', info={'video.is_depth_map': True})
+    features['next.reward'] = dict(dtype='float32')
+    root = with_columns(write_set(tmp_path / 'set', 'v2.1', ()),
+                        images | {'next.reward': 0.5, 'not_in_info': 1}, features)
+    done = run(f'--data={root}', f'--out={tmp_path}/out').ok()
+    line, = done.err.splitlines()
+    assert line.endswith(f': columns left out: next.reward, not_in_info, {of}.depth_front, '
+                         f'{of}.front.depth, {of}.range')
+
+    members = Folder(f'{tmp_path}/out', '', str(tmp_path / 'cache')).read(0, 0)
+    sample = fields(members)
+    assert sample['picture_names'] == ['front', 'grey', 'left.wrist', 'right.wrist']
+    front, grey, left, right = [np.array(open_picture(data)) for data in sample['pictures']]
+    np.testing.assert_array_equal(left, views[0, ..., :3])
+    assert (grey == 77).all()
+    alpha = views[..., 3:] / 255
+    on_white = views[..., :3] * alpha + 255 * (1 - alpha)
+    assert abs(front - on_white[0]).max() <= 0.51 and abs(right - on_white[1]).max() <= 0.51
+
+
+@pytest.mark.parametrize('names, said', [
+    (('Wrist', 'wrist'), 'case of letters'), (('a/b',), 'has a /')])
+def test_cameras_that_can_not_be_told_apart_are_refused(tmp_path, names, said):
+    features = {f'observation.images.{name}': dict(dtype='image') for name in names}
+    root = with_columns(write_set(tmp_path / 'set', 'v2.1', ()), {}, features)
+    done = run(f'--data={root}', f'--out={tmp_path}/out')
+    assert done.code == 1 and said in done.err and done.err.count('\n') == 1, done.err
+    assert not (tmp_path / 'out').exists()
+
+
+def test_names_of_cameras():
+    def names(*keys):
+        return list(lerobot['camera_names']({key: dict(dtype='video') for key in keys}).values())
+
+    assert names('observation.images.front', 'observation.image') == ['front', 'image']
+    assert names('o.a.wrist', 'o.b.wrist', 'o.top') == ['a.wrist', 'b.wrist', 'top']
+    assert names('wrist', 'o.wrist') == ['wrist', 'o.wrist']
+
+
+def test_what_would_be_another_picture_is_not_exported(tmp_path):
+    """Depth, a camera that comes twice, pictures of another size."""
+    low = io.BytesIO()
+    np.savez(low, proprio=np.zeros(2, 'f4'), actions=np.zeros((1, 2), 'f4'), is_pad=[False])
+    small, large = (encoded(np.zeros((side, side, 3), np.uint8))['bytes'] for side in (16, 32))
+    depth = encoded(np.zeros((16, 16), np.uint16))['bytes']
+    first = {'json': b'{"fps": 10}', 'lowdim.npz': low.getvalue(), 'a.png': small}
+    for name, last, message in (('depth', first | {'depth.png': depth}, 'holds depth'),
+                                ('twice', first | {'a.webp': small}, 'two pictures'),
+                                ('size', first | {'a.png': large}, '(32, 32)')):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tar(folder / '0.tar', [('e-0', first), ('e-1', last)])
+        shards = Folder(str(folder), '', str(folder / 'cache'))
+        with pytest.raises(ValueError, match=re.escape(message)):
+            lerobot['write_v3'](folder / 'v3', lerobot['episodes_of'](shards, []))
 
 
 def test_wrong_settings(tmp_path):
