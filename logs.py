@@ -3,7 +3,6 @@ import json
 import math
 import os
 import platform
-import re
 import resource
 import subprocess
 import sys
@@ -11,16 +10,6 @@ import sys
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-# Operations a second of dense matrices in 16 bits, and in float32 without TensorFloat-32, by a
-# part of the GPU's name (NVIDIA's data sheets).
-PEAKS = {
-    'H200': (989e12, 67e12),
-    'H100': (989e12, 67e12),
-    'A100': (312e12, 19.5e12),
-    'L4': (121e12, 30e12),
-    '4090': (165e12, 83e12),
-}
 
 
 def plot(out_dir, val):
@@ -86,17 +75,9 @@ def peak_flops(device, dtype, world):
     not known: a product of matrices that is timed here is passed by a faster one."""
     if device == 'cpu':
         return None
+    from logs_more import peak_of_gpu
     peak = peak_of_gpu(torch.cuda.get_device_name(device), dtype)
     return peak and world * peak
-
-
-def peak_of_gpu(name, dtype):
-    """Operations a second of the GPU called `name`; None for one that is not in the table."""
-    for part, (bits_16, float32) in PEAKS.items():
-        # Not an L40 for an L4, nor an A1000 for an A100.
-        if re.search(rf'{part}(?!\d)', name):
-            return float32 if dtype == 'float32' else bits_16
-    return None
 
 
 def memory_gb(device):
@@ -127,16 +108,34 @@ def line_of(row):
     return f'step {row["step"]}: {", ".join(parts)}'
 
 
+def tokens_of(batches, number):
+    """How many tokens batches hold of each of so many data sets: a list."""
+    if number == 1:
+        return [sum(batch['num_tokens'] for batch in batches)]
+    from logs_more import tokens_by_set
+    return tokens_by_set(batches, number)
+
+
+def of_kinds(name, kinds, sums, counts):
+    """What a row holds of each kind of target that was met, where there are several."""
+    if len(kinds) == 1:
+        return {}
+    each = zip(kinds, sums, counts)
+    return {f'{name}/{kind}': float(loss / count) for kind, loss, count in each if count}
+
+
 def speed(since, world, sample_flops, peak):
-    """What a row says of time. since: steps, samples, tokens, seconds of reading and of all that
-    went into it; sample_flops: floating point operations of a sample; peak: how many a second all
-    devices can do, or None, and the row has no mfu (the share of it that was used)."""
+    """What a row says of time. since: steps, samples, tokens, seconds of reading, of all that went
+    into it, of validation and saving; sample_flops: floating point operations of a sample; peak:
+    how many a second all devices can do, or None, and the row has no mfu (the share of it that was
+    used)."""
     seconds, n = since['seconds'], since['steps']
     samples, tokens = since['samples'] / seconds, since['tokens'] / seconds
     row = dict(samples_per_sec=round(samples, 2), tokens_per_sec=round(tokens, 1),
                samples_per_sec_per_gpu=round(samples / world, 2),
                tokens_per_sec_per_gpu=round(tokens / world, 1),
-               data_time=round(since['data'] / n, 5), step_time=round(seconds / n, 5))
+               data_time=round(since['data'] / n, 5), step_time=round(seconds / n, 5),
+               val_time=round(since['val'], 3), save_time=round(since['save'], 3))
     if peak:
         row['mfu'] = round(sample_flops * samples / peak, 4)
     return row

@@ -250,8 +250,8 @@ optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 # -----------------------------------------------------------------------------------------------
 # begin, or go on
 
-progress = dict(step=0, samples=0, tokens=0, bad_samples=0, bad_steps=0, good_steps=0,
-                loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
+progress = dict(step=0, samples=0, tokens=0, tokens_of={}, bad_samples=0, bad_steps=0,
+                good_steps=0, loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
 
 try:
     if resumed:
@@ -334,6 +334,7 @@ def validation_batches(name, folder, batches):
 @torch.no_grad()
 def validate(name, folder, batches):
     """A row with `val_loss` (means over targets), and what the task measures beyond it."""
+    begun = time.perf_counter()
     model.eval()
     parallel.swap(trained, averages, raw_model)     # the averages are validated, if there are any
     sums, counts, right = [0.0] * len(kinds), [0] * len(kinds), 0
@@ -352,12 +353,13 @@ def validate(name, folder, batches):
     right, *both = all_ranks(right, *sums, *counts).sum(0).tolist()
     sums, counts = both[:len(kinds)], both[len(kinds):]
     row = dict(step=progress['step'], val=name, val_loss=total(sums, counts))
+    row |= logs.of_kinds('val_loss', kinds, sums, counts)
     if count_right:
         row['exact_match'] = right / len(folder)
     row |= task.summary(run, folder, batches, dict(zip(kinds, sums)))
     parallel.swap(trained, averages, raw_model)
     model.train()
-    return row
+    return row | dict(val_time=round(time.perf_counter() - begun, 3))
 
 
 # -----------------------------------------------------------------------------------------------
@@ -385,23 +387,21 @@ if master:
 
 def count_step(batches, num_micro):
     """What a step holds over all ranks, for its gradient is of one mean: targets of each kind,
-    tokens, whether a rank was told to stop, the most micro-batches of a rank. May end the run."""
+    tokens of each data set, if one was told to stop, its most micro-batches. May end the run."""
     counts = [task.count(batch) for batch in batches]
     learned = [sum(count[kind] for count in counts) for kind in kinds]
-    tokens = sum(batch['num_tokens'] for batch in batches)
-    bad = sum(len(batch['bad']) for batch in batches)
-    each = all_ranks(*learned, tokens, bad, stop['signal'], num_micro)
-    *learned, tokens, bad, stopping, _ = each.sum(0).tolist()
+    tokens = logs.tokens_of(batches, len(mix))
+    bad = [line for batch in batches for line in batch['bad']]
+    each = all_ranks(*learned, *tokens, len(bad), stop['signal'], num_micro)
+    *counts, num_bad, stopping, _ = each.sum(0).tolist()
+    learned, tokens = counts[:len(kinds)], [int(count) for count in counts[len(kinds):]]
 
-    progress['bad_samples'] += int(bad)
-    bad, seen = progress['bad_samples'], samples_of(progress['step'] + 1)
-    if bad > max(1, max_bad_fraction * max(seen, dataset_samples)):
-        fail(f'{bad} bad samples of {seen} are over max_bad_fraction={max_bad_fraction}; they are '
-             'named above: mend the data set or raise the bound', 1)
-    if not any(learned):
-        fail(f'no sample of step {progress["step"]} has anything to learn: is seq_len={seq_len} '
-             'too short?', 1)
-    return learned, int(tokens), stopping > 0, int(each[:, -1].max())
+    progress['bad_samples'] += int(num_bad)
+    num_bad, seen = progress['bad_samples'], samples_of(progress['step'] + 1)
+    if not any(learned) or num_bad > max(1, max_bad_fraction * max(seen, dataset_samples)):
+        from logs_more import why_stopped
+        fail(why_stopped(progress['step'] + 1, learned, bad, num_bad, seen, config), 1)
+    return learned, tokens, stopping > 0, int(each[:, -1].max())
 
 
 def forward_backward(batch, learned_counts, by_set):
@@ -427,19 +427,14 @@ def log_row(step, loss, grad_norm, by_set, since):
                grad_norm=grad_norm, mem_gb=logs.memory_gb(device),
                bad_samples=progress['bad_samples'])
     row |= logs.speed(since, world, sample_flops, peak)
+    pace = (time.perf_counter() - loop_begun) / (step - first)
+    row['eta'] = round(pace * (steps - step), 1)
 
-    # how each data set does, when there are several; one that was not met just now has no loss
-    for number, name in enumerate(mix):
-        if len(mix) > 1:
-            seen = order.before(samples_of(step), number) / order.samples[number]
-            row[f'epoch/{name}'] = round(seen, 4)
-            if by_set[:, 1, number].any():
-                row[f'loss/{name}'] = float(total(by_set[:, 0, number], by_set[:, 1, number]))
-
-    # and each kind of target, when a batch has text and actions
-    for kind, (sums, counts) in zip(kinds, by_set):
-        if len(kinds) > 1:
-            row[f'loss/{kind}'] = float(sums.sum() / max(counts.sum(), 1))
+    # how each data set does, when there are several, and each kind of target
+    if len(mix) > 1:
+        from logs_more import row_of_sets
+        row |= row_of_sets(mix, order, samples_of(step), progress['tokens_of'], by_set, total)
+    row |= logs.of_kinds('loss', kinds, by_set[:, 0].sum(1), by_set[:, 1].sum(1))
     if dtype == 'float16':
         row['loss_scale'] = progress['loss_scale']
     return row
@@ -463,19 +458,18 @@ def update(loss, grad_norm):
         progress['loss_scale'], progress['good_steps'] = progress['loss_scale'] / 2, 0
         return
 
+    from logs_more import not_finite
     progress['bad_steps'] += 1
-    step = progress['step']
-    where = (f'step {step}: loss {loss}, gradient norm {grad_norm}. Its samples: python data.py '
-             f'{out_dir}/config.json --show_steps={step + 1}:{step + 2}')
+    where = not_finite(progress['step'], loss, grad_norm, out_dir)
     if progress['bad_steps'] > skip_bad_steps:
         saving(saver.wait)
-        last = checkpoint.newest_name(checkpoints)
-        fail(f'{where}. Last good checkpoint: {last}. Try a lower lr, a longer warmup, '
-             'dtype=float32, or skip_bad_steps', 1)
+        fail(f'{where}. Last good checkpoint: {checkpoint.newest_name(checkpoints)}. Try a lower '
+             'lr, a longer warmup, dtype=float32, or skip_bad_steps', 1)
     say(f'\n{where}. The weights stay as they are')
 
 
-since = dict(steps=0, samples=0, tokens=0, data=0.0, seconds=0.0)      # the last row of the log
+since = dict.fromkeys(('steps', 'samples', 'tokens', 'data', 'seconds', 'val', 'save'), 0)
+loop_begun = time.perf_counter()
 model.train()
 while progress['step'] < steps:
     # read the batch, and cut it into micro-batches
@@ -511,7 +505,9 @@ while progress['step'] < steps:
     for opt in optimizers:
         opt.zero_grad(set_to_none=True)
     progress['step'] += 1
-    progress['tokens'] += tokens
+    progress['tokens'] += sum(tokens)
+    known = progress['tokens_of']           # not changed in place: a thread may be saving it
+    progress['tokens_of'] = known | {k: known.get(k, 0) + n for k, n in zip(mix, tokens)}
     step = progress['step']
     step_samples = samples_of(step) - progress['samples']
     progress['samples'] += step_samples
@@ -519,9 +515,9 @@ while progress['step'] < steps:
 
     # what there is to say of it
     ended = time.perf_counter()
-    news = dict(steps=1, samples=step_samples, tokens=tokens, data=have_read - begun,
+    news = dict(steps=1, samples=step_samples, tokens=sum(tokens), data=have_read - begun,
                 seconds=ended - begun)
-    since = {key: since[key] + value for key, value in news.items()}
+    since |= {key: since[key] + value for key, value in news.items()}
     if step % log_every == 0 or step == steps:
         log(log_row(step, loss, grad_norm, by_set, since))
         since = dict.fromkeys(since, 0)
@@ -534,11 +530,14 @@ while progress['step'] < steps:
     if step == steps or (eval_every > 0 and step % eval_every == 0):
         for name, (folder, batches) in val_sets.items():
             row = validate(name, folder, batches)
+            since['val'] += row['val_time']
             log(row)
             if master:
                 bar.write(logs.line_of(row))
     if step in checkpoint_steps or stopping:
+        begun = time.perf_counter()
         saving(save)
+        since['save'] += time.perf_counter() - begun
     if stopping:
         break
 

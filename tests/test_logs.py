@@ -9,6 +9,7 @@ from PIL import Image
 
 import leftovers
 import logs
+import logs_more
 
 
 def row(step, **more):
@@ -79,14 +80,29 @@ def test_nothing_to_draw_is_no_error(tmp_path):
     ('NVIDIA L40S', (None, None)), ('NVIDIA RTX A1000', (None, None)),
 ])
 def test_a_gpu_is_known_by_its_whole_name(name, expected):
-    assert tuple(logs.peak_of_gpu(name, dtype) for dtype in ('bfloat16', 'float32')) == expected
+    found = [logs_more.peak_of_gpu(name, dtype) for dtype in ('bfloat16', 'float32')]
+    assert tuple(found) == expected
 
 
 def test_a_row_has_an_mfu_where_the_peak_is_known(tmp_path):
     assert logs.peak_flops('cpu', 'float32', 1) is None
-    since = dict(steps=2, samples=16, tokens=10, seconds=4.0, data=1.0)
+    since = dict(steps=2, samples=16, tokens=10, seconds=4.0, data=1.0, val=0.0, save=0.0)
     assert 'mfu' not in logs.speed(since, 1, 3e9, None)
     assert logs.speed(since, 1, 3e9, 48e9)['mfu'] == 0.25
+
+
+def test_tokens_of_each_data_set():
+    """Packed rows, rows with padding, full rows, and tokenized sequences."""
+    packed = dict(parts=np.array([[0, 0, 1, 1, 0], [1, 1, 1, 0, 0]]),
+                  segments=np.array([[1, 1, 2, 2, 0], [1, 1, 2, 0, 0]]))
+    padded = dict(parts=np.array([[0], [1]]), segments=np.array([[1, 1, 0], [1, 0, 0]]))
+    full = dict(parts=np.array([[1], [1]]), tokens=np.zeros((2, 3)))
+    ids = dict(parts=np.array([[0], [1]]), ids=np.array([[5, 6, 65535], [7, 8, 9]], np.uint16))
+    batches = [packed, padded, full, ids]
+    expected = [[2, 5], [2, 1], [0, 6], [2, 3]]
+    assert [logs.tokens_of([batch], 2) for batch in batches] == expected
+    assert logs.tokens_of(batches, 2) == [6, 15]
+    assert logs.tokens_of([dict(num_tokens=3), dict(num_tokens=4)], 1) == [7]
 
 
 def test_a_row_is_json_whatever_the_loss_is(tmp_path):

@@ -96,6 +96,8 @@ def test_the_loss_does_not_depend_on_ranks_or_micro_batches(data_dir, tmp_path, 
     if BOTH in flags:
         flags.append(f'--stats={data_dir}/eyes/stats.json')
     fsdp = 0 if kind == 'vla' else 1
+    if kind == 'vla':
+        flags.append('--val={"held": "eyes"}')
     train(data_dir, tmp_path / 'one', *flags).ok()
     train(data_dir, tmp_path / 'two', *flags, '--micro_batch_size=3', f'--fsdp={fsdp}',
           torchrun=2).ok()
@@ -106,6 +108,12 @@ def test_the_loss_does_not_depend_on_ranks_or_micro_batches(data_dir, tmp_path, 
     if kind == 'vla':
         for row in one:
             assert abs(row['loss/text'] + 2 * row['loss/actions'] - row['loss']) < 1e-6
+        # validation has each kind, too
+        held, of_two = (tiny.rows(tmp_path / name, 'val_loss')[0] for name in ('one', 'two'))
+        parts = held['val_loss/text'] + 2 * held['val_loss/actions']
+        assert abs(parts - held['val_loss']) < 1e-6
+        for key in ('val_loss/text', 'val_loss/actions'):
+            assert abs(of_two[key] - held[key]) < 1e-4 * held[key]
     stats = json.loads((tmp_path / 'one/checkpoints/latest/stats.json').read_text())
     assert stats['actions']['count'][0] > 0
 

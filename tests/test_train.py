@@ -94,7 +94,8 @@ def show_steps(out, steps):
 
 def test_log_rows(base):
     found = rows(base)
-    parts = {f'{key}/{name}' for key in ('loss', 'epoch') for name in ('plain', 'dark', 'long')}
+    parts = {f'{key}/{name}' for key in ('loss', 'epoch', 'samples', 'tokens')
+             for name in ('plain', 'dark', 'long')}
     assert all(set(row) >= tiny.ROW_KEYS and set(row) - tiny.ROW_KEYS <= parts for row in found)
     assert set().union(*found) == tiny.ROW_KEYS | parts
     assert [row['step'] for row in found] == list(range(1, STEPS + 1))
@@ -107,6 +108,14 @@ def test_log_rows(base):
         assert row['samples_per_sec_per_gpu'] == row['samples_per_sec']
         assert row['tokens_per_sec'] / row['samples_per_sec'] < 60
         assert 0 <= row['data_time'] <= row['step_time']
+        # what each data set gave since the run began
+        for key in ('samples', 'tokens'):
+            assert row[key] == sum(row[f'{key}/{name}'] for name in ('plain', 'dark', 'long'))
+        assert abs(row['epoch/long'] * 25 - row['samples/long']) < 0.01
+    # what remains is nothing in the end; time in validation and saving is in the row after it
+    assert found[-1]['eta'] == 0 < found[0]['eta']
+    validated = rows(base, 'val_loss')
+    assert all(row['val_time'] > 0 for row in validated)
     loss = [row['loss'] for row in found]
     # 260 bytes and specials, rounded up to 64
     assert loss[0] == pytest.approx(math.log(320), abs=2.0)

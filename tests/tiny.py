@@ -39,7 +39,7 @@ FLAGS = [*MODEL, *TRAINING, '--augment=true']
 LLM_FLAGS = ['--task=llm', *DECODER, *TRAINING]     # it has no pictures
 ROW_KEYS = set('step samples tokens epoch loss lr grad_norm samples_per_sec '
                'samples_per_sec_per_gpu tokens_per_sec tokens_per_sec_per_gpu data_time '
-               'step_time mem_gb bad_samples'.split())
+               'step_time val_time save_time eta mem_gb bad_samples'.split())
 
 # -----------------------------------------------------------------------------------------------
 # data: twelve shapes in three styles, and a set of captions of very unequal length, a third of
@@ -345,7 +345,7 @@ def rows(out_dir, key='loss'):
 
 def losses(out_dir):
     """What must not depend on when a run was killed: every row, less times and memory."""
-    drop = {'data_time', 'step_time', 'mem_gb', 'mfu'}
+    drop = {'data_time', 'step_time', 'val_time', 'save_time', 'eta', 'mem_gb', 'mfu'}
     return [{k: v for k, v in row.items() if k not in drop and 'per_sec' not in k}
             for row in rows(out_dir, None)]
 
