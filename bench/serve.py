@@ -4,8 +4,13 @@ Starts `sample.py --serve_policy` and asks it, with the client that docs/robots.
 many robots at once, each of which asks again as soon as it has an answer. Prints medians and 99 %
 quantiles of the time from the call to the actions, beside the mean time that the policy took for a
 batch: the rest is the network, the queue and the wait.
+
+With --silent=300 --busy=50 it asks again beside a crowd: connections that say nothing, and
+connections that send nonsense again and again.
 """
+import asyncio
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -27,6 +32,8 @@ robots = [1, 8]                 # at once
 requests = 300                  # of each robot, after 10 that warm up
 sample_steps = 10
 device = 'auto'
+silent = 0                      # connections of a crowd that say nothing,
+busy = 0                        # and those that ask again and again, for nothing good
 
 
 def client():
@@ -96,6 +103,30 @@ def measure(port, count):
     return times
 
 
+async def pester(port):
+    """The crowd, until it is killed."""
+    async def ask(reader, writer):
+        while True:
+            writer.write(b'POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}')
+            head = await reader.readuntil(b'\r\n\r\n')
+            await reader.readexactly(int(re.search(rb'Content-Length: (\d+)', head)[1]))
+
+    streams = [await asyncio.open_connection('127.0.0.1', port) for _ in range(silent + busy)]
+    await asyncio.gather(*(ask(*stream) for stream in streams[:busy]))
+
+
+def report_crowd(port):
+    """`report` beside a crowd."""
+    crowd = multiprocessing.get_context('fork').Process(
+        target=lambda: asyncio.run(pester(port)), daemon=True)
+    crowd.start()
+    time.sleep(1)
+    print(f'beside {silent} silent and {busy} busy connections:')
+    for count in robots:
+        report(port, count)
+    crowd.kill()
+
+
 def report(port, count):
     """Print what `count` robots at once wait for."""
     before = health(port)
@@ -126,6 +157,8 @@ def main():
         print(server.stdout.readline().strip())
         for count in robots:
             report(port, count)
+        if silent + busy:
+            report_crowd(port)
     finally:
         server.terminate()
     sys.exit(server.wait(20))

@@ -6,7 +6,7 @@
 Axes: A observations, T actions of a chunk, D numbers of an action, P of a state.
 """
 import json
-import signal
+import os
 import sys
 
 import numpy as np
@@ -16,7 +16,6 @@ import shards
 from diffusion import random_keys
 from processor import collate
 from robots import actions, metaworld, pusht, record, rollouts, simulators
-from serve.server import Server
 
 FILM_SIZE = 192                 # pixels of a side of the pictures, where the policy needs none
 
@@ -38,6 +37,7 @@ class SampleSettings:
     processes = 2               # that step environments
     serve_policy = 0            # a port: answer robots there, see serve/server.py
     serve_host = '127.0.0.1'    # who may ask: this machine (0.0.0.0: all that reach it)
+    serve_token = ''            # a file of one word that robots must send (empty: all may ask)
     image = ''                  # not of a policy: it acts
     prompt = ''                 # not of a policy: it acts
     eval = ''                   # not of a policy: it acts
@@ -374,6 +374,11 @@ def cameras_asked(run):
 
 def answer_robots(run, options):
     """A server, until SIGTERM or Ctrl-C; see serve/server.py."""
+    try:
+        from serve import server as serve
+    except ImportError as error:
+        raise ValueError(f'--serve_policy needs a package that is not here ({error}): pip install '
+                         'aiohttp') from None
     fields, cameras = fields_of(run), cameras_asked(run)
     policy = policy_of(run, options)
 
@@ -387,9 +392,27 @@ def answer_robots(run, options):
         return policy(given)
 
     try:
-        server = Server(act, fields, options.serve_policy, options.serve_host, options.batch_size)
+        server = serve.Server(act, fields, options.serve_policy, options.serve_host,
+                              options.batch_size, token=token_of(options))
     except OSError as error:
         raise OSError(f'--serve_policy={options.serve_policy}: {error.strerror}') from None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.end)
     server.run()
+
+
+def token_of(options):
+    """What robots must send, the text of a file; '' where all may ask. Raises ValueError."""
+    path = options.serve_token
+    if not path:
+        if options.serve_host not in ('127.0.0.1', 'localhost'):
+            print(f'--serve_host={options.serve_host}: all that reach it may ask; with '
+                  '--serve_token=FILE only those that know its text', file=sys.stderr)
+        return ''
+    try:
+        with open(os.path.expanduser(path), encoding='utf-8') as file:
+            token = file.read().strip()
+    except (OSError, ValueError) as error:
+        raise ValueError(f'--serve_token={path}: expected a file of text ({error})') from None
+    # what a header can hold
+    if not token.isascii() or not token.isprintable() or ' ' in token or not token:
+        raise ValueError(f'--serve_token={path}: expected one word of letters and digits in it')
+    return token

@@ -11,30 +11,39 @@ A robot keeps its connection open. Requests that come together are one batch: th
 until every robot that has a connection is there, 3 ms at most. An answer is a function of the
 observation alone (its noise of `seed` and `step`, which the robot counts), but for the rounding
 that a batch's size decides. What can not be answered gets a status and one line: 400 what is wrong
-with the observation, by its name; 408 a body that does not come; 413 one that is too large; 500
-what the policy raised; 503 too many wait, the answer took too long, or the server ends. Nothing is
-unpickled.
+with the observation, by its name; 401 no token; 408 a body that does not come; 413 one that is too
+large; 500 what the policy raised; 503 too many wait, the answer took too long, or the server ends.
+Nothing is unpickled.
+
+aiohttp speaks HTTP, in one thread; the policy has one of its own.
 """
+import asyncio
+import contextlib
+import hmac
 import io
-import json
+import logging
 import math
-import queue
-import socketserver
-import sys
+import signal
+import socket
 import threading
 import time
-import zipfile
-from concurrent.futures import CancelledError, Future
-from http.server import BaseHTTPRequestHandler
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakSet
 
 import numpy as np
+from aiohttp import web
 
 # dtypes of fields -> numpy's kinds that will do
 KINDS = {'float32': 'fiu', 'uint8': 'u', 'int64': 'iu', 'str': 'U'}
 
-MOST_CONNECTIONS = 256
+MOST_CONNECTIONS = 512
 MOST_TEXT = 4096                # characters of a sentence
+MOST_MEMBERS = 100              # of an .npz
 LARGEST = 2 ** 31 - 1           # of whole numbers
+FARTHEST = 1e9                  # from 0, of other numbers: no robot measures more
+IDLE = 3600                     # seconds after which a silent connection is closed
+PACE = 0.005                    # seconds that each takes at the door
+ENDS = 'the server ends'
 
 
 class Refused(Exception):
@@ -50,24 +59,32 @@ def read(body, fields):
     names what is wrong, what was expected and what came."""
     known = ', '.join(fields)
     try:
-        file = zipfile.ZipFile(io.BytesIO(body))
-        members = {info.filename.removesuffix('.npy'): info for info in file.infolist()}
-    except Exception as error:          # zipfile and struct have errors of their own
+        # A few bytes may list a million members, or unpack to more than there is memory.
+        if body.count(b'PK\x01\x02') > MOST_MEMBERS:
+            raise ValueError(f'it has more than {MOST_MEMBERS} members')
+        file = np.load(io.BytesIO(body), allow_pickle=False)
+        size = sum(info.file_size for info in file.zip.infolist())
+        if size > limit(fields):
+            raise ValueError(f'it unpacks to {size} bytes')
+    except Exception as error:          # numpy, zipfile and struct have errors of their own
         raise Refused(400, f'the body: expected an .npz of {known} ({error})') from None
 
     # A name that is misspelt would else be one that is missing.
-    for name in members:
+    for name in file.files:
         if name not in fields:
             raise Refused(400, f'{name[:80]!r} is unknown: expected {known}')
 
-    out, most = {}, limit(fields)
+    out = {}
     for name, (dtype, shape, optional) in fields.items():
         wanted = f'{name}: expected {dtype} {shape}'
-        if name in members:
-            value = read_member(file, members[name], most, wanted)
-            out[name] = checked(name, value, dtype, shape, wanted)
+        if name in file.files:
+            try:
+                value = np.asarray(file[name])
+            except Exception as error:  # zipfile's, zlib's, and numpy's, MemoryError among them
+                raise Refused(400, f'{wanted}, it can not be read ({error})') from None
+            out[name] = checked(value, dtype, shape, wanted)
         elif not optional:
-            given = ', '.join(members) or 'nothing'
+            given = ', '.join(file.files) or 'nothing'
             raise Refused(400, f'{wanted}, got nothing; given: {given}')
         elif dtype == 'str':
             out[name] = ''
@@ -76,19 +93,7 @@ def read(body, fields):
     return out
 
 
-def read_member(file, info, most, wanted):
-    """An array of a .npz, of at most so many bytes. Raises Refused."""
-    try:
-        # A few bytes may unpack to more than there is memory.
-        if info.file_size > most:
-            raise ValueError(f'it unpacks to {info.file_size} bytes')
-        with file.open(info) as f:
-            return np.lib.format.read_array(f, allow_pickle=False)
-    except Exception as error:          # zipfile's, zlib's, and numpy's, MemoryError among them
-        raise Refused(400, f'{wanted}, it can not be read ({error})') from None
-
-
-def checked(name, value, dtype, shape, wanted):
+def checked(value, dtype, shape, wanted):
     """An array as the policy takes it: an array of the field's dtype, a text, or a whole number.
     Raises Refused."""
     given = value.dtype
@@ -99,21 +104,33 @@ def checked(name, value, dtype, shape, wanted):
     is_other_integer = dtype == 'uint8' and given != dtype
     if value.dtype.kind not in KINDS[dtype] or value.shape != shape or is_other_integer:
         raise Refused(400, f'{wanted}, got {given} {value.shape}')
-
-    if dtype == 'str' and len(str(value)) > MOST_TEXT:
-        raise Refused(400, f'{wanted} of at most {MOST_TEXT} characters, got {len(str(value))}')
+    if dtype == 'str':
+        return checked_text(value, wanted)
     if dtype == 'int64' and not 0 <= int(value) <= LARGEST:
         raise Refused(400, f'{wanted} from 0 to {LARGEST}, got {value}')
     if not shape:
         return value.item()
 
-    # A number too large for fp32 becomes infinite here.
+    # A number too large for fp32 becomes infinite here; nan is not near to anything.
     with np.errstate(over='ignore'):
         value = value.astype(dtype)
-    bad = np.argwhere(~np.isfinite(value))
+    bad = np.argwhere(~(np.abs(value) <= FARTHEST))
     if len(bad):
-        raise Refused(400, f'{wanted}, finite, got {value[tuple(bad[0])]} at {bad[0].tolist()}')
+        raise Refused(400, f'{wanted}, finite, at most {FARTHEST:.0e} from 0, got '
+                           f'{value[tuple(bad[0])]:g} at {bad[0].tolist()}')
     return value
+
+
+def checked_text(value, wanted):
+    """The text of an array. Raises Refused."""
+    try:
+        text = value.item()
+        text.encode()
+    except Exception as error:          # half of a surrogate pair, or what is no character
+        raise Refused(400, f'{wanted}, it is no text ({error})') from None
+    if len(text) > MOST_TEXT:
+        raise Refused(400, f'{wanted} of at most {MOST_TEXT} characters, got {len(text)}')
+    return text
 
 
 def limit(fields):
@@ -138,62 +155,73 @@ def example(fields):
 # the server
 
 
-class Server(socketserver.ThreadingTCPServer):
+class Server:
     """act: a list of observations, as `read` gives them -> actions (N, steps, size).
 
-    It runs in the thread that calls `run`; each connection has a thread of its own. wait and
-    timeout in seconds. Raises OSError if the port is taken."""
-    allow_reuse_address = daemon_threads = True
-    request_queue_size = 128
+    token: what a request for actions must bring, where it is not empty; wait and timeout in
+    seconds. Raises OSError if the port is taken."""
 
     def __init__(self, act, fields, port, host='127.0.0.1', batch_size=64, wait=0.003,
-                 most_waiting=256, timeout=10.0):
-        super().__init__((host, port), Handler, bind_and_activate=False)
-        self.act, self.fields = act, fields
-        self.batch_size, self.wait, self.patience = batch_size, wait, timeout
-
-        # Requests on their way from the connections' threads to the policy's.
-        self.queue = queue.SimpleQueue()
-        self.room, self.most_waiting = threading.Semaphore(most_waiting), most_waiting
+                 most_waiting=256, timeout=10.0, token=''):
+        self.act, self.fields, self.token = act, fields, token
+        self.batch_size, self.wait = batch_size, wait
+        self.most_waiting, self.patience = most_waiting, timeout
+        self.thread, self.loop, self.web = ThreadPoolExecutor(1), None, None
         self.ending = False
 
-        # What the connections' threads change together, under the lock: how many have asked.
-        self.lock, self.robots = threading.Lock(), 0
+        # Requests on their way to the policy, and how many are not answered yet.
+        self.queue, self.waiting = asyncio.Queue(), 0
+        # Connections whose last request was good; who has none passes the door, one by one.
+        self.known, self.door = WeakSet(), asyncio.Lock()
         self.counts = dict(answered=0, refused=0, batches=0, largest_batch=0, policy_seconds=0.0)
-        self.server_bind()
+
+        # It listens when it is warm.
+        self.socket = socket.socket()
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind((host, port))
+        self.server_address = self.socket.getsockname()
+
+    @property
+    def robots(self):
+        """How many connections are open that have asked for actions."""
+        return len([connection for connection in self.known if not connection.is_closing()])
 
     def run(self):
-        """Warm up, say that it is ready, and answer until `end`. Raises OSError, and what `act`
-        raises at first."""
+        """Warm up, say that it is ready, and answer until `end`, or a signal. Raises OSError, and
+        what `act` raises at first."""
+        asyncio.run(self.serve())
+
+    async def serve(self):
+        """`run`, in the thread of the network."""
+        self.loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.loop.add_signal_handler(number, self.end)
         began = time.perf_counter()
-        self.warm_up()
-        self.server_activate()
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        await self.loop.run_in_executor(self.thread, self.warm_up)
+
+        # What strangers send is not worth a line.
+        logging.getLogger('aiohttp.server').disabled = True
+        app = web.Application(client_max_size=limit(self.fields), middlewares=[self.guard])
+        app.router.add_get('/health', self.say_health)
+        app.router.add_post('/act', self.say_actions)
+        runner = web.AppRunner(app, access_log=None, auto_decompress=False, shutdown_timeout=2,
+                               keepalive_timeout=IDLE, lingering_time=self.patience)
+        await runner.setup()
+        self.web = runner.server
+        listening = await self.loop.create_server(self.connect, sock=self.socket, backlog=128)
 
         # Whoever started it waits for this line.
         host, port = self.server_address
         url, seconds = f'http://{host}:{port}', time.perf_counter() - began
         print(f'ready at {url}, after {seconds:.1f} s of warm-up; {url}/health says what an '
               'observation holds', flush=True)
-
-        # Who hung up or lost patience is left out.
         while not self.ending:
-            gathered = self.gather()
-            batch = [pair for pair in gathered if pair[1].set_running_or_notify_cancel()]
-            if batch:
-                self.answer(batch)
+            await self.answer(await self.gather())
 
-        # Those that still wait are told that it ends.
-        while not self.queue.empty():
-            _, future = self.queue.get()
-            future.cancel()
-        self.shutdown()
-
-        # What was answered is on its way: room for all again says that it has arrived.
-        end = time.monotonic() + 2
-        for _ in range(self.most_waiting):
-            self.room.acquire(timeout=max(end - time.monotonic(), 0))
-        self.server_close()
+        # Answers that are on their way arrive.
+        listening.close()
+        await runner.cleanup()
 
     def warm_up(self):
         """Batches of growing size, before the first robot waits; the shape of an answer."""
@@ -201,202 +229,192 @@ class Server(socketserver.ThreadingTCPServer):
             batch = [example(self.fields)] * min(n, self.batch_size)
             self.shape = np.asarray(self.act(batch)).shape[1:]
 
-    def end(self, *_):
-        """Let `run` finish the batch at hand and return. From any thread, or as a signal's
-        handler."""
+    def end(self):
+        """Let `run` finish the batch at hand and return. From any thread."""
         self.ending = True
-        self.queue.put((None, Future()))        # wakes it up
+        # It may have returned already.
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.dismiss)
 
-    def gather(self):
-        """Requests that came together: [(observation, Future)], or none for a while."""
-        # Not for ever: a signal that another thread was given does not wake this one, which
-        # handles it.
-        try:
-            batch = [self.queue.get(timeout=0.2)]
-        except queue.Empty:
-            return []
+    def dismiss(self):
+        """Tell those that wait that the server ends, and wake up who waits for them."""
+        while not self.queue.empty():
+            _, future = self.queue.get_nowait()
+            if not future.done():
+                future.set_exception(Refused(503, ENDS))
+        nobody = self.loop.create_future()
+        nobody.cancel()
+        self.queue.put_nowait(({}, nobody))
 
-        # Each robot has one request at a time: when all have asked nobody else can come.
-        end = time.monotonic() + self.wait
+    # ---------------------------------------------------------------------------------------------
+    # batches
+
+    async def gather(self):
+        """Requests that came together: [(observation, Future), ...]."""
+        batch = [await self.queue.get()]
+        end = self.loop.time() + self.wait
         while len(batch) < self.batch_size and not self.ending:
-            left = 0
-            if len(batch) < self.robots:
-                left = max(end - time.monotonic(), 0)
-            try:
-                batch.append(self.queue.get(timeout=left))
-            except queue.Empty:
+            if not self.queue.empty():
+                batch.append(self.queue.get_nowait())
+                continue
+
+            # Each robot has one request at a time: when all have asked nobody else can come.
+            left = end - self.loop.time()
+            if left <= 0 or len(batch) >= self.robots:
                 break
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left):
+                    batch.append(await self.queue.get())
+        return batch
 
-        # None is what woke it up.
-        return [(seen, future) for seen, future in batch if seen is not None]
-
-    def answer(self, batch):
+    async def answer(self, batch):
         """Give each Future its actions, or Refused."""
+        # Who hung up or lost patience is left out.
+        batch = [(seen, future) for seen, future in batch if not future.done()]
+        if not batch:
+            return
         self.counts['batches'] += 1
         self.counts['largest_batch'] = max(self.counts['largest_batch'], len(batch))
-        began = time.perf_counter()
+        seen = [observation for observation, _ in batch]
         try:
-            actions = np.asarray(self.act([seen for seen, _ in batch]), np.float32)
-            self.counts['policy_seconds'] += time.perf_counter() - began
-            is_whole = actions.shape == (len(batch), *self.shape)
-            if not is_whole or not np.isfinite(actions).all():
-                raise ValueError(f'the policy gave {actions.shape} or numbers that are not finite')
-            for chunk, (_, future) in zip(actions, batch):
-                future.set_result(chunk)
+            actions = await self.loop.run_in_executor(self.thread, self.actions, seen)
         except Exception as error:      # whatever it is: the one who asked is told
-            if len(batch) == 1:
-                _, future = batch[0]
-                future.set_exception(Refused(500, f'{type(error).__name__}: {error}'))
+            if len(batch) > 1:
+                # And nobody else: one by one it shows whose observation it was.
+                for request in batch:
+                    await self.answer([request])
                 return
+            actions = [Refused(500, f'{type(error).__name__}: {error}')]
 
-            # And nobody else: one by one it shows whose observation it was.
-            for request in batch:
-                self.answer([request])
+        for given, (_, future) in zip(actions, batch):
+            if future.done():
+                continue
+            if isinstance(given, Refused):
+                future.set_exception(given)
+            else:
+                future.set_result(given)
 
-    def ask(self, seen):
-        """The actions for an observation, from the thread of a connection. Raises Refused."""
-        future = Future()
-        self.queue.put((seen, future))
+    def actions(self, seen):
+        """What the policy gives, in its thread: fp32 (N, steps, size). Raises what it raises."""
+        began = time.perf_counter()
+        actions = np.asarray(self.act(seen), np.float32)
+        self.counts['policy_seconds'] += time.perf_counter() - began
+        is_whole = actions.shape == (len(seen), *self.shape)
+        if not is_whole or not np.isfinite(actions).all():
+            raise ValueError(f'the policy gave {actions.shape} or numbers that are not finite')
+        return actions
+
+    # ---------------------------------------------------------------------------------------------
+    # requests
+
+    def connect(self):
+        """What speaks to a new connection."""
+        # It counts once it is made.
+        self.loop.call_later(0.01, self.make_room)
+        return self.web()
+
+    def make_room(self):
+        """Hang up on the oldest connections that have asked for nothing, where there are too
+        many."""
+        there = [each for each in self.web.connections if each.transport]
+        silent = [each for each in there if each.transport not in self.known]
+        for each in silent[:max(len(there) - MOST_CONNECTIONS, 0)]:
+            each.force_close()
+
+    @web.middleware
+    async def guard(self, request, handler):
+        """Answer a request, or say why not; count it."""
+        # A crowd that asks for nothing good must not take the time of those who do.
+        connection = request.transport
+        if connection not in self.known or request.path == '/health':
+            async with self.door:
+                if request.transport:
+                    await asyncio.sleep(PACE)
         try:
-            return future.result(self.patience)
-        except (TimeoutError, CancelledError):
-            # So that no batch has it any more.
-            future.cancel()
-            why = f'no answer within {self.patience} s'
-            if self.ending:
-                why = 'the server ends'
-            raise Refused(503, why) from None
-
-    def verify_request(self, request, client_address):
-        """Too many connections: the others are hung up on."""
-        return threading.active_count() < MOST_CONNECTIONS
-
-    def handle_error(self, request, client_address):
-        """One line; that one hung up is not worth it."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            print(f'serve/server.py: {client_address}: {error!r}', file=sys.stderr, flush=True)
-
-
-class Handler(BaseHTTPRequestHandler):
-    """A connection; one that is silent for `timeout` seconds is closed."""
-    protocol_version = 'HTTP/1.1'       # the connection stays open
-    timeout = 3600
-
-    # An answer leaves at once, in as few packets as it fits into.
-    disable_nagle_algorithm, wbufsize = True, -1
-
-    # Has it asked for actions? Only those that have are waited for.
-    is_robot = False
-
-    def do_GET(self):
-        """What the server is, for people and clients."""
-        server = self.server
-        if self.path != '/health':
-            self.say(404, f'{self.path[:80]}: expected POST /act or GET /health\n'.encode())
-            return
-
-        # Enough to write a client from.
-        observation = {}
-        for name, (dtype, shape, optional) in server.fields.items():
-            observation[name] = dict(dtype=dtype, shape=shape, optional=optional)
-        actions = dict(dtype='float32', shape=server.shape)
-        health = dict(ready=not server.ending, observation=observation, actions=actions,
-                      robots=server.robots, **server.counts)
-        self.say(200, json.dumps(health).encode(), 'application/json')
-
-    def do_POST(self):
-        """Actions for an observation."""
-        server, has_room, file = self.server, False, io.BytesIO()
-        try:
-            seen = read(self.body(), server.fields)
-
-            # From its first good request on this connection is waited for.
-            with server.lock:
-                if not self.is_robot:
-                    server.robots += 1
-                self.is_robot = True
-
-            # Refused at once rather than after a wait that has no hope.
-            has_room = server.room.acquire(blocking=False)
-            if not has_room:
-                raise Refused(503, f'{server.most_waiting} requests wait: try again later')
-            np.save(file, server.ask(seen))
-            self.say(200, file.getvalue(), 'application/octet-stream')
+            self.check_token(request)
+            answer = await handler(request)
+        except web.HTTPException:
+            answer = refusal(404, f'{request.path[:80]!r}: expected POST /act or GET /health')
         except Refused as error:
-            status, why = error.args
-            self.say(status, f'{why}\n'.encode())
-        finally:
-            if has_room:
-                server.room.release()
+            answer = refusal(*error.args)
 
-    def body(self):
-        """What follows the head of a request for an action. Raises Refused."""
-        # Until all of it is read nothing else can be heard on this connection.
-        closing, self.close_connection = self.close_connection, True
-        most, patience = limit(self.server.fields), self.server.patience
-        given = self.headers.get('Content-Length', '')
-        if not given[:20].isdecimal() or 'Transfer-Encoding' in self.headers:
-            raise Refused(411, 'Content-Length: expected the bytes of the body, got '
-                               f'{given[:20]!r}')
+        if 400 <= answer.status < 500:
+            self.known.discard(connection)
+        # What did not come would be taken for the next request.
+        if answer.status in (408, 411):
+            answer.force_close()
+            await answer.prepare(request)
+            await answer.write_eof()
+            connection.close()
+        if request.method == 'POST':
+            self.counts['answered' if answer.status == 200 else 'refused'] += 1
+        return answer
 
-        # A body has less time than a connection: who sends one is in the middle of something.
-        size = int(given[:20])
-        is_large = size > most
+    def check_token(self, request):
+        """Raises Refused. Whether a server lives may be asked by all."""
+        given = request.headers.get('Authorization', '').encode(errors='replace')
+        wanted = f'Bearer {self.token}'.encode()
+        # In a time that does not tell how much of it is right.
+        if self.token and request.path != '/health' and not hmac.compare_digest(given, wanted):
+            raise Refused(401, 'expected the header "Authorization: Bearer TOKEN", with the token '
+                               'that the server was given')
+
+    async def say_health(self, request):
+        """What the server is, for people and clients: enough to write a client from."""
+        observation = {}
+        for name, (dtype, shape, optional) in self.fields.items():
+            observation[name] = dict(dtype=dtype, shape=shape, optional=optional)
+        actions = dict(dtype='float32', shape=self.shape)
+        return web.json_response(dict(
+            ready=not self.ending, observation=observation, actions=actions, robots=self.robots,
+            **self.counts))
+
+    async def say_actions(self, request):
+        """Actions for an observation."""
+        seen = read(await self.body(request), self.fields)
+        # From its first good request on this connection is waited for.
+        if request.transport:
+            self.known.add(request.transport)
+        if self.ending:
+            raise Refused(503, ENDS)
+        # Refused at once rather than after a wait that has no hope.
+        if self.waiting >= self.most_waiting:
+            raise Refused(503, f'{self.most_waiting} requests wait: try again later')
+
+        file, future = io.BytesIO(), self.loop.create_future()
+        self.queue.put_nowait((seen, future))
+        self.waiting += 1
         try:
-            self.connection.settimeout(patience)
-            parts = self.parts(size, is_large)
+            async with asyncio.timeout(self.patience):
+                np.save(file, await future)
         except TimeoutError:
-            raise Refused(408, f'the body: expected {given} bytes, they did not come in '
-                               f'{patience} s') from None
-        self.connection.settimeout(self.timeout)
-        self.close_connection = closing
+            raise Refused(503, f'no answer within {self.patience} s') from None
+        finally:
+            self.waiting -= 1
+        return web.Response(body=file.getvalue())
 
-        # These are told only now, when the sender listens and the connection may go on.
-        if self.path != '/act':
-            raise Refused(404, f'{self.path[:80]}: expected POST /act or GET /health')
-        if is_large:
-            known = ', '.join(self.server.fields)
-            raise Refused(413, f'the body: expected at most {most} bytes with {known}, '
-                               f'got {given[:20]}')
-        return b''.join(parts)
+    async def body(self, request):
+        """What follows the head of a request for an action. Raises Refused."""
+        size = request.content_length
+        if size is None:
+            given = request.headers.get('Transfer-Encoding', 'nothing')
+            raise Refused(411, f'Content-Length: expected the bytes of the body, got {given[:20]}')
+        try:
+            async with asyncio.timeout(self.patience):
+                return await request.read()
+        except TimeoutError:
+            raise Refused(408, f'the body: expected {size} bytes, they did not come in '
+                               f'{self.patience} s') from None
+        except web.HTTPRequestEntityTooLarge:
+            known = ', '.join(self.fields)
+            raise Refused(413, f'the body: expected at most {limit(self.fields)} bytes with '
+                               f'{known}, got {size}') from None
+        except web.RequestPayloadError:
+            raise ConnectionResetError('it hung up') from None
 
-    def parts(self, size, is_large):
-        """A body in pieces. One too large is read, too, and forgotten: its sender would not listen
-        before. Raises ConnectionError."""
-        parts, left = [], size
-        while left:
-            part = self.rfile.read(min(left, 1 << 20))
-            if not part:
-                raise ConnectionError('it hung up')
-            left -= len(part)
-            if not is_large:
-                parts.append(part)
-        return parts
 
-    def say(self, status, what, kind='text/plain; charset=utf-8'):
-        """Answer, and count it."""
-        if self.command == 'POST':
-            with self.server.lock:
-                if status == 200:
-                    self.server.counts['answered'] += 1
-                else:
-                    self.server.counts['refused'] += 1
-        self.send_response(status)
-        self.send_header('Content-Type', kind)
-        self.send_header('Content-Length', len(what))
-        if self.close_connection:
-            self.send_header('Connection', 'close')
-        self.end_headers()
-        self.wfile.write(what)
-        self.wfile.flush()
-
-    def finish(self):
-        """The robot is gone: nobody waits for it."""
-        if self.is_robot:
-            with self.server.lock:
-                self.server.robots -= 1
-        super().finish()
-
-    def log_message(self, *_):
-        """Not a line for each request."""
+def refusal(status, why):
+    """An answer of one line."""
+    line = ' '.join(why.split()) + '\n'
+    return web.Response(status=status, body=line.encode(errors='replace'),
+                        content_type='text/plain', charset='utf-8')

@@ -8,11 +8,13 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,9 +22,11 @@ import tiny
 
 from pictures import open_picture
 from processor import fields
-from robots import actions, record, simulators
-from serve import server
+from robots import acting, actions, record, simulators
 from shards import Folder
+
+pytest.importorskip('aiohttp')
+from serve import server  # noqa: E402
 
 # A robot of three numbers and one camera.
 FIELDS = {
@@ -133,7 +137,10 @@ def test_answers_and_health(running):
     (dict(proprio=None), ('proprio', 'float32 (3,)', 'nothing', 'near')),
     (dict(proprio=np.array([0, np.nan, 0])), ('proprio', 'finite', 'nan', '[1]')),
     (dict(proprio=np.array([0, 1e300, 0])), ('proprio', 'finite', 'inf')),
+    (dict(proprio=np.array([0, -np.inf, 0])), ('proprio', 'finite', '-inf', '[1]')),
+    (dict(proprio=np.array([1e30, 0, 0])), ('proprio', '1e+09', '1e+30', '[0]')),
     (dict(proprio=np.array(['a', 'b', 'c'])), ('proprio', 'str (3,)')),
+    (dict(proprio=np.zeros(3, complex)), ('proprio', 'complex128')),
     # of pictures
     (dict(near=None), ('near', 'uint8 (4, 4, 3)', 'nothing')),
     (dict(near=np.zeros((480, 640, 3), np.uint8)), ('near', '(4, 4, 3)', '(480, 640, 3)')),
@@ -148,6 +155,10 @@ def test_answers_and_health(running):
     # of texts
     (dict(instruction='x' * 5000), ('instruction', '4096', '5000')),
     (dict(instruction=3), ('instruction', 'str')),
+    (dict(instruction='\ud800'), ('instruction', 'no text', 'surrogates')),
+    (dict(instruction=np.frombuffer(b'\0\0\x7f\0', '<U1').reshape(())),
+     ('instruction', 'no text')),
+    ({'a\nb': 1}, ('unknown', "'a\\nb'")),
 ])
 def test_what_is_wrong_is_said_by_its_name(running, change, words):
     # One line, with the name, what was expected and what came.
@@ -184,10 +195,17 @@ def test_bodies_that_are_none(running, capfd):
     with zipfile.ZipFile(zipped, 'w', zipfile.ZIP_DEFLATED) as z:
         z.writestr('proprio.npy', bytes(50_000_000))
 
+    # members that are too many to be listed
+    listed = io.BytesIO()
+    with zipfile.ZipFile(listed, 'w') as z:
+        for number in range(200):
+            z.writestr(f'{number}.npy', b'')
+
     most = server.limit(FIELDS)
     connection = http.client.HTTPConnection('127.0.0.1', running.port, timeout=10)
     for body, status, word in ((pickled.getvalue(), 400, 'proprio'),
                                (zipped.getvalue(), 400, 'unpacks to 50000000'),
+                               (listed.getvalue(), 400, 'more than 100 members'),
                                (b'{}', 400, 'npz'),
                                (b'', 400, 'npz'),
                                (pickled.getvalue()[:-9], 400, 'npz'),
@@ -210,8 +228,9 @@ def test_bodies_that_are_none(running, capfd):
 
 def test_heads_without_a_length(running, capfd):
     head = b'POST /act HTTP/1.1\r\nHost: x\r\n'
-    for line in (b'', b'Transfer-Encoding: chunked\r\n', b'Content-Length: -5\r\n'):
-        assert b' 411 ' in raw(running.port, head + line + b'\r\n')
+    for line, status in ((b'', b' 411 '), (b'Transfer-Encoding: chunked\r\n', b' 411 '),
+                         (b'Content-Length: -5\r\n', b' 400 ')):
+        assert status in raw(running.port, head + line + b'\r\n')
 
     # One that hangs up in the middle is not worth a line.
     assert raw(running.port, head + b'Content-Length: 99\r\n\r\nhalf', end=True) == b''
@@ -299,7 +318,7 @@ def test_who_waits_too_long_and_who_is_too_many():
 
         # A body that does not come.
         running.server.patience = 0.2
-        half = b'POST /act HTTP/1.1\r\nContent-Length: 99\r\n\r\nhalf'
+        half = b'POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nhalf'
         assert b' 408 ' in raw(running.port, half)
 
 
@@ -322,6 +341,117 @@ def test_the_end_finishes_the_batch_at_hand():
         assert first.result().shape == (2, 3)
         with pytest.raises(RuntimeError, match='503 the server ends'):
             second.result()
+
+
+def test_the_end_is_told_to_those_who_come_late():
+    go, begun = threading.Event(), threading.Event()
+
+    def act(seen):
+        if seen[0]['instruction'] != 'warm up':
+            begun.set()
+            go.wait(20)
+        return plain(seen)
+
+    with Running(act, wait=0.0) as running, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(running.robot().act, **SEEN)
+        assert begun.wait(10)
+        running.server.end()
+        assert running.health()['ready'] is False
+        with pytest.raises(RuntimeError, match='503 the server ends'):
+            running.robot().act(**SEEN)
+        go.set()
+        assert first.result().shape == (2, 3)
+
+
+def test_a_body_has_its_time_as_a_whole():
+    # A byte now and then is not enough.
+    with Running(timeout=0.3) as running:
+        with socket.create_connection(('127.0.0.1', running.port), timeout=10) as s:
+            s.sendall(b'POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n')
+            began = time.monotonic()
+            while time.monotonic() < began + 10:
+                try:
+                    s.sendall(b'x')
+                except OSError:
+                    break
+                time.sleep(0.05)
+        assert time.monotonic() - began < 5
+
+
+def test_a_token():
+    with Running(token='secret') as running:
+        for token, status in (('', '401'), ('Secret', '401'), ('secre', '401'), ('\xff', '401'),
+                              ('secret', '')):
+            robot = Robot('127.0.0.1', running.port, token=token)
+            if not status:
+                assert robot.act(**SEEN).shape == (2, 3)
+                continue
+            with pytest.raises(RuntimeError, match=f'{status} expected the header "Auth') as error:
+                robot.act(**SEEN)
+            assert 'secret' not in str(error.value)
+
+        # whether a server lives is no secret
+        assert running.health()['answered'] == 1
+        assert b' 401 ' in raw(running.port, b'GET /other HTTP/1.0\r\n\r\n')
+
+
+def test_too_many_connections(monkeypatch):
+    """Those that have asked for nothing make room, the oldest first."""
+    monkeypatch.setattr(server, 'MOST_CONNECTIONS', 8)
+    with Running() as running:
+        robot = running.robot()
+        robot.act(**SEEN)
+        silent = [socket.create_connection(('127.0.0.1', running.port)) for _ in range(40)]
+        silent[0].settimeout(10)
+        assert silent[0].recv(1) == b''
+        assert running.robot().act(**SEEN).shape == (2, 3), 'one that is new gets in'
+        robot.http.connect = None                       # it stays connected
+        assert robot.act(**SEEN).shape == (2, 3)
+        for each in silent:
+            each.close()
+
+
+def delays(robot, count):
+    """Seconds that a robot waits for each of its chunks."""
+    times = []
+    for step in range(count):
+        began = time.perf_counter()
+        robot.act(**SEEN | dict(step=step))
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def test_a_crowd_does_not_lock_robots_out():
+    """300 connections that say nothing, and 50 that ask and ask, for nothing good."""
+    def act(seen):
+        time.sleep(0.005)
+        return plain(seen)
+
+    def nonsense(port):
+        # what each of them asks for, again and again
+        http_ = http.client.HTTPConnection('127.0.0.1', port, timeout=20)
+        while not over.is_set():
+            http_.request('POST', '/act', b'{}')
+            assert http_.getresponse().read().startswith(b'the body')
+        http_.close()
+
+    over = threading.Event()
+    with Running(act) as running, ThreadPoolExecutor(50) as pool:
+        usual = delays(running.robot(), 60)
+        silent = [socket.create_connection(('127.0.0.1', running.port)) for _ in range(300)]
+        busy = [pool.submit(nonsense, running.port) for _ in range(50)]
+        try:
+            crowded = delays(running.robot(), 60)
+        finally:
+            over.set()
+        for each in busy:
+            each.result()
+        assert running.health()['refused'] > 50
+        for each in silent:
+            each.close()
+
+    # the first waits at the door
+    assert np.median(crowded[1:]) < 2 * np.quantile(usual[1:], 0.99)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -503,10 +633,33 @@ def test_sample_serves_what_it_acts(rolled):
     process.wait(20).ok()
 
 
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'aiohttp', None)
+    monkeypatch.delitem(sys.modules, 'serve.server')
+    monkeypatch.delattr('serve.server')
+    with pytest.raises(ValueError, match='--serve_policy needs .*aiohttp.*pip install aiohttp'):
+        acting.answer_robots(None, None)
+
+
+def test_the_word_of_a_file(tmp_path, capsys):
+    options = SimpleNamespace(serve_token='', serve_host='0.0.0.0')
+    assert acting.token_of(options) == ''
+    assert '--serve_token=FILE' in capsys.readouterr().err, 'that all may ask is told'
+    options.serve_token = str(tmp_path / 'token')
+    (tmp_path / 'token').write_text('a-word\n')
+    assert acting.token_of(options) == 'a-word'
+    for wrong in (b'', b'two words', b'\xff', 'wörd'.encode()):
+        (tmp_path / 'token').write_bytes(wrong)
+        with pytest.raises(ValueError, match='--serve_token=.*expected'):
+            acting.token_of(options)
+
+
 def test_wrong_settings(rolled):
     run = f'--out_dir={rolled[0]}'
     # What is no port is a wrong setting.
     tiny.run('sample.py', run, '--serve_policy=99999').refused('99999', 'port')
+    tiny.run('sample.py', run, '--serve_policy=8000', '--serve_token=nowhere').refused(
+        '--serve_token=nowhere', 'file of text')
 
     # One that another program has is a failure.
     with socket.create_server(('127.0.0.1', 0)) as taken:
