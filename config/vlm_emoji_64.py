@@ -11,7 +11,9 @@ in 8 x 8 pixels: 65.6 %); with a blank or another picture at most 1.6 %.
 """
 task = 'vlm'
 out_dir = 'out/vlm_emoji_64'
-init_from = 'out/siglip_emoji_64'       # its vision tower
+init_from = 'out/siglip_emoji_64'       # its vision tower and connector
+groups = [('^(vit|connector)', {'freeze': True}),       # the decoder alone learns to say the name
+          ('norm|bias|scale|pos_embed|embedding', {'weight_decay': 0.0}), ('.*', {})]
 
 # five designers draw the same things; a sixth, fluent-emoji-flat, is never trained on
 data_dir = 'datasets/emoji_64'
@@ -37,11 +39,12 @@ decoder.depth = 2
 decoder.mlp_dim = 384
 decoder.num_heads = 3
 
-max_steps = 1500
+max_steps = 500
 batch_size = 32
 lr = 6e-4
+schedule = 'constant'
+ema = 0.99                      # the mean of the last hundred steps
 betas = (0.9, 0.98)
 weight_decay = 0.3              # 309 pictures are soon known by heart
-label_smoothing = 0.1
-eval_every = 750
+eval_every = 250
 num_checkpoints = 1

@@ -92,24 +92,27 @@ class SigLIP(nn.Module):
     together.
 
     Every picture is compared with the texts of its batch, so that a batch can not be cut into
-    micro-batches or ranks, or with `texts`, and then it can. The picture's vector is linear in all
-    its patches, where SigLIP pools them by attention: a tower that starts from a thousand pictures
-    does not find out by itself where things are. scale and bias start the logits: bias near the
-    log-odds of a match."""
+    micro-batches or ranks, or with `texts`, and then it can. scale and bias start the logits: bias
+    near the log-odds of a match.
+
+    The picture's vector is linear in all its patches, where SigLIP pools them by attention: a
+    tower that starts from a thousand pictures does not find out by itself where things are. It is
+    the one image token of a VLM that puts all patches side by side, and named as there, so that
+    such a VLM begins with it (`init_from`)."""
 
     def __init__(self, config, scale=10.0, bias=-10.0, vit=None):
         super().__init__()
         self.config = config
         self.vit, self.text = vit or ViT(config.vit), Decoder(config.decoder)
         width = config.decoder.width
-        self.image_head = nn.Linear(self.vit.config.width * config.vit.num_patches, width)
+        self.connector = nn.Linear(self.vit.config.width * config.vit.num_patches, width)
         self.text_head = nn.Linear(width, width)
         self.scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(bias))
 
     def embed_images(self, pixels):
         """pixels (I, 3, H, W) -> unit vectors (I, D)."""
-        return F.normalize(self.image_head(self.vit(pixels).flatten(1)), dim=-1)
+        return F.normalize(self.connector(self.vit(pixels).flatten(1)), dim=-1)
 
     def embed_texts(self, tokens, segments):
         """tokens, segments (N, T), segments 0 where padding -> unit vectors (N, D)."""
