@@ -501,20 +501,25 @@ FREEZE = "--groups=[['^vit', {'freeze': True}], ['.*', {}]]"
 
 @pytest.mark.parametrize('where', ['', 'checkpoints/step_00000030'])
 def test_init_from_takes_what_has_the_same_name(siglip, short, tmp_path, where):
-    result = short(f'--init_from={siglip / where}', FREEZE, '--max_steps=2').ok()
+    # all patches side by side, as in the tower's own head: that is the connector, then
+    result = short(f'--init_from={siglip / where}', '--pixel_shuffle=2', FREEZE,
+                   '--max_steps=2').ok()
     theirs, ours = weights(siglip), weights(tmp_path / 'run')
     tower = [k for k in ours if k.startswith('vit.')]
     assert tower and all(ours[k].tobytes() == theirs[k].tobytes() for k in tower)
+    moved = np.abs(ours['connector.weight'] - theirs['connector.weight']).max()
+    assert 0 < moved < 0.01
     line, = (line for line in result.out.splitlines() if line.startswith('init_from'))
-    assert f'{len(tower)} tensors (vit)' in line and 'decoder' in line and 'text' in line
+    assert f'{len(tower) + 2} tensors (connector, vit)' in line
+    assert 'decoder' in line and 'text' in line
 
 
 def test_init_from_refuses_another_shape(siglip, short, tmp_path):
     wider = ['--vit.patch_size=4', f'--init_from={siglip}', '--max_steps=2']
-    short(*wider).refused('vit.pos_embed', '(1, 4, 32)', '(1, 16, 32)', 'init_skip')
-    short(*wider, "--init_skip=['pos_embed']").refused(
+    short(*wider).refused('connector.weight', '(32, 128)', '(32, 32)', 'init_skip')
+    short(*wider, "--init_skip=['connector', 'pos_embed']").refused(
         'vit.stem.weight', '(32, 3, 8, 8)', '(32, 3, 4, 4)')
-    result = short(*wider, "--init_skip=['stem', 'pos_embed']", FREEZE).ok()
+    result = short(*wider, "--init_skip=['connector', 'stem', 'pos_embed']", FREEZE).ok()
     theirs, ours = weights(siglip), weights(tmp_path / 'run')
     same = {k for k in ours if k in theirs and ours[k].tobytes() == theirs[k].tobytes()}
     assert same == {
