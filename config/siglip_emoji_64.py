@@ -3,7 +3,7 @@
     make demo
     python prepare/emoji.py && python train.py config/siglip_emoji_64.py
 
-2 cores of an AMD EPYC, no GPU: 200 s (17 steps/s). config/vlm_emoji_64.py says what it is good for.
+2 cores of an AMD EPYC, no GPU: 215 s (16 steps/s). config/vlm_emoji_64.py says what it is good for.
 """
 task = 'siglip'
 out_dir = 'out/siglip_emoji_64'

@@ -82,7 +82,7 @@ esac
 
 # `minutes` is what the steps of the configs are taken to need, with something to spare.
 if [ -z "$FULL" ]; then
-    names=64 data=emoji_64 suffix=_64 minutes=6 tower_seconds=205 model_seconds=30
+    names=64 data=emoji_64 suffix=_64 minutes=6 tower_seconds=215 model_seconds=30
 else
     names=286 data=emoji suffix= minutes=20 tower_seconds=360 model_seconds=420
 fi
