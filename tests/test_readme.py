@@ -159,7 +159,8 @@ def test_flags_are_settings(page):
 def test_flags_by_themselves_are_settings():
     """A flag in backticks without its command is one of some script."""
     known = set()
-    for script in ('train.py', 'sample.py', 'data.py', 'prepare/lerobot.py', 'bench/train.py'):
+    for script in ('train.py', 'sample.py', 'data.py', 'prepare/lerobot.py', 'bench/train.py',
+                   'bench/serve.py'):
         known |= settings_of(script, '')
     for page in PAGES:
         for words in quoted(page):
