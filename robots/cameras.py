@@ -14,11 +14,10 @@ from shards import BadSample, Folder
 from usage import nearest
 
 LOWDIM = b'lowdim.npz', b'lowdim.npy'
-# shards that are looked at for a camera that the first ones do not have; of remote ones, which are
-# copied for it, fewer
-MOST, MOST_REMOTE = 256, 4
-# and where no camera is named
-FEW = 8
+# Shards that are looked at where no camera is named, or no robot is met; and for a camera that the
+# first ones do not have. Remote ones are copied for it.
+FEW, MOST = 8, 256
+FEW_REMOTE, MOST_REMOTE = 1, 4
 
 
 @dataclass
@@ -34,17 +33,19 @@ class Survey:
 
 def survey(folder, wanted):
     """The Survey of a data set's shards, from all over it, until all wanted cameras are met."""
-    found, count = Survey(folder.path), len(folder.sizes)
-    most = MOST_REMOTE if folder.is_remote else MOST
-    if not wanted:
-        most = min(most, FEW)
+    found, count, few, most = Survey(folder.path), len(folder.sizes), FEW, MOST
+    if folder.is_remote:
+        few, most = FEW_REMOTE, MOST_REMOTE
     # tokens in sequences have no actions
     if folder.sequence_length:
         return found
 
-    for shard in np.unique(np.linspace(0, count - 1, min(count, most)).round()).astype(int):
-        look_at(folder, int(shard), found)
-        if wanted and found.samples and wanted <= found.cameras.keys():
+    places = np.linspace(0, count - 1, min(count, most)).round().astype(int)
+    for looked, shard in enumerate(places.tolist(), 1):
+        look_at(folder, shard, found)
+        if looked >= few and not (wanted and found.samples):
+            break
+        if wanted and wanted <= found.cameras.keys():
             break
     return found
 
