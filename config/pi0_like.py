@@ -8,8 +8,9 @@ demonstrations.
 8 GPUs of 80 GB: weights, gradients and AdamW's state are float32, 16 bytes a parameter and 4 more
 for their average, shared by all ranks (fsdp=0), 8 GB each. Several robots: name each data set in
 `mix`, and in `cameras_of` what it calls its cameras; one with fewer numbers or cameras is padded
-and masked. The actions' sizes, the learning rate and its schedule are openpi's. Not run at this size by us: the model equals transformers' PI0
-at random weights, and has its 3,238,179,600 parameters (tests/test_policy.py).
+and masked. The actions' sizes, the learning rate and its schedule are openpi's. Not run at this
+size by us: the model equals transformers' PI0 at random weights, and has its 3,238,179,600
+parameters (tests/test_vla.py).
 """
 task = 'vla'
 out_dir = 'out/pi0_like'
