@@ -181,6 +181,9 @@ def convert(label, value, default):
     if not is_kept:
         what = 'numbers but nan, strings, lists, and dicts with string keys'
         refuse(f'{label}: JSON cannot hold it: use {what}')
+    # Bytes of a command line that are no UTF-8 are such halves.
+    if re.search('[\ud800-\udfff]', json.dumps(value, ensure_ascii=False)):
+        refuse(f'{label}: it holds bytes that are no UTF-8, or half of a surrogate pair')
     return kind(plain(value))
 
 

@@ -58,6 +58,11 @@ def fields(members, with_pictures=True):
     if 'json' in members:
         try:
             sample = json.loads(members['json'].decode('utf-8-sig'))
+            # fine in JSON alone: a tokenizer would raise, or read something else
+            if b'\\ud' in members['json'].lower():
+                json.dumps(sample, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadSample('.json holds half of a surrogate pair') from None
         except (ValueError, RecursionError) as error:
             raise BadSample(f'.json can not be read ({error})') from None
         if not isinstance(sample, dict):
@@ -73,15 +78,12 @@ def fields(members, with_pictures=True):
         asked = [sample.pop('instruction'), sample.pop('input', '')]
         sample['prefix'] = '\n'.join(str(part) for part in asked if part)
         sample['suffix'] = sample.pop('output')
-    # what no tokenizer can read
     for key in ('text', 'prefix', 'suffix', 'instruction'):
-        value = sample.get(key, '')
-        if not isinstance(value, str):
+        if not isinstance(sample.get(key, ''), str):
             raise BadSample(f'.json: {key} is no text')
-        try:
-            value.encode('utf-8')
-        except UnicodeEncodeError:
-            raise BadSample(f'.json: {key} holds half of a surrogate pair') from None
+    messages = sample.get('messages', [])
+    if not isinstance(messages, list) or not all(isinstance(each, dict) for each in messages):
+        raise BadSample('.json: messages: expected a list of {"role": ..., "content": ...}')
 
     pictures = []
     if with_pictures:
@@ -138,6 +140,8 @@ def nothing_to_learn(sample):
     keys = ', '.join(key for key in sample if key not in OURS)
     if {'text', 'suffix'} & sample.keys():
         return 'its text is empty'
+    if 'messages' in sample:
+        return 'it has messages, which are read by processor=chat and others of its kind'
     return f'it has {keys or "no keys"}: nothing to answer; known are {", ".join(KNOWN)}'
 
 
@@ -274,7 +278,11 @@ class Processor:
 
     def row(self, sample, rng=None):
         """What a sample holds, as `fields` gives it -> pieces."""
-        parts = self.function(sample, self)
+        try:
+            parts = self.function(sample, self)
+        except KeyError as error:
+            keys = ', '.join(key for key in sample if key not in OURS)
+            raise BadSample(f'{error} is missing, it has {keys or "no keys"}') from None
         ids, roles, pictures, beside = [], [], [], {}
         for item, role in parts:
             if role == BESIDE:

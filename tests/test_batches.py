@@ -92,10 +92,26 @@ def test_rows_that_can_not_be_are_bad_samples():
                           ({'png': b'x', 'txt': b'a'}, 'decoded'),
                           ({'json': b'{'}, 'json'), ({'json': b'[1]'}, 'object'),
                           ({'json': b'[' * 100_000}, 'json'), ({'json': b'{"text": 3}'}, 'text'),
-                          ({'json': b'{"text": "\\ud800"}'}, 'surrogate')]:
+                          ({'json': b'{"text": "\\ud800"}'}, 'surrogate'),
+                          ({'json': b'{"style": ["\\uDC00"], "text": "a"}'}, 'surrogate'),
+                          ({'json': b'{"messages": null, "suffix": "a"}'}, 'messages: expected'),
+                          ({'json': b'{"messages": ["a"], "suffix": "a"}'}, 'messages: expected'),
+                          ({'json': b'{"messages": []}'}, 'read by processor=chat')]:
         with pytest.raises(BadSample, match=word):
             processor.pieces(members)
     assert len(processor.pieces(sample(1, 'fives'))[0]['tokens']) == 12, 'as long as it may be'
+    # a pair of halves is a character
+    pair, = processor.pieces({'json': b'{"text": "\\ud83d\\ude00"}'})
+    assert pair['text'] == '\U0001f600'
+
+
+def test_a_key_that_a_form_asks_for_and_a_sample_lacks_is_named(tmp_path):
+    (tmp_path / 'mine.py').write_text('def ask(sample, p):\n    return [(sample["answer"], 2)]\n')
+    processor = make_processor(12, form=f'{tmp_path}/mine.py:ask')
+    assert processor.pieces({'json': b'{"answer": "yes"}'})[0]['targets'].tolist()[:2] == [
+        *b'es']
+    with pytest.raises(BadSample, match="'answer' is missing, it has question, text"):
+        processor.pieces({'json': b'{"question": "a"}', 'txt': b'b'})
 
 
 def test_tensors_for_the_model():

@@ -1,4 +1,6 @@
 """What is set and not used is refused, or said where a config may serve several branches."""
+import io
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +10,7 @@ import data
 import initial
 import tasks
 from answering import check_sampling
+from configurator import configure
 
 NEEDS = 'tasks/vlm.py', 'tasks/policy.py', 'tasks/vla.py', 'tasks/t2i.py'
 ACTIONS = dict(action_steps=4, action_dim=2)
@@ -15,7 +18,7 @@ ACTIONS = dict(action_steps=4, action_dim=2)
 
 def check(task, **said):
     """What a task says of its settings, as a run has them."""
-    loop = dict(task=task, seq_len=77, tokenizer='bytes', processor='auto')
+    loop = dict(task=task, seq_len=77, tokenizer='bytes', processor='auto', mix={'a': 1.0}, val={})
     said = {key.replace('__', '.'): value for key, value in said.items()}
     return tasks.load(task).check(tasks.defaults(task) | loop | said, 1)
 
@@ -96,3 +99,17 @@ def test_init_skip_must_match_something(tmp_path):
     assert '1 tensors' in initial.begin(model, str(tmp_path), ['bias'], '')
     with pytest.raises(ValueError, match="init_skip: 'head' is found in no name"):
         initial.begin(model, str(tmp_path), ['head'], '')
+
+
+def test_a_setting_that_no_tokenizer_can_read_is_refused(monkeypatch):
+    """Bytes of a command line that are no UTF-8, and half of a surrogate pair in a file."""
+    for value in ('a\udcff', '\ud800'):
+        # as a real one is opened
+        err = io.TextIOWrapper(io.BytesIO(), 'utf-8', errors='backslashreplace')
+        monkeypatch.setattr(sys, 'stderr', err)
+        with pytest.raises(SystemExit):
+            configure(dict(prompt=''), [f'--prompt={value}'])
+        err.seek(0)
+        said = err.read()
+        assert 'surrogate pair' in said and '--prompt=' in said and said.count('\n') == 1
+    assert configure(dict(prompt=''), ['--prompt=\U0001f600'])['prompt'] == '\U0001f600'
