@@ -1,18 +1,17 @@
 """Conversations: chat templates, what of their text becomes special tokens, what of it is learned.
 
-A chat template is jinja2 source that comes with a model (`read_template`) or with a form (CHATS).
-It runs in jinja2's ImmutableSandboxedEnvironment, as in transformers, so that it can neither reach
-Python nor change what it is given. Its length, the turns of its loops and what it writes are
-bounded; the memory that it takes is not.
+A chat template comes with a model (`read_template`) or with a form (CHATS); template.py runs it.
 """
-import json
 import os
 import re
+from importlib.util import find_spec
 
 import numpy as np
 
+import template
 from processor import LEARNED, READ, document, is_document, question
 from shards import BadSample
+from template import MARK
 from tokenizer import BREAK, read_json
 from vocabularies.markers import any_of, mark_up
 
@@ -56,12 +55,6 @@ AROUND = dict.fromkeys(
 
 # What a template writes that may be a token.
 MARKER = re.compile(r'<[^<>\s]+>|\[/?[A-Z_]+\]')
-# Around what {% generation %} holds; Unicode keeps it out of texts, as BREAK.
-MARK = '\ufdd1'
-
-MAX_SOURCE = 64 << 10           # characters of a template
-MAX_TEXT = 4 << 20              # characters that it may write
-MAX_TURNS = 1 << 20             # of its loops, all together
 
 
 def read_template(folder):
@@ -71,7 +64,7 @@ def read_template(folder):
         with open(path, encoding='utf-8') as f:
             try:
                 # One more than is allowed, so that it is refused and not cut.
-                return f.read(MAX_SOURCE + 1)
+                return f.read(template.MAX_SOURCE + 1)
             except UnicodeDecodeError:
                 raise ValueError(f'{path!r} is not UTF-8') from None
 
@@ -91,63 +84,6 @@ def read_template(folder):
         if source:
             return source
     return ''
-
-
-def compile_template(source):
-    """Jinja2 source -> a template in the environment that transformers gives it, less strftime_now
-    and what is random: a run must not depend on the day or on chance (templates that ask for the
-    day have a date of their own)."""
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        # jinja2 would write nothing in its place.
-        def unsafe_undefined(self, obj, attribute):
-            owner = type(obj).__name__
-            raise SecurityError(f'access to attribute {attribute!r} of {owner!r} is unsafe')
-
-    # {% generation %} ... {% endgeneration %}: what it holds is an answer, says transformers.
-    class Generation(jinja2.ext.Extension):
-        tags = {'generation'}
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(['name:endgeneration'], drop_needle=True)
-            return nodes.CallBlock(self.call_method('around'), [], [], body).set_lineno(line)
-
-        def around(self, caller):
-            return MARK + caller() + MARK
-
-    @jinja2.pass_environment
-    def counted(env, items):
-        for item in items:
-            env.turns += 1
-            if env.turns > MAX_TURNS:
-                raise ValueError(f'its loops take more than {MAX_TURNS} turns')
-            yield item
-
-    def stop(message):
-        raise jinja2.TemplateError(str(message))
-
-    # jinja2's own would escape what HTML can not hold.
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
-                          sort_keys=sort_keys)
-
-    if len(source) > MAX_SOURCE:
-        raise ValueError(f'longer than {MAX_SOURCE} characters')
-    extensions = [Generation, jinja2.ext.loopcontrols]
-    env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    env.filters |= dict(tojson=tojson, counted=counted)
-    env.globals['raise_exception'] = stop
-    del env.globals['lipsum'], env.filters['random']
-
-    # Every loop goes through `counted`, wherever it stands.
-    tree = env.parse(source)
-    for loop in list(tree.find_all(nodes.For)):
-        loop.iter = nodes.Filter(loop.iter, 'counted', [], [], None, None)
-    return jinja2.Template.from_code(env, env.compile(tree), env.make_globals(None))
 
 
 def read_messages(messages, pictures):
@@ -195,7 +131,6 @@ class Chat:
     Raises ValueError where the template can not be used."""
 
     def __init__(self, form, tokenizer, source='', where=''):
-        self.made_of = form, tokenizer, source, where
         self.tokenizer = tokenizer
         self.where = where or f'processor={form!r}'
         self.names, markers = dict(tokenizer.names), dict(tokenizer.specials)
@@ -211,14 +146,9 @@ class Chat:
         self.image = self.names.get('image_token', '<image>')
         self.around = AROUND.get(form, ('', ''))
 
-        try:
-            self.template = compile_template(source)
-        except ImportError:
-            raise ValueError(f'{self.where} needs a package that is not here: '
-                             'pip install jinja2') from None
-        # jinja2's and Python's compiler have many.
-        except Exception as error:
-            raise ValueError(f'{self.where}: {error or type(error).__name__}') from None
+        self.source, self.is_ours = source, is_ours
+        if not find_spec('jinja2'):
+            raise ValueError(f'{self.where} needs a package that is not here: pip install jinja2')
 
         # A template that asks for images gets content as lists of texts and images.
         self.lists = re.search(r'''['"]image['"]''', source) is not None
@@ -243,10 +173,6 @@ class Chat:
         # A tokenizer without the token that ends a form's answers ends them with its own.
         if is_ours and self.end:
             self.markers.setdefault(self.end, tokenizer.eos_id)
-
-    def __reduce__(self):
-        # Compiled templates do not travel to another process.
-        return Chat, self.made_of
 
     def ends_of_an_answer(self):
         """What the template writes before an answer, and the token after it."""
@@ -299,15 +225,9 @@ class Chat:
     def write(self, messages, asking=False):
         """(text, [(begin, end) of what {% generation %} holds, ...]) of [{role, content}, ...];
         asking: up to where the next answer begins. Raises ValueError."""
-        text, self.template.environment.turns = '', 0
+        write = template.write if self.is_ours else template.apart.write
         try:
-            # Piece by piece, so that what has no end is stopped.
-            for part in self.template.generate(
-                    messages=messages, add_generation_prompt=asking, tools=None, documents=None,
-                    **self.names):
-                text += part
-                if len(text) > MAX_TEXT:
-                    raise ValueError(f'it writes more than {MAX_TEXT} characters')
+            text = write(self.source, messages, asking, self.names)
 
             # Where marks stand once they and those before them are gone.
             text = text.replace(self.image, self.image.join(self.around))

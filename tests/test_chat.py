@@ -3,7 +3,9 @@ learned, what users can not write, and templates that can not be used. Chat temp
 published, less their branches for tools."""
 import io
 import json
+import os
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from conftest import make_processor
 
 import processor as processors
 import tasks
+import template as templates
 import tokenizer
 from processor import BadSample
 
@@ -482,6 +485,17 @@ HOSTILE = {
     'chance': ('{{ [1, 2] | random }}', 'random'),
     'day': ("{{ strftime_now('%d') }}", 'undefined'),
     'division': ('{{ 1 // 0 }}', 'zero'),
+    'turns of a clock': ('{{ 9 ** (9 ** 9) }}', 'more than 0.3 seconds'),
+    'macros': ('{% macro f(n) %}{% if n %}{% set a = f(n - 1) %}{% set a = f(n - 1) %}{% endif %}'
+               '{% endmacro %}{{ f(50) }}', 'more than 0.3 seconds'),
+    'a long text': ("{{ 'x' * 10 ** 10 }}", 'MemoryError'),
+    'a wide text': ("{{ '%9999999999d' % 1 }}", 'MemoryError'),
+    'a text that grows': (
+        "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+        '{% endfor %}', 'MemoryError'),
+    'lists of lists': (
+        '{% set n = namespace(x=[]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}'
+        '{% endfor %}{{ n.x }}', 'MemoryError|seconds'),
     'types': ("{{ 1 + 'a' }}", 'unsupported'),
     'brackets': ('{{' + '(' * 5000 + ')' * 5000 + '}}', 'recursion'),
     'marks': ('{{ "\ufdd1" }}', 'shorter'),
@@ -491,8 +505,17 @@ HOSTILE = {
                     'add_generation_prompt')}
 
 
+@pytest.fixture(scope='module')
+def impatient():
+    """Templates have 0.3 seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(templates, 'apart', templates.Apart(0.3))
+        yield
+        templates.apart.close()
+
+
 @pytest.mark.parametrize('name', HOSTILE)
-def test_templates_that_can_not_be_used_are_refused(tmp_path, name):
+def test_templates_that_can_not_be_used_are_refused(tmp_path, name, impatient):
     byte_level(tmp_path, **CHATML)
     source, word = HOSTILE[name]
     if SAME not in source:
@@ -500,9 +523,35 @@ def test_templates_that_can_not_be_used_are_refused(tmp_path, name):
     (tmp_path / 'chat_template.jinja').write_text(source)
     with pytest.raises(ValueError, match=tmp_path.name) as error:
         load(tmp_path)
-    assert word in str(error.value)
+    assert re.search(word, str(error.value)) and '\n' not in str(error.value)
     (tmp_path / 'chat_template.jinja').write_text(SAME + ASK)
     assert load(tmp_path).prefix('x', 0), 'not for what is beside it'
+
+
+def test_a_template_that_waits_for_its_victim(tmp_path, impatient):
+    """It costs the sample that it hits, and no other; also in a process that was forked."""
+    byte_level(tmp_path, **CHATML)
+    trap = ("{% if 'x' in messages[0].content %}{% set n = messages | length * 9 %}"
+            '{{ 9 ** (9 ** n) }}{% endif %}')
+    (tmp_path / 'chat_template.jinja').write_text(trap + SAME + ASK)
+    p = load(tmp_path)
+    good, bad = (messages([('user', text), ('assistant', 'b')]) for text in 'ax')
+    wanted = piece_of(p, good)['tokens'].tolist()
+    with pytest.raises(BadSample, match=f'{tmp_path.name}.*more than 0.3 seconds'):
+        piece_of(p, bad)
+    assert piece_of(p, good)['tokens'].tolist() == wanted
+
+    own = templates.apart.process.pid
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        is_same = piece_of(p, good)['tokens'].tolist() == wanted
+        os.write(write, b'%d' % (is_same and templates.apart.process.pid != own))
+        templates.apart.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(read, 1) == b'1'
+    assert piece_of(p, good)['tokens'].tolist() == wanted and templates.apart.process.pid == own
 
 
 def test_gemma_by_its_sentencepiece_model(chats):
