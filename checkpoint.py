@@ -169,20 +169,21 @@ class Saver:
     """Writes the checkpoints of a run: `save` copies, a thread writes while training goes on,
     `check` and `wait` raise what went wrong there.
 
-    scheduled: the steps that were asked for; others (a signal's) go when the next one is there.
-    keep_last: how many of the scheduled ones stay (0: all). remote: a Mirror. after: called when
-    one is there, on the first process."""
+    Checkpoints that nobody asked for (a signal's) go when the next one is there. keep_last: how
+    many of the others stay (0: all). remote: a Mirror. after: called when one is there, on the
+    first process."""
 
-    def __init__(self, out_dir, scheduled, keep_last=0, remote=None, rank=0, world=1, after=None):
+    def __init__(self, out_dir, keep_last=0, remote=None, rank=0, world=1, after=None):
         self.folder = os.path.join(out_dir, 'checkpoints')
-        self.scheduled, self.keep_last = scheduled, keep_last
-        self.remote, self.after = remote, after
+        self.keep_last, self.remote, self.after = keep_last, remote, after
         self.rank, self.world = rank, world
         self.thread, self.error, self.step = None, None, 0
         self.group = None
         if world > 1:
             # the thread's own, beside training's
             self.group = dist.new_group(backend='gloo')
+        if remote:
+            remote.remove_old = self.remove_old
 
     def save(self, step, model, ema, state, jsons, files):
         """model, ema, state: {name: tensor}; jsons: {file name: value}, of which progress.json is
@@ -247,26 +248,34 @@ class Saver:
         # what has the name is on the disk, even if the power fails now
         sync(new)
         # a run that went on from an older one comes by this step again
-        shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+        remove(self.folder, name)
         os.rename(new, os.path.join(self.folder, name))
         point_latest(self.folder, name)
 
-        # the old ones go after the new one is there, so one is always there
-        if step_of(name) in self.scheduled:
-            self.remove_old()
+        # the old ones go after the new one is there, and where there is a remote, there, too
         if self.after:
             self.after()
         if self.remote:
             self.remote.wake(names(self.folder))
+        else:
+            self.remove_old(names(self.folder))
 
-    def remove_old(self):
-        """Those that nobody asked for (a signal's), and what keep_last leaves no room for."""
+    def remove_old(self, may_go):
+        """Of `may_go`, those that nobody asked for (a signal's), and what keep_last leaves no room
+        for; the newest stays."""
         there = names(self.folder)
         asked_for = [name for name in there if is_asked_for(os.path.join(self.folder, name))]
-        kept = asked_for[:self.keep_last or None]
-        for name in there:
-            if name not in kept:
-                shutil.rmtree(os.path.join(self.folder, name))
+        for name in there[1:]:
+            if name in may_go and name not in asked_for[:self.keep_last or None]:
+                remove(self.folder, name)
+
+
+def remove(folder, name):
+    """Remove a checkpoint, which never has its name in part."""
+    old = os.path.join(folder, f'.{name}.old')
+    if os.path.exists(os.path.join(folder, name)):
+        os.rename(os.path.join(folder, name), old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_weights(folder, model, ema):

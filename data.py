@@ -574,7 +574,7 @@ def check(settings, world):
         if settings[key] < 1:
             raise ValueError(f'{key}={settings[key]} must be at least 1')
     for key in ('eval_every', 'keep_last', 'workers', 'warmup', 'seed', 'skip_bad_steps',
-                'max_bad_fraction', 'micro_batch_size', 'whole', 'cache_gb'):
+                'max_bad_fraction', 'max_bad_shards', 'micro_batch_size', 'whole', 'cache_gb'):
         if settings[key] < 0:
             raise ValueError(f'{key}={settings[key]} must be at least 0')
 

@@ -9,6 +9,9 @@ import posixpath
 import threading
 import time
 
+# what is said of a shard that is another one
+CHANGED = ('is not what it was when this run began to read it: bring it back; or the same command '
+           'goes on with what is there now')
 DOWNLOADS = threading.Semaphore(8)
 # a forked worker has none of its parent's threads, which may hold it
 os.register_at_fork(
@@ -62,8 +65,10 @@ class Remote:
     def __init__(self, folder, max_bytes=100 << 30, retries=5):
         self.folder = os.path.join(folder, 'shards')
         self.max_bytes, self.retries = max_bytes, retries
+        self.begun = time.time()
         self.results = {}       # URL -> path of its copy, or the OSError that came instead
         self.threads = {}       # URL -> the thread that fetches it
+        self.first = {}         # URL -> path of the first copy that was read
 
     def __getstate__(self):
         # threads mean nothing in another process
@@ -93,9 +98,14 @@ class Remote:
 
             # none where a forked worker took over a thread of its parent
             result = self.results.get(url, '')
+            if not result:
+                continue
             if isinstance(result, OSError):
                 del self.results[url]
                 raise result
+            # the path tells the content
+            if self.first.setdefault(url, result) != result:
+                raise OSError(f'{url} {CHANGED}')
             if os.path.exists(result):
                 return result
             self.results.pop(url, None)
@@ -128,25 +138,37 @@ class Remote:
             raise OSError(f'{url} has {size} bytes, more than the whole cache may hold: '
                           'raise cache_gb')
         # another name for each content of the URL
-        name = hashlib.sha256(f'{url} {key}'.encode()).hexdigest()[:32]
-        local = os.path.join(self.folder, f'{name}.tar')
+        name = hashlib.sha256(url.encode()).hexdigest()[:16]
+        local = f'{name}-{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.tar'
+        local = os.path.join(self.folder, local)
         os.makedirs(self.folder, exist_ok=True)
 
         # one of 256 locks, so that they do not pile up
         with filelock.FileLock(os.path.join(self.folder, f'{name[:2]}.lock')):
             if not os.path.exists(local):
+                self.check_unchanged(url, name)
                 self.make_room(size or 0)
-                self.ask(url, lambda fs, path: self.download(fs, path, local, size))
+                self.ask(url, lambda fs, path: self.download(fs, path, local, (key, size)))
             # its time says when it was used last
             os.utime(local)
         return local
 
-    def download(self, fs, path, local, size):
+    def check_unchanged(self, url, name):
+        """Raises OSError where another content of a URL was used since this run began."""
+        for entry in os.scandir(self.folder):
+            if entry.name.startswith(f'{name}-') and entry.name.endswith('.tar'):
+                if entry.stat().st_mtime > self.begun:
+                    raise OSError(f'{url} {CHANGED}')
+
+    def download(self, fs, path, local, fingerprint):
         fs.get_file(path, local + '.part')
         # a connection that ends early is no error everywhere
-        came = os.path.getsize(local + '.part')
+        came, size = os.path.getsize(local + '.part'), fingerprint[1]
         if size is not None and came != size:
             raise OSError(f'{came} of {size} bytes came')
+        fs.invalidate_cache()
+        if (fs.ukey(path), fs.size(path)) != fingerprint:
+            raise OSError('it changed while it was copied')
         os.rename(local + '.part', local)
 
     def make_room(self, size):

@@ -63,6 +63,7 @@ whole = 1 << 20             # a data set of at most so many samples is shuffled 
 window = 1024               # of a larger one so many samples of a lane at once
 adopt = []                  # what may have changed since a run began: data sets, stats.json
 max_bad_fraction = 0.001    # more unusable samples than this stop the run
+max_bad_shards = 0          # so many shards may be lost or damaged; their samples are left out
 
 # length: one of the three
 max_steps = 0
@@ -179,6 +180,9 @@ try:
     augmenting = seed if config.get('augment') else None
     train_data = data.Batches(list(folders.values()), order, run.processor, augmenting, pack,
                               micro_batch if pack else 1, window * lanes)
+    if max_bad_shards:
+        import lost
+        lost.spare(train_data)
     # answers can be told apart only where each has a row of its own
     count_right = task.scorer(config)
     val_sets = data.open_validation(config, run.processor, pack and not count_right)
@@ -310,11 +314,8 @@ if wandb_project and master and progress['step'] < steps:
     wandb_run = open_wandb(wandb_project, out_dir, config)
 if remote and master:
     from mirror import Mirror
-    copy = Mirror(remote, out_dir, say)
-    copy.wake(checkpoint.names(checkpoints))        # what an earlier session did not bring there
-peak = logs.peak_flops(device, dtype, world)
-saver = checkpoint.Saver(out_dir, checkpoint_steps, keep_last, copy, rank, world,
-                         lambda: logs.plot(out_dir, val))
+    copy = Mirror(remote, out_dir, checkpoint.names(checkpoints), say)
+saver = checkpoint.Saver(out_dir, keep_last, copy, rank, world, lambda: logs.plot(out_dir, val))
 
 # -----------------------------------------------------------------------------------------------
 # validation: every sample of a data set once, whatever the number of ranks
@@ -398,7 +399,8 @@ def count_step(batches, num_micro):
 
     progress['bad_samples'] += int(num_bad)
     num_bad, seen = progress['bad_samples'], samples_of(progress['step'] + 1)
-    if not any(learned) or num_bad > max(1, max_bad_fraction * max(seen, dataset_samples)):
+    is_empty = not any(learned) and not max_bad_shards
+    if is_empty or num_bad > max(1, max_bad_fraction * max(seen, dataset_samples)):
         from logs_more import why_stopped
         fail(why_stopped(progress['step'] + 1, learned, bad, num_bad, seen, config), 1)
     return learned, tokens, stopping > 0, int(each[:, -1].max())
@@ -425,8 +427,8 @@ def log_row(step, loss, grad_norm, by_set, since):
     row = dict(step=step, samples=samples_of(step), tokens=progress['tokens'],
                epoch=round(samples_of(step) / dataset_samples, 4), loss=loss, lr=lr_at(step - 1),
                grad_norm=grad_norm, mem_gb=logs.memory_gb(device),
-               bad_samples=progress['bad_samples'])
-    row |= logs.speed(since, world, sample_flops, peak)
+               bad_samples=progress['bad_samples']) | progress.get('lost', {})
+    row |= logs.speed(since, world, sample_flops, logs.peak_flops(device, dtype, world))
     pace = (time.perf_counter() - loop_begun) / (step - first)
     row['eta'] = round(pace * (steps - step), 1)
 
@@ -476,9 +478,10 @@ while progress['step'] < steps:
     begun = time.perf_counter()
     todo = history.positions_of(progress['step'], at_once, rank, world)
     batches = [checked(next(feed)) for _ in todo]
-    for batch in batches:
-        for line in batch['bad']:
-            print(f'\nbad sample: {line}', file=sys.stderr)
+    if max_bad_shards and (problem := lost.count(progress, batches, max_bad_shards)):
+        fail(problem, 1)
+    for line in [line for batch in batches for line in batch['bad']]:
+        print(f'\nbad sample: {line}', file=sys.stderr)
     micro = [part for batch in batches
              for part in processors.split(batch, micro_batch, run.processor)]
     have_read = time.perf_counter()
@@ -552,7 +555,6 @@ if master:
         wandb_run.finish()
 del feed                            # closes the workers
 parallel.barrier()
-problem = copy.finish() if copy else ''
-if problem:
-    fail(f'{problem}; {out_dir} is whole, the same command tries again', 1)
+if copy and copy.finish(stop):
+    fail(f'{copy.error}; {out_dir} is whole, the same command tries again', 1)
 parallel.end()

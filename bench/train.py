@@ -197,7 +197,7 @@ def saves():
 
     # The first is slower: pages of the copy that is written are new.
     with tempfile.TemporaryDirectory() as folder:
-        saver = checkpoint.Saver(folder, set())
+        saver = checkpoint.Saver(folder)
         for step in range(1, 4):
             began = time.perf_counter()
             saver.save(step, tensors, {}, state, {'progress.json': {}}, {})

@@ -379,7 +379,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     """What is saved is what was there when `save` was called, though it changes while it is
     written."""
     tensors = {'a': torch.arange(1000.0), 'b': torch.ones(3, 3)}
-    saver = checkpoint.Saver(str(tmp_path), {1}, after=lambda: None)
+    saver = checkpoint.Saver(str(tmp_path), after=lambda: None)
     real, begun = checkpoint.save_file, []
 
     def slow(copies, path):
@@ -388,8 +388,9 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         real(copies, path)
     monkeypatch.setattr(checkpoint, 'save_file', slow)
     (tmp_path / 'file').write_text('x')
+    progress = dict(step=1, samples=0, tokens=0, bad_samples=0, world=1)
     began = time.monotonic()
-    saver.save(1, tensors, {}, {'s': tensors['a']}, {'progress.json': {'step': 1}, 'c.json': [1]},
+    saver.save(1, tensors, {}, {'s': tensors['a']}, {'progress.json': progress, 'c.json': [1]},
                {'copy': str(tmp_path / 'file')})
     assert time.monotonic() - began < 0.4
     for tensor in tensors.values():
@@ -439,15 +440,21 @@ def test_a_run_is_copied_elsewhere_and_goes_on_from_there(far, tmp_path):
         'step_00000004', 'step_00000008', 'step_00000012']
     fs, base = remote.filesystem(far.far)
     for path in (tmp_path / 'run').rglob('*'):
-        if path.is_file() and 'latest' not in str(path) and path.name != 'environment.json':
+        is_copied = path.name not in ('environment.json', 'lock') and 'latest' not in str(path)
+        if path.is_file() and is_copied:
             assert fs.cat_file(
                 f'{base}/{path.relative_to(tmp_path / "run")}') == path.read_bytes(), path
-    # as if it was killed on the way
+    # as if it was killed on the way; and the one before is damaged
     fs.rm(f'{base}/checkpoints/step_00000012/progress.json')
+    damaged = f'{base}/checkpoints/step_00000008/model.safetensors'
+    fs.pipe_file(damaged, fs.cat_file(damaged)[:-1] + b'?')
     result = train(tmp_path / 'other', *flags, env=far.env).ok()
-    assert 'resumed from' in result.out and 'step_00000008' in result.out
+    assert 'step_00000008 is damaged and is skipped: model.safetensors' in result.out
+    assert 'resumed from' in result.out and 'step_00000004' in result.out
     assert losses(tmp_path / 'other') == losses(tmp_path / 'run')
     assert far_names(far) == names(tmp_path / 'run')
+    kept = tmp_path / 'run/checkpoints/step_00000008/model.safetensors'
+    assert fs.cat_file(damaged) == kept.read_bytes(), 'it is copied again'
     flags = [
         '--max_steps=1', '--lr=0.0', f'--init_from={far.far}', f'--cache_dir={tmp_path / "c"}']
     result = train(tmp_path / 'new', *flags, env=far.env).ok()
@@ -471,7 +478,7 @@ def test_a_copy_that_would_leave_its_folder_is_refused(tmp_path):
 
 
 def test_a_fault_of_ours_while_a_checkpoint_is_written_is_heard(tmp_path, monkeypatch):
-    saver = checkpoint.Saver(str(tmp_path), set())
+    saver = checkpoint.Saver(str(tmp_path))
     monkeypatch.setattr(
         checkpoint, 'files_of', lambda *_: (_ for _ in ()).throw(TypeError('ours')))
     monkeypatch.setattr(checkpoint, 'save_file', lambda *_: None)
@@ -482,12 +489,19 @@ def test_a_fault_of_ours_while_a_checkpoint_is_written_is_heard(tmp_path, monkey
 
 def test_a_place_elsewhere_that_is_lost_is_told_and_costs_nothing(far, tmp_path):
     far.proxy.fault = lambda method, path: 500 if method in ('PUT', 'POST') else None
-    result = train(
-        tmp_path / 'run', '--max_steps=2', f'--remote={far.far}', env=far.env, timeout=120)
-    result.failed('remote=', far.far, 'whole')
-    assert names(tmp_path / 'run') == ['step_00000002'] and far_names(far) == []
+    flags = ['--max_steps=4', '--num_checkpoints=4', '--keep_last=1', f'--remote={far.far}']
+    process = Process('train.py', [*tiny.FLAGS, f'--data_dir={tiny.data_dir()}', *MIX, *flags,
+                                   f'--out_dir={tmp_path / "run"}'], env=far.env)
+    # a signal ends the wait for it
+    assert wait_until(lambda: 'waiting until' in process.result(0).out, process)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait(10).failed('remote=', far.far, 'ended by a signal', 'step_00000001', 'whole')
+    every = [f'step_{step:08}' for step in (1, 2, 3, 4)]
+    assert names(tmp_path / 'run') == every and far_names(far) == [], 'keep_last takes none'
+
+    # what is missing there is copied by the same command, which has nothing left to train
     far.proxy.fault = lambda method, path: None
-    train(tmp_path / 'run', '--max_steps=2', f'--remote={far.far}', env=far.env).ok()
-    assert far_names(far) == ['step_00000002']
+    train(tmp_path / 'run', *flags, env=far.env).ok()
+    assert far_names(far) == every and names(tmp_path / 'run') == every[-1:]
     train(tmp_path / 'x', '--max_steps=2', '--remote=nothing://here', env=far.env).refused(
         'remote', 'nothing')

@@ -231,16 +231,53 @@ def test_shards_that_change_or_go(s3, tmp_path):
     assert s3.waits == [], 'waiting would not help'
 
 
-@pytest.mark.parametrize('remote', [True, False])
-def test_a_shard_that_changes_after_it_was_closed_is_indexed_anew(s3, tmp_path, remote):
+def rewritten(s3, tmp_path, remote):
+    """A Folder whose first shard was read, closed, and then changed."""
     folder = Folder(s3.url if remote else str(s3.local), cache_dir=s3.cache, max_open=1)
     folder.read(0, 0), folder.read(1, 0)
     write_tar(tmp_path / 'new.tar', [(f'anew{i}', {'txt': b'anew %d' % i}) for i in range(4)])
     s3.upload(tmp_path / 'new.tar', '00000000.tar')
     (tmp_path / 'new.tar').rename(s3.local / '00000000.tar')
-    for path in copies(s3)[0]:
-        path.unlink()
+    return folder
+
+
+def test_a_local_shard_that_changes_after_it_was_closed_is_indexed_anew(s3, tmp_path):
+    folder = rewritten(s3, tmp_path, False)
     assert folder.read(0, 1) == {'txt': b'anew 1'} and folder.key(0, 1) == 'anew1'
+
+
+@pytest.mark.parametrize('has_copy', [True, False])
+def test_a_remote_shard_that_changes_midway_is_an_error(s3, tmp_path, has_copy):
+    folder = rewritten(s3, tmp_path, True)
+    other = Folder(s3.url, cache_dir=s3.cache)
+    # as in another worker of the same run, which never had the old one
+    other.remote.begun = folder.remote.begun
+    if not has_copy:
+        for path in copies(s3)[0]:
+            path.unlink()
+        other = folder
+    for _ in range(2):
+        with pytest.raises(OSError, match=f'{s3.url}/00000000.tar is not what it was when this'):
+            other.read(0, 1)
+    assert other.read(1, 0) and other.read(2, 0), 'the others can be read'
+    later = Folder(s3.url, cache_dir=s3.cache)
+    assert later.read(0, 1) == {'txt': b'anew 1'}, 'another run begins with what is there'
+
+
+def test_a_remote_shard_that_changes_while_it_is_copied_is_an_error(s3, tmp_path):
+    folder = Folder(s3.url, cache_dir=s3.cache)
+    old = (s3.local / '00000000.tar').read_bytes()
+
+    def strike(method, path):
+        # after the request for its fingerprint: the same size and count, another ETag
+        if method == 'GET' and path.endswith('00000000.tar'):
+            new = tmp_path / f'{time.time_ns()}.tar'
+            new.write_bytes(old.replace(b'name', str(time.time_ns())[-4:].encode()))
+            s3.upload(new, '00000000.tar')
+    s3.proxy.fault = strike
+    with pytest.raises(OSError, match='00000000.tar can not be read, 6 times.*changed while'):
+        folder.read(0, 0)
+    assert copies(s3)[0] == []
 
 
 def test_a_cache_that_loses_its_copies_at_once(s3, monkeypatch):
