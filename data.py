@@ -604,14 +604,10 @@ def check(settings, world):
 def open_mix(settings):
     """The folders of a mix, {data set: Folder}, and the History of a run that begins. Raises
     ValueError and OSError."""
-    folders, known = {}, {}
-    for name in settings['mix']:
-        folders[name] = folder = open_folder(name, settings)
-        # under two names it would be gone through twice, each time in another order
-        first = os.path.realpath(folder.shard_path(0)), len(folder.sizes)
-        if known.setdefault(first, name) != name:
-            raise ValueError(f'mix: {known[first]!r} and {name!r} are one data set: give it one '
-                             'weight')
+    folders = {name: open_folder(name, settings) for name in settings['mix']}
+    if len(folders) > 1:
+        from usage import check_each_once
+        check_each_once(folders)
     return folders, History(settings, folders)
 
 

@@ -1,7 +1,7 @@
-"""Members of shards that are .npy files: what their headers say, and where the samples of an
-episode are.
+"""Members of shards that are .npy files, and alike: what their headers say, where the samples of
+an episode are, which tokens they hold.
 
-shards.py imports this where it meets one.
+shards.py and processor.py import this where they meet one.
 """
 import io
 import math
@@ -53,3 +53,21 @@ def read_episodes(table, firsts, fd, path):
         keys.append(table['key'][first])
         episodes.append((row_type, header))
     return starts, keys, episodes
+
+
+def read_tokens(data, ext):
+    """Bytes of a .tokens.npy, or the array of a .tokens.bin -> int64 (tokens,). Raises
+    ValueError."""
+    ids = data
+    if ext == 'tokens.npy':
+        try:
+            ids = np.load(io.BytesIO(data), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f'.{ext} can not be read ({error})') from None
+    if ids.dtype not in (np.uint16, np.uint32, np.int32, np.int64) or ids.ndim != 1:
+        raise ValueError(f'.{ext} is {ids.dtype} {ids.shape}: expected a row of uint16 or uint32')
+    # the largest value marks padding
+    ids = ids[ids != np.iinfo(ids.dtype).max]
+    if not len(ids) or ids.min() < 0:
+        raise ValueError(f'.{ext} holds no tokens')
+    return ids.astype(np.int64)

@@ -21,7 +21,6 @@ form of the model in it (token ids and pixels are those of its processor in tran
 Axes: B rows of a batch, T tokens of a row, I pictures of a batch, A samples with arrays beside.
 """
 import importlib
-import io
 import json
 import os
 import runpy
@@ -44,7 +43,6 @@ MEMBERS = ('txt', 'json', 'tokens.npy', 'tokens.bin', 'lowdim.npy', 'lowdim.npz'
 
 # what `fields` and those who ask a model add to a sample: not of its .json
 OURS = ('pictures', 'picture_names', 'members', 'data_set', '_asking', '_lowdim')
-KNOWN = 'text', 'prefix and suffix', 'messages', 'instruction'
 
 
 def is_read(ext):
@@ -131,18 +129,9 @@ def question(sample, p):
     if answer is None:
         raise BadSample('no suffix: nothing to answer')
     if not answer.strip() and not sample.get('_asking'):
-        raise BadSample(nothing_to_learn(sample))
+        from usage import nothing_to_learn
+        raise BadSample(nothing_to_learn([key for key in sample if key not in OURS]))
     return prefix, answer.strip()
-
-
-def nothing_to_learn(sample):
-    """Why a sample without an answer is a bad one."""
-    keys = ', '.join(key for key in sample if key not in OURS)
-    if {'text', 'suffix'} & sample.keys():
-        return 'its text is empty'
-    if 'messages' in sample:
-        return 'it has messages, which are read by processor=chat and others of its kind'
-    return f'it has {keys or "no keys"}: nothing to answer; known are {", ".join(KNOWN)}'
 
 
 def text(sample, p):
@@ -273,7 +262,11 @@ class Processor:
         Raises BadSample."""
         for ext in ('tokens.npy', 'tokens.bin'):
             if ext in members:
-                return self.cut(read_tokens(members[ext], ext))
+                from npy import read_tokens
+                try:
+                    return self.cut(read_tokens(members[ext], ext))
+                except ValueError as error:
+                    raise BadSample(str(error)) from None
         return self.row(fields(members, self.eyes is not None) | dict(data_set=data_set), rng)
 
     def row(self, sample, rng=None):
@@ -337,24 +330,6 @@ def answer_of(sample):
         if message.get('role') == 'assistant' and isinstance(message.get('content'), str):
             return message['content'].strip()
     return sample.get('suffix', sample.get('text', '')).strip()
-
-
-def read_tokens(data, ext):
-    """Bytes of a .tokens.npy, or the array of a .tokens.bin -> int64 (tokens,). Raises
-    BadSample."""
-    ids = data
-    if ext == 'tokens.npy':
-        try:
-            ids = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise BadSample(f'.{ext} can not be read ({error})') from None
-    if ids.dtype not in (np.uint16, np.uint32, np.int32, np.int64) or ids.ndim != 1:
-        raise BadSample(f'.{ext} is {ids.dtype} {ids.shape}: expected a row of uint16 or uint32')
-    # the largest value marks padding
-    ids = ids[ids != np.iinfo(ids.dtype).max]
-    if not len(ids) or ids.min() < 0:
-        raise BadSample(f'.{ext} holds no tokens')
-    return ids.astype(np.int64)
 
 
 def build(settings, tokenizer, task, image_tokens):

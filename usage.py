@@ -246,26 +246,47 @@ def code_problem(settings, where):
     return f'{where} names code, {", ".join(found)}: if you trust it, add --allow_code=true'
 
 
-# What is set and not used
+# What is set and not used, or named twice, or nothing can be learned from
 
 
 def unused(settings, known, keys, because):
-    """Lines on settings that somebody has set and this command does not read. known: {key:
-    default}, as config.json has it; keys: their names, or beginnings of them that end in a
-    dot."""
-    groups, lines = tuple(key for key in keys if key.endswith('.')), []
+    """A line, in a list, on settings that somebody has set and this command does not read. known:
+    {key: default}, as config.json has it; keys: their names, or beginnings of them that end in a
+    dot; because: what makes it so."""
+    groups, found = tuple(key for key in keys if key.endswith('.')), []
     for key, default in known.items():
         # a config.json holds all of them, as they are where nobody sets them
         is_one = key in keys or key.startswith(groups)
         if is_one and settings[key] != default:
-            lines.append(f'{key}={settings[key]!r} is not used: {because}')
-    return lines
+            found.append(f'{key}={settings[key]!r}')
+    return [f'not used, for {because}: {", ".join(found)}'] if found else []
 
 
 def refuse_unused(settings, known, keys, because):
-    """Raises ValueError for the first of those that `unused` finds."""
+    """Raises ValueError with the line of `unused`."""
     for line in unused(settings, known, keys, because):
-        raise ValueError(f'{line}: leave it out')
+        raise ValueError(f'{line}; leave it out')
+
+
+def check_each_once(folders):
+    """Raises ValueError where two names {name: Folder} are one data set, which would be gone
+    through twice, each time in another order."""
+    known = {}
+    for name, folder in folders.items():
+        first = os.path.realpath(folder.shard_path(0)), len(folder.sizes)
+        if known.setdefault(first, name) != name:
+            raise ValueError(f'mix: {known[first]!r} and {name!r} are one data set: give it one '
+                             'weight')
+
+
+def nothing_to_learn(keys):
+    """Why a sample of these keys, without an answer, is a bad one."""
+    if {'text', 'suffix'} & set(keys):
+        return 'its text is empty'
+    if 'messages' in keys:
+        return 'it has messages, which are read by processor=chat and others of its kind'
+    return (f'it has {", ".join(keys) or "no keys"}: nothing to answer; known are text, prefix '
+            'and suffix, messages, instruction')
 
 
 # What may have been meant, for refusals

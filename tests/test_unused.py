@@ -48,8 +48,9 @@ def test_settings_of_a_branch_that_is_not_taken_are_refused(task, said, words):
 def test_parts_that_a_branch_has_not_are_said(task, said, keys):
     actions = ACTIONS if task == 'policy' else {}
     lines = check(task, **actions, **said)
-    assert sorted(line.split('=')[0] for line in lines) == sorted(keys)
-    assert all('is not used: ' in line for line in lines)
+    assert all(line.startswith('not used, for ') for line in lines)
+    named = [each.split('=')[0] for line in lines for each in line.split(': ')[1].split(', ')]
+    assert sorted(named) == sorted(keys)
 
 
 def options(task, **said):
@@ -78,7 +79,7 @@ def test_a_seed_without_chance_is_said(capsys):
     check_sampling(options('llm', seed=3, temperature=1.0, top_k=2))
     assert capsys.readouterr().err == ''
     check_sampling(options('llm', seed=3))
-    assert capsys.readouterr().err == 'seed=3 is not used: temperature=0\n'
+    assert capsys.readouterr().err == 'not used, for temperature=0: seed=3\n'
 
 
 def test_a_data_set_is_named_once(tmp_path):
