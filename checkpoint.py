@@ -77,17 +77,22 @@ def newest_name(folder):
     return (names(folder) or ['none'])[0]
 
 
+def sum_of(path):
+    """[bytes, CRC-32] of a file."""
+    # in pieces: the file may be larger than the memory
+    size, crc = 0, 0
+    with open(path, 'rb') as f:
+        while block := f.read(1 << 22):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return [size, crc]
+
+
 def files_of(folder):
     """{path inside the folder: [bytes, CRC-32]} of every file."""
     checksums = {}
     for root, _, files in os.walk(folder):
         for path in (os.path.join(root, file) for file in files):
-            # in pieces: the file may be larger than the memory
-            size, crc = 0, 0
-            with open(path, 'rb') as f:
-                while block := f.read(1 << 22):
-                    size, crc = size + len(block), zlib.crc32(block, crc)
-            checksums[os.path.relpath(path, folder)] = [size, crc]
+            checksums[os.path.relpath(path, folder)] = sum_of(path)
     return checksums
 
 

@@ -13,7 +13,7 @@ have the same plain names, and they are asked in turn:
 
     knows(path)                             is this folder (or file) mine?
     settings(path)                          flat settings of train.py, `task` and paths among them
-    load(model, path, skip)                 into our model: the names that were loaded
+    load(model, path, skip)                 into our model: an accounting.Account
     open_model(path, dtype, image_size)     our model
     writes(settings, model)                 is the model of a run of a kind that I write?
     export(settings, tokenizer, model, folder, dtype)   a run as a folder of mine
@@ -30,6 +30,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+import accounting
 import checkpoint
 import past
 import processor as processors
@@ -151,6 +152,7 @@ def open_ours(path, device='cpu', ema=True):
     folder = past.checkpoint_of(path)
     try:
         settings = read_json(os.path.join(folder, 'config.json'))
+        accounting.check_sums(folder)
         task = tasks.load(settings['task'])
         is_bytes = settings['tokenizer'] == 'bytes'
         tok = tokenizers.load('bytes' if is_bytes else folder)
@@ -160,6 +162,7 @@ def open_ours(path, device='cpu', ema=True):
         if ema and settings.get('ema'):
             weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
         model.load_state_dict(weights)
+        accounting.check_finite(weights.items(), folder)
         model.to(device, memory_format=getattr(model, 'memory_format', torch.preserve_format))
 
         # the files of a model folder are kept here
@@ -203,7 +206,7 @@ def load(model, folder, skip=()):
     """Copy what a folder of others (or a file of theirs) and our model share into the model,
     sharded or not, one tensor at a time, but for names in which a regex of `skip` is found: the
     names that were loaded. Raises ValueError."""
-    return family_of(folder).load(model, folder, skip)
+    return family_of(folder).load(model, folder, skip).loaded
 
 
 def config_lines(name):

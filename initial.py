@@ -4,10 +4,14 @@ train.py imports this where there are such.
 """
 import os
 import re
+from collections import Counter
 
+import accounting
 import checkpoint
 import hub
 import past
+from accounting import Account, counted
+from model import DecoderConfig, ViTConfig
 from shards import is_url
 
 
@@ -18,6 +22,8 @@ def begin(model, path, skip, cache_dir):
 
     A language or vision-language model begins what reads for a denoiser: `model.reader` names
     that part."""
+    ours = model.state_dict()
+    accounting.check_skip(skip, ours)
     try:
         folder = path
         if is_url(path):
@@ -25,29 +31,32 @@ def begin(model, path, skip, cache_dir):
             folder = local_copy(path, cache_dir)
 
         # what reads for a denoiser takes what is no denoiser itself
-        target, prefix, unused = model, '', set()
-        reader = getattr(model, 'reader', '')
-        if hub.is_foreign(folder):
+        is_foreign = hub.is_foreign(folder)
+        if is_foreign:
             folder = hub.fetch(folder)
-            if reader and not hasattr(hub.family_of(folder), 'open_run'):
-                target, prefix = getattr(model, reader), f'{reader}.'
-            loaded = hub.load(target, folder, skip)
+            is_reading = not hasattr(hub.family_of(folder), 'open_run')
         else:
-            if reader and not has_denoiser(folder):
-                target, prefix = getattr(model, reader), f'{reader}.'
-            loaded, unused = load_weights(target, folder, skip)
-        for regex in skip:
-            if not any(re.search(regex, name) for name in target.state_dict()):
-                raise ValueError(f'init_skip: {regex!r} is found in no name of a parameter '
-                                 '(--parameters lists them)')
+            is_reading = not has_denoiser(folder)
+
+        # and has names without that part's own, which skip is about
+        target, prefix, reader = model, '', getattr(model, 'reader', '')
+        if reader and is_reading:
+            target, prefix = getattr(model, reader), f'{reader}.'
+            skip = [f'^{re.escape(name)}$' for name in target.state_dict()
+                    if accounting.is_skipped(prefix + name, skip)]
+
+        if is_foreign:
+            account = hub.family_of(folder).load(target, folder, skip)
+        else:
+            account = load_weights(target, folder, skip)
     except checkpoint.ERRORS as error:
         raise ValueError(f'init_from={path!r}: {error}') from None
 
     # every tensor is accounted for
-    loaded = {prefix + name for name in loaded}
-    fresh = model.state_dict().keys() - loaded
+    loaded = {prefix + name for name in account.loaded}
+    fresh = Counter(name.partition('.')[0] for name in ours.keys() - loaded)
     return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
-            f'{parts(fresh) or "none"} begin anew, {parts(unused) or "none"} left there unused')
+            f'{counted(fresh)} begin anew, {account.left()}')
 
 
 def has_weights(folder):
@@ -78,16 +87,17 @@ def has_denoiser(path):
 
 def load_weights(model, path, skip=()):
     """Fill the parameters that a run, a checkpoint or its ema/ has by the same name, but for those
-    in which a regex of `skip` is found: (names loaded, names there that are not used). Raises
-    ValueError, and ERRORS of a damaged file."""
+    in which a regex of `skip` is found: their Account. Raises ValueError, and ERRORS of a damaged
+    file."""
     folder = weights_folder(path)
     if not folder:
         raise ValueError('no model.safetensors there, nor in checkpoints/ below it')
+    accounting.check_sums(folder)
 
     # views of the parameters: loading fills the model
     wanted = {}
     for name, tensor in model.state_dict().items():
-        if not any(re.search(regex, name) for regex in skip):
+        if not accounting.is_skipped(name, skip):
             wanted[name] = tensor
 
     # an ema/ has what was trained, the rest is in the folder above it
@@ -97,22 +107,42 @@ def load_weights(model, path, skip=()):
         folders = [above, folder]
 
     # the folder comes last: its averages are to stand
-    loaded, there = set(), set()
+    theirs, sources = {}, {}
     for source in folders:
-        # a shape that differs is told before anything is filled
-        theirs = checkpoint.shapes(source)
-        shared = theirs.keys() & wanted.keys()
-        for name in sorted(shared):
-            if theirs[name] != tuple(wanted[name].shape):
-                raise ValueError(
-                    f'{name} is {theirs[name]} there and {tuple(wanted[name].shape)} here: change '
-                    'the model\'s settings, or name it in init_skip')
-        checkpoint.load({name: wanted[name] for name in sorted(shared)}, source)
-        loaded |= shared
-        there |= theirs.keys()
-    if not loaded:
+        shapes = checkpoint.shapes(source)
+        theirs |= shapes
+        sources |= dict.fromkeys(shapes, source)
+
+    # what does not fit is told before anything is filled
+    check_fit(model, wanted, theirs)
+    shared = theirs.keys() & wanted.keys()
+    for source in folders:
+        names = [name for name in sorted(shared) if sources[name] == source]
+        checkpoint.load({name: wanted[name] for name in names}, source)
+    accounting.check_finite(((name, wanted[name]) for name in sorted(shared)), folder)
+    unused = Counter(name.partition('.')[0] for name in theirs.keys() - shared)
+    return Account(sorted(shared), unused)
+
+
+def check_fit(model, wanted, theirs):
+    """Raises ValueError where a tensor has another shape there, {name: shape}, or is missing in a
+    part that both have."""
+    shared = sorted(theirs.keys() & wanted.keys())
+    if not shared:
         raise ValueError('it holds none of the parameters of this model')
-    return loaded, there - loaded
+    for name in shared:
+        if theirs[name] != tuple(wanted[name].shape):
+            raise ValueError(
+                f'{name} is {theirs[name]} there and {tuple(wanted[name].shape)} here: change '
+                'the model\'s settings, or name it in init_skip')
+
+    # a decoder or tower alone is one part, other models have some
+    is_one = isinstance(getattr(model, 'config', None), DecoderConfig | ViTConfig)
+    first_parts = {name.partition('.')[0] for name in shared}
+    for name in sorted(wanted.keys() - theirs.keys()):
+        if is_one or name.partition('.')[0] in first_parts:
+            raise ValueError(f'{name} is not there: change the model\'s settings, or name it in '
+                             'init_skip')
 
 
 def parts(names):

@@ -70,6 +70,7 @@ class DecoderConfig:
     dropout: float = 0.0        # on the output of each attention and MLP
     remat: bool = False         # compute layers again in the backward pass: less memory, slower
     hf: str = ''                # a folder or hub id: that causal LM of transformers
+    max_positions: int = 0      # tokens of a row, as an exported config.json says; 0: seq_len
 
 
 @dataclass

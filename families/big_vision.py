@@ -13,6 +13,7 @@ import zipfile
 import numpy as np
 import torch
 
+from accounting import Account, is_skipped
 from families import files
 
 # ------------------------------------------------------------------------------------------------
@@ -127,16 +128,19 @@ def settings(path):
 
 
 def load(model, path, skip=()):
-    """Copy what an .npz and our model share into the model: the names that were loaded. Raises
-    ValueError."""
-    ours = model.state_dict()
+    """Copy what an .npz and our model share into the model: the Account. Raises ValueError."""
+    ours, account = model.state_dict(), Account()
 
     def fitted_tensors():
-        for name, tensor in tensors(model, path):
-            if not files.is_skipped(name, skip):
-                yield name, files.fitted(tensor, name, tuple(ours[name].shape), path)
+        for name, tensor in tensors(model, path, skip, account):
+            shape = tuple(ours[name].shape)
+            fitted = files.fitted(tensor, name, shape, path)
+            if fitted.numel() != tensor.numel():
+                account.fitted.append(f'{name} {tuple(tensor.shape)} made {shape}')
+            yield name, fitted
 
-    return files.copy_into(model, fitted_tensors())
+    account.loaded = files.copy_into(model, fitted_tensors())
+    return account
 
 
 def open_model(path, dtype=torch.float32, image_size=0):
@@ -179,6 +183,11 @@ class Arrays:
             except Exception as error:
                 # zipfile, zlib and numpy have errors of their own.
                 raise ValueError(f'{self.path}: {name} can not be read ({error})') from None
+            if array.dtype.itemsize < 2 or array.dtype.kind in 'iub':
+                raise ValueError(f'{self.path}: {name} is {array.dtype}: quantised weights are '
+                                 'not read')
+            if not np.isfinite([array.min(), array.max()]).all():
+                raise ValueError(f'{self.path}: {name} holds NaN or infinity')
             self.last_name, self.last_array = name, array
         return self.last_array
 
@@ -206,9 +215,10 @@ def array_of(name, keys):
     return f'img/Transformer/encoderblock/{key}', layer, change
 
 
-def tensors(model, path):
+def tensors(model, path, skip, account):
     """Yield (our name, tensor) of all parameters of a VLM, or of its .vit alone, that an .npz has,
-    array by array. Raises ValueError where a part is not whole."""
+    array by array, but for names in which a regex of `skip` is found. Raises ValueError where a
+    part is not whole, or has what is not known here."""
     arrays = Arrays(path)
 
     # A tower alone has no text, a language model no pictures.
@@ -220,7 +230,7 @@ def tensors(model, path):
     # All are looked up before the first is copied.
     rows = []
     for name in model.state_dict():
-        if not name.startswith(tuple(there)):
+        if not name.startswith(tuple(there)) or is_skipped(name, skip):
             continue
         key, layer, change = array_of(name, arrays.keys)
         if key not in arrays.keys:
@@ -228,12 +238,31 @@ def tensors(model, path):
         rows.append((key, name, layer, change))
     if not rows:
         raise ValueError(f'{path} holds nothing that this model has')
+    count_unused(model, arrays, {row[0] for row in rows}, account)
 
     # What shares an array comes one after the other, so that each is read once.
     for key, name, layer, change in sorted(rows, key=lambda row: row[0]):
         array = arrays[key]
         if layer is not None:
+            check_depth(model, name, key, len(array), path)
             array = array[layer]
         if change:
             array = change(array)
         yield name, torch.from_numpy(np.ascontiguousarray(array, np.float32))
+
+
+def count_unused(model, arrays, used, account):
+    """Account for the arrays that nothing of our model is made of: other parts, and what stands
+    after a feature_layer. Raises ValueError for a layer that is none of the model's."""
+    for key in arrays.keys.keys() - used:
+        if match := re.match(r'img/Transformer/encoderblock_(\d+)/', key):
+            check_depth(model, 'vit', key, int(match[1]) + 1, arrays.path)
+        account.unused[key.partition('/')[0]] += 1
+
+
+def check_depth(model, name, key, layers, path):
+    """Raises ValueError where an array is of more layers than the part of our model."""
+    part = name.partition('.')[0]
+    depth = getattr(getattr(model.config, part, None), 'depth', layers)
+    if layers > depth:
+        raise ValueError(f'{path}: {key} is of {layers} layers, {part}.depth={depth} here')

@@ -10,17 +10,26 @@ import math
 import os
 import re
 import shutil
+from collections import Counter
 from dataclasses import fields
 
 import torch
-from safetensors import SafetensorError
 
 import processor as processors
 import tasks
 import tokenizer as tokenizers
+from accounting import Account, counted, is_skipped, listed, say
 from checkpoint import Run, write_json
-from families.files import copy_into, files_of, layer_of, opened, write_tensors
-from families.huggingface import VIT_BLOCK
+from families.files import (
+    beside,
+    copy_into,
+    files_of,
+    layer_of,
+    opened,
+    tensor_of,
+    write_tensors,
+)
+from families.huggingface import FOLLOWS, VIT_BLOCK
 from images.clip import CLIPText, CLIPTextConfig
 from images.dit import DiTConfig
 from images.sd import UNet2DCondition, UNetConfig, build, schedule_of
@@ -337,33 +346,53 @@ def block_of(key):
     return layer_of('text.' + key.removeprefix('text_model.'))
 
 
-def check_names(theirs, ours, where):
-    """Raises ValueError where a folder's canonical names, {name: the file's}, are not those of
-    ours: something is missing, or not known here."""
+def check_names(theirs, ours, where, depth, account):
+    """Account for what of a folder's canonical names, {name: the file's}, we have no use for.
+    Raises ValueError where something is missing, or not known here. depth: of its text tower."""
     missing = [key for key in ours if key not in theirs]
     if missing:
         raise ValueError(f'{where} holds another model than its config.json says: '
-                         f'{", ".join(missing[:3])} is missing')
+                         f'{listed(missing)} is missing')
 
-    # A tower that ends with its feature_layer has no use for the blocks after it. Positions count
-    # from 0: old folders have them as a tensor.
+    # A tower that ends with its feature_layer has no use for the blocks after it, of which there
+    # are so many as its config.json says.
     built = {block_of(key) for key in ours}
     unknown = []
     for key, name in theirs.items():
-        if key not in ours and block_of(key) in built and not key.endswith('.position_ids'):
+        block = block_of(key)
+        if key in ours:
+            continue
+        # Positions count from 0: old folders have them as a tensor.
+        if key.endswith('.position_ids'):
+            account.needless[name] = FOLLOWS
+        elif not block or block in built or int(block.split('.')[-2]) >= depth:
             unknown.append(name)
+        else:
+            account.unused[where] += 1
     if unknown:
         raise ValueError(f'{where} holds another model than its config.json says: '
-                         f'{", ".join(unknown[:3])} is not known here')
+                         f'{listed(unknown)} is not known here')
 
 
-def tensors(shapes, folder, part):
+def tensors(shapes, folder, part, account, skip=()):
     """Yield (our name, tensor) of a part of a folder, one at a time, for `shapes` {our name:
-    shape}. Raises ValueError where a tensor is missing, unknown or of another shape."""
+    shape}, but for names of `skip`. Raises ValueError where a tensor is missing, unknown or of
+    another shape."""
     files = files_of(os.path.join(folder, part), STEMS[part])
     theirs = {canonical(name, part): name for name in files}
+    if len(theirs) < len(files):
+        twice = files.keys() - theirs.values()
+        raise ValueError(f'{folder}/{part} has {listed(sorted(twice))} under two names')
     ours = {their_name(name, part): name for name in shapes}
-    check_names(theirs, ours, f'{folder}/{part}')
+
+    # what is skipped may be there or not
+    for key, name in list(ours.items()):
+        if name in skip:
+            del ours[key]
+            if theirs.pop(key, ''):
+                account.unused[part] += 1
+    depth = getattr(read_config(folder, part), 'depth', 0)
+    check_names(theirs, ours, f'{folder}/{part}', depth, account)
 
     # file by file, so that one is open at a time
     open_path, open_file = '', None
@@ -372,10 +401,7 @@ def tensors(shapes, folder, part):
         path, shape = files[their], shapes[name]
         if path != open_path:
             open_path, open_file = path, opened(path)
-        try:
-            tensor = open_file.get_tensor(their)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f'{path}: {their} can not be read ({error})') from None
+        tensor = tensor_of(open_file, their, path)
 
         # once a convolution of one pixel
         if part == 'vae' and '.attentions.' in name and tensor.numel() == math.prod(shape):
@@ -384,6 +410,16 @@ def tensors(shapes, folder, part):
             raise ValueError(f'{path}: {their} is {tuple(tensor.shape)}, its config.json says '
                              f'{tuple(shape)}')
         yield name, tensor
+
+
+def others_in(folder):
+    """Counter {part: tensors} of what else a folder holds, such as a safety_checker."""
+    found = Counter()
+    for part in sorted(os.listdir(folder)):
+        path = os.path.join(folder, part)
+        if part not in MODELS and os.path.isdir(path):
+            found[part] = beside(path, ()).total()
+    return +found
 
 
 def shapes_of(model):
@@ -401,10 +437,12 @@ def from_folder(folder, part, dtype=torch.float32, config=None):
         model = kind(config)
 
     # copied, for what safetensors gives may be a view of the file
-    loaded = {}
-    for name, tensor in tensors(shapes_of(model), folder, part):
+    loaded, account = {}, Account()
+    for name, tensor in tensors(shapes_of(model), folder, part, account):
         loaded[name] = tensor.to(dtype, copy=True)
     model.load_state_dict(loaded, assign=True)
+    if not account.is_whole():
+        say(f'{folder}/{part}: {len(loaded)} tensors loaded, {account.left()}')
 
     # convolutions draw faster so
     return model.to(memory_format=torch.channels_last).eval()
@@ -473,6 +511,8 @@ def open_run(folder, device='cpu', ema=True):
     tok = tokenizers.load(os.path.join(folder, 'tokenizer'))
     dit = DiTConfig(image_size=settings['dit.image_size'])
     unet, vae, text = (from_folder(folder, part) for part in MODELS)
+    if others := others_in(folder):
+        say(f'{folder}: {counted(others)} left there unused')
     empty = clip_row(tok, '', settings['seq_len'])
     model = build(dit, unet, text, vae, empty).to(device).eval()
     task = tasks.load('t2i')
@@ -480,21 +520,19 @@ def open_run(folder, device='cpu', ema=True):
     return Run(task, settings, tok, model, processor, device, folder)
 
 
-def has_match(regexes, name):
-    return any(re.search(regex, name) for regex in regexes)
-
-
-def whole(model, folder, skip=()):
+def whole(model, folder, skip, account):
     """Yield (our name, tensor) of all parts of a TextToImage, but for names in which a regex of
     `skip` is found."""
+    account.unused += others_in(folder)
     for name, part in INSIDE.items():
         # a part that is skipped as a whole may be missing there, or be of another shape
-        if has_match(skip, name + '.'):
+        if is_skipped(name + '.', skip):
+            account.unused += Counter({part: beside(os.path.join(folder, part), ()).total()})
             continue
         shapes = shapes_of(getattr(model, name))
-        for key, tensor in tensors(shapes, folder, part):
-            if not has_match(skip, f'{name}.{key}'):
-                yield f'{name}.{key}', tensor
+        skipped = {key for key in shapes if is_skipped(f'{name}.{key}', skip)}
+        for key, tensor in tensors(shapes, folder, part, account, skipped):
+            yield f'{name}.{key}', tensor
 
 
 def check_same(folder, theirs, ours):
@@ -529,14 +567,16 @@ def autoencoder(folder, config):
 
 
 def load(model, folder, skip=()):
-    """Copy a folder's weights into a TextToImage of the same settings: the names that were loaded.
-    Raises ValueError."""
+    """Copy a folder's weights into a TextToImage of the same settings: the Account. Raises
+    ValueError."""
     if not isinstance(getattr(model, 'denoiser', None), UNet2DCondition):
         raise ValueError(f'{folder!r} is Stable Diffusion: it begins a run of task=t2i with '
                          'denoiser=unet')
     ours = {'unet': model.denoiser.config, 'clip': model.text.config, 'vae': model.vae.config}
     check_same(folder, settings_of(folder), ours)
-    return copy_into(model, whole(model, folder, skip))
+    account = Account()
+    account.loaded = copy_into(model, whole(model, folder, skip, account))
+    return account
 
 
 def export_run(settings, model, folder, dtype=torch.float32):

@@ -6,6 +6,7 @@ Axes: P patches, D width.
 """
 import os
 import re
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import accounting
 from checkpoint import write_json
 from tokenizer import read_json
 
@@ -21,6 +23,15 @@ REPOSITORY = r'[\w.-]+/[\w.-]+'
 # What a model is made from. Pickles and code that lie beside it are never fetched.
 WANTED = ['*.json', '*.safetensors', '*.model', '*.jinja', '*.tiktoken']
 PICKLES = ('.bin', '.pt', '.pth', '.gguf')
+
+# Endings of what stands beside quantised weights: bitsandbytes (8 and 4 bits), GPTQ and AWQ, fp8,
+# compressed-tensors.
+QUANTISED = re.compile(
+    r'\.(?:SCB|weight_format|absmax|quant_map|nested_\w+|quant_state\.\w+|qweight|qzeros|g_idx'
+    r'|(?:weight|input)_scale(?:_inv)?|weight_packed|weight_shape|weight_zero_point)$'
+    r'|\.weight\.(?:absmax|quant_map|nested_\w+|quant_state\.[\w.]+)$')
+DEQUANTISE = ('quantised weights are not read: open it in transformers, call model.dequantize(), '
+              'save that, or take the repository before it was quantised')
 
 
 def fetch(name, revision=None):
@@ -48,17 +59,21 @@ def fetch(name, revision=None):
 
 def files_of(folder, stem='model'):
     """{name of a tensor there: its .safetensors file}; stem: how the files' names begin. fp16 only
-    where there is nothing else. Raises ValueError."""
+    where there is nothing else. Raises ValueError, for what is no model by itself, too."""
+    refuse_adapter(folder)
     for variant in ('', '.fp16'):
         # Large models are cut into several files, which an index lists.
         index = os.path.join(folder, f'{stem}.safetensors.index{variant}.json')
-        if os.path.exists(index):
-            return files_of_index(index)
-
         single = os.path.join(folder, f'{stem}{variant}.safetensors')
-        if os.path.exists(single):
+        is_cut, is_single = os.path.exists(index), os.path.exists(single)
+        if is_cut and is_single:
+            raise ValueError(f'{folder!r} has both {os.path.basename(single)} and '
+                             f'{os.path.basename(index)}: remove the one that is old')
+        if is_cut:
+            return refuse_quantised(files_of_index(index), folder)
+        if is_single:
             with opened(single) as file:
-                return dict.fromkeys(file.keys(), single)
+                return refuse_quantised(dict.fromkeys(file.keys(), single), folder)
 
     pickles = sorted(name for name in os.listdir(folder) if name.endswith(PICKLES))
     if pickles:
@@ -74,8 +89,58 @@ def files_of_index(index):
     # A file's name must not lead out of the folder.
     if not isinstance(files, dict) or not all(map(is_safetensors, files.values())):
         raise ValueError(f'{index}: weight_map does not name .safetensors files beside it')
+
+    # What the index does not list would be lost in silence.
     folder = os.path.dirname(index)
+    for name in sorted(set(files.values())):
+        path = os.path.join(folder, name)
+        if not os.path.exists(path):
+            raise ValueError(f'{path} can not be read: {os.path.basename(index)} names it, and it '
+                             'is not there')
+        listed = {tensor for tensor, file in files.items() if file == name}
+        with opened(path) as file:
+            there = set(file.keys())
+        if there != listed:
+            raise ValueError(f'{path} and {os.path.basename(index)} do not name the same tensors: '
+                             f'{accounting.listed(sorted(there ^ listed))}')
     return {name: os.path.join(folder, file) for name, file in files.items()}
+
+
+def beside(folder, used):
+    """Counter {file: tensors} of .safetensors files of a folder that are not among the `used`."""
+    found = Counter()
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        # the same in fp16 is no other
+        if is_safetensors(name) and path not in used and '.fp16' not in name:
+            with opened(path) as file:
+                found[name] = len(file.keys())
+    return found
+
+
+def refuse_adapter(folder):
+    """Raises ValueError for the folder of an adapter of peft, which is no model by itself."""
+    path = os.path.join(folder, 'adapter_config.json')
+    if os.path.exists(path):
+        base = read_json(path).get('base_model_name_or_path')
+        raise ValueError(f'{folder!r} is an adapter of {base!r} (adapter_config.json), no whole '
+                         'model: in peft, call merge_and_unload(), then save_pretrained()')
+
+
+def refuse_settings(theirs):
+    """Raises ValueError where a config.json, of a model or of a part, is of quantised weights."""
+    for part in (theirs, theirs.get('text_config'), theirs.get('vision_config')):
+        if isinstance(part, dict) and part.get('quantization_config'):
+            raise ValueError(f'quantization_config={part["quantization_config"]!r}: {DEQUANTISE}')
+
+
+def refuse_quantised(tensor_files, folder):
+    """The {name: file} of a model, if none of the names is one of quantised weights. Raises
+    ValueError."""
+    found = [name for name in sorted(tensor_files) if QUANTISED.search(name)]
+    if found:
+        raise ValueError(f'{folder!r} has {accounting.listed(found)}: {DEQUANTISE}')
+    return tensor_files
 
 
 def is_safetensors(name):
@@ -92,11 +157,19 @@ def opened(path):
 
 
 def tensor_of(file, name, path):
-    """A tensor of an opened file. Raises ValueError with its path."""
+    """A tensor of an opened file. Raises ValueError, with its path and name, for one that can not
+    be read, is quantised or is not finite."""
     try:
-        return file.get_tensor(name)
+        tensor = file.get_tensor(name)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f'{path}: {name} can not be read ({error})') from None
+
+    # float8 has a scale somewhere
+    if not tensor.is_floating_point() or tensor.itemsize < 2:
+        raise ValueError(f'{path}: {name} is {str(tensor.dtype).removeprefix("torch.")}: '
+                         f'{DEQUANTISE}')
+    accounting.check_finite([(name, tensor)], path)
+    return tensor
 
 
 # ------------------------------------------------------------------------------------------------
@@ -109,11 +182,6 @@ def layer_of(key):
     return match[0] if match else ''
 
 
-def is_skipped(name, skip):
-    """Is one of the regexes of `skip` found in a name?"""
-    return any(re.search(regex, name) for regex in skip)
-
-
 def fitted(tensor, name, shape, folder):
     """The tensor in our shape. Raises ValueError if it has another."""
     # Pictures of another size have other patches.
@@ -122,7 +190,8 @@ def fitted(tensor, name, shape, folder):
 
     # Rows for tokens that we added: what the model thinks of an average one.
     same_width = tensor.shape[1:] == shape[1:]
-    if name.endswith('embedding.weight') and same_width and len(tensor) < shape[0]:
+    is_of_words = name.endswith(('embedding.weight', 'head.weight'))
+    if is_of_words and same_width and len(tensor) < shape[0]:
         average = tensor.float().mean(0, keepdim=True).to(tensor)
         return torch.cat((tensor, average.expand(shape[0] - len(tensor), -1)))
 

@@ -13,6 +13,7 @@ from dataclasses import fields, replace
 
 import torch
 
+from accounting import Account, is_skipped, listed, say
 from checkpoint import write_json
 from families import files, processors
 from families.huggingface_config import read_config, to_theirs
@@ -86,24 +87,28 @@ WRITTEN = {
         'vit.': 'model.vision_model.',
         'connector.': 'model.connector.modality_projection.proj.'}}
 
-# What we have no use for: the pooling head of a SigLIP tower, tables that follow from the
-# settings, the norm after a feature_layer that is not the last, an output layer that is the
-# embedding (and was saved all the same).
-UNUSED = (r'vit\.head\.|.*\.(?:position_ids|inv_freq)$|decoder\.norm\.|vit\.post_layernorm\.'
-          r'|decoder\.head\.')
+# What nobody needs, for it follows from the settings, and why.
+TABLES = r'.*\.(?:position_ids|inv_freq)$'
+FOLLOWS, TIED = 'follows from the settings', 'the embedding once more'
+POOLED = 'such a model takes the features before it'
+
+# What we have no use for: the pooling head of a SigLIP tower, and the norm after a feature_layer
+# that is not the last.
+UNUSED = r'vit\.head\.|decoder\.norm\.|vit\.post_layernorm\.'
 
 # model_type -> the part of the model that is read.
-ONLY_INSIDE = {'siglip': r'vision_model\.', 'gemma3': r'(?:model\.)?language_model\.'}
+ONLY_INSIDE = {'siglip': r'vision_model\.',
+               'gemma3': r'(?:model\.)?language_model\.|(?:model\.)?lm_head\.'}
 
 # ------------------------------------------------------------------------------------------------
 # what every family offers
 
 
 def knows(path):
-    """Is this folder mine? It has a config.json that is not a run's of ours."""
+    """Is this folder mine? It has a config.json that is not a run's of ours, or is an adapter."""
     config = os.path.join(path, 'config.json')
     if not os.path.isfile(config):
-        return False
+        return os.path.isfile(os.path.join(path, 'adapter_config.json'))
     try:
         return 'task' not in read_json(config)
     except ValueError:
@@ -135,13 +140,15 @@ def flat(part, config):
 
 def load(model, path, skip=()):
     """Copy what a folder and our model share into the model, sharded or not, one tensor at a time:
-    the names that were loaded. Raises ValueError."""
+    the Account. Raises ValueError."""
     if different := differences(model, path):
         named = ', '.join(f'{key}={theirs!r} (here {ours!r})'
                           for key, (ours, theirs) in different.items())
         raise ValueError(f'{path!r} has {named}: python hub.py config {path} prints all of its '
                          'settings')
-    return files.copy_into(model, tensors(model, path, skip))
+    rows, account = where(model, path, skip)
+    account.loaded = files.copy_into(model, tensors(model, path, rows, account))
+    return account
 
 
 def open_model(path, dtype=torch.float32, image_size=0):
@@ -160,10 +167,16 @@ def open_model(path, dtype=torch.float32, image_size=0):
 
     # Copied: what safe_open gives is the file itself, mapped, and who changes that would change
     # the model.
-    loaded = {name: tensor.to(dtype, copy=True) for name, tensor in tensors(model, path)}
+    rows, account = where(model, path)
+    loaded = {name: tensor.to(dtype, copy=True)
+              for name, tensor in tensors(model, path, rows, account)}
     if lacking := model.state_dict().keys() - loaded.keys():
         raise ValueError(f'{path!r} lacks {listed(sorted(lacking))}')
     model.load_state_dict(loaded, assign=True)
+
+    # A part of a model is less than the whole.
+    if not account.is_whole():
+        say(f'{path}: {len(loaded)} tensors of a {kind.__name__} loaded, {account.left()}')
     return model.eval()
 
 
@@ -176,7 +189,11 @@ def writes(run_settings, model):
 def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
     """A run's model as a folder that transformers loads: also what its tokenizer and processor
     read. Raises ValueError."""
-    model = exported_part(run_settings, model)
+    whole, model = model, exported_part(run_settings, model)
+    if model is not whole:
+        left = {part_of(name) for name in whole.state_dict()} - {'vit'}
+        say(f'{folder}: the vision tower alone, which is what transformers has of this model: '
+            f'{", ".join(sorted(left))} left out')
     theirs = export_model(model, folder, dtype)
 
     if not isinstance(model, ViT):
@@ -184,12 +201,19 @@ def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
         ids = dict(bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id,
                    pad_token_id=tokenizer.pad_id)
         theirs.update(ids)
-        if 'text_config' in theirs:
-            theirs['text_config'].update(ids)
+        text = theirs.get('text_config', theirs)
+        text.update(ids)
+        if not getattr(model.config, 'decoder', model.config).max_positions:
+            text['max_position_embeddings'] = run_settings['seq_len']
         write_json(os.path.join(folder, 'config.json'), theirs)
         write_json(os.path.join(folder, 'generation_config.json'), ids)
         processors.write_tokenizer(tokenizer, folder)
+        processors.copy_template(run_settings['processor'], folder)
 
+    image = tokenizer.names.get('image_token', '<image>')
+    if isinstance(model, VLM) and image != '<image>':
+        say(f'{folder}: the processors of transformers look for <image>, this tokenizer calls it '
+            f'{image}: put the tokens of a picture into a text yourself')
     if not isinstance(model, Decoder):
         image_tokens = getattr(model.config, 'image_tokens', 0)
         processors.write_processor(theirs['model_type'], run_settings, image_tokens, folder)
@@ -303,11 +327,6 @@ def part_of(key):
     return key.partition('.')[0]
 
 
-def listed(names):
-    """The first three of some names."""
-    return ', '.join(names[:3]) or 'nothing'
-
-
 # ------------------------------------------------------------------------------------------------
 # reading
 
@@ -317,7 +336,8 @@ def differences(model, folder):
     a model that both have; sizes of pictures and vocabularies aside, and what does not belong to
     the weights."""
     ours, theirs = model.config, read_config(folder)
-    free = {'image_size', 'feature_layer', 'dropout', 'remat', 'init_scale', 'vocab_size', 'hf'}
+    free = {'image_size', 'feature_layer', 'dropout', 'remat', 'init_scale', 'vocab_size', 'hf',
+            'max_positions'}
     pairs = []
 
     # Each may be a part alone, or have it.
@@ -338,47 +358,114 @@ def part_config(config, part, kind):
     return config if isinstance(config, kind) else getattr(config, part, None)
 
 
-def where(model, folder):
-    """[(our name, their name, file)] for all that a folder and a model share, file by file. Raises
-    ValueError where a part of theirs is not whole, or holds what is not known here."""
-    ours = our_names(model)
+def where(model, folder, skip=()):
+    """([(our name, their name, file)] file by file, Account) of all that a folder and a model
+    share, but for names in which a regex of `skip` is found. Raises ValueError where a part of
+    theirs is not whole, or holds what is not known here."""
     tensor_files = files.files_of(folder)
-    kind = read_json(os.path.join(folder, 'config.json')).get('model_type')
-    inside = ONLY_INSIDE.get(kind, '')
-    theirs = {canonical(name): name for name in tensor_files if re.match(inside, name)}
+    theirs, account = names_in(folder, tensor_files)
+    ours, wanted = our_names(model), {}
+    for key, name in ours.items():
+        if not is_skipped(name, skip):
+            wanted[key] = name
 
     # A folder may hold more parts than the model (a decoder beside a tower), never half a part.
     shared = set(map(part_of, theirs)) & set(map(part_of, ours))
     if not shared:
         raise ValueError(f'{folder!r} holds another model: nothing in it belongs to this one')
-    missing = [key for key in sorted(ours) if part_of(key) in shared and key not in theirs]
-
-    # What is known and not ours: parts that the model lacks, and layers after its feature_layer.
-    other_parts = {'vit', 'decoder', 'connector'} - shared
-    built = set(map(files.layer_of, ours))
-    unknown = []
-    for key in sorted(theirs.keys() - ours.keys()):
-        is_left = part_of(key) in other_parts or files.layer_of(key) not in built
-        if not is_left and not re.match(UNUSED, key):
-            unknown.append(theirs[key])
-
+    missing = [key for key in sorted(wanted) if part_of(key) in shared and key not in theirs]
+    unknown = sort_out(theirs, ours, folder, shared, account)
     if missing or unknown:
         raise ValueError(f'{folder!r} holds another model: it lacks {listed(missing)} and has '
                          f'{listed(unknown)} that is not known here')
-    rows = [(name, theirs[key], tensor_files[theirs[key]]) for key, name in ours.items()
+
+    # What is skipped is there all the same.
+    for key in theirs.keys() & (ours.keys() - wanted.keys()):
+        account.unused[part_of(key)] += 1
+    check_tied(theirs, tensor_files, account, folder)
+    rows = [(name, theirs[key], tensor_files[theirs[key]]) for key, name in wanted.items()
             if key in theirs]
-    return sorted(rows, key=lambda row: (row[2], row[1]))
+    return sorted(rows, key=lambda row: (row[2], row[1])), account
 
 
-def tensors(model, folder, skip=()):
-    """Yield (our name, tensor of our shape), one at a time, for all that a folder and a model
-    share, but for names in which a regex of `skip` is found. Position tables are interpolated
-    where the picture size differs. Raises ValueError."""
+def names_in(folder, tensor_files):
+    """({canonical name: its name there}, Account of what is in no part that is read). Raises
+    ValueError."""
+    kind = read_json(os.path.join(folder, 'config.json')).get('model_type')
+    theirs, account = {}, Account()
+    account.unused = files.beside(folder, tensor_files.values())
+    for name in tensor_files:
+        if not re.match(ONLY_INSIDE.get(kind, ''), name):
+            account.unused[part_of(name.removeprefix('model.'))] += 1
+            continue
+        key = canonical(name)
+        if key in theirs:
+            raise ValueError(f'{folder!r} has {theirs[key]} and {name}, which are one: leave out '
+                             'the one that is old')
+        theirs[key] = name
+    return theirs, account
+
+
+def sort_out(theirs, ours, folder, shared, account):
+    """Account for what a folder has and our model has not; the names that are not known. Raises
+    ValueError where it has more layers than its config.json says."""
+    config, built = read_config(folder), set(map(files.layer_of, ours))
+    configs = {'vit': part_config(config, 'vit', ViTConfig),
+               'decoder': part_config(config, 'decoder', DecoderConfig)}
+    if isinstance(config, VLMConfig):
+        configs['connector'] = config
+
+    unknown = []
+    for key in sorted(theirs.keys() - ours.keys()):
+        name, part, layer = theirs[key], part_of(key), files.layer_of(key)
+        depth = getattr(configs.get(part), 'depth', 0)
+        if depth and layer and int(layer.split('.')[-2]) >= depth:
+            raise ValueError(f'{folder!r} has {name}, but its config.json says num_hidden_layers='
+                             f'{depth}: one of the two is wrong')
+
+        # What nobody needs. (Whether that output layer is the embedding is looked at later.)
+        if re.match(TABLES, key):
+            account.needless[name] = FOLLOWS
+        elif key == 'decoder.head.weight' and part in shared:
+            account.needless[name] = TIED
+        elif key.startswith('vit.head.') and part in shared and isinstance(config, VLMConfig):
+            account.needless[name] = POOLED
+        elif not configs.get(part):
+            unknown.append(name)
+
+        # Parts that the model lacks, and what stands after its feature_layer.
+        elif part not in shared or layer not in built or re.match(UNUSED, key):
+            account.unused['vit.head' if key.startswith('vit.head.') else part] += 1
+        else:
+            unknown.append(name)
+    return unknown
+
+
+def check_tied(theirs, tensor_files, account, folder):
+    """Raises ValueError where a folder's output layer is to be its embedding, and is not."""
+    name = theirs.get('decoder.head.weight')
+    if name not in account.needless:
+        return
+    with files.opened(tensor_files[name]) as file:
+        head = files.tensor_of(file, name, tensor_files[name])
+    name = theirs['decoder.embed_tokens.weight']
+    with files.opened(tensor_files[name]) as file:
+        embedding = files.tensor_of(file, name, tensor_files[name])
+    if not torch.equal(head, embedding):
+        raise ValueError(f'{folder!r} says tie_word_embeddings=true, but its output layer is not '
+                         'its embedding: set false in config.json, or remove the output layer')
+
+
+def tensors(model, folder, rows, account):
+    """Yield (our name, tensor of our shape), one at a time, for rows of `where`. Position tables
+    are interpolated where the picture size differs. Raises ValueError."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Each file is opened once, and no more than one at a time.
-    for path, rows in itertools.groupby(where(model, folder), lambda row: row[2]):
+    for path, in_file in itertools.groupby(rows, lambda row: row[2]):
         with files.opened(path) as file:
-            for name, their, _ in rows:
-                if not files.is_skipped(name, skip):
-                    tensor = files.tensor_of(file, their, path)
-                    yield name, files.fitted(tensor, name, shapes[name], folder)
+            for name, their, _ in in_file:
+                tensor = files.tensor_of(file, their, path)
+                fitted = files.fitted(tensor, name, shapes[name], folder)
+                if fitted.shape != tensor.shape and fitted.numel() != tensor.numel():
+                    account.fitted.append(f'{name} {tuple(tensor.shape)} made {shapes[name]}')
+                yield name, fitted

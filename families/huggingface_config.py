@@ -8,6 +8,7 @@ dict, `config` is ours.
 import os
 from dataclasses import fields, replace
 
+from families.files import refuse_adapter, refuse_settings
 from model import DecoderConfig, ViTConfig, VLMConfig
 from tokenizer import read_json
 
@@ -51,6 +52,10 @@ DECODERS = {
              num_attention_heads=32, num_key_value_heads=32, head_dim=128,
              tie_word_embeddings=False, hidden_act='silu'))}
 
+# And how many positions it has, where that is left out.
+POSITIONS = {'gemma': 8192, 'gemma2': 8192, 'gemma3_text': 131072, 'llama': 2048, 'qwen2': 32768,
+             'qwen3': 32768}
+
 # A kind of vision tower -> what its config.json may leave out. Our ViT is SigLIP's, in which the
 # towers of Idefics3 and SmolVLM differ by size alone.
 SIGLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
@@ -64,6 +69,9 @@ IDEFICS3_TEXT = dict(model_type='llama', rms_norm_eps=1e-5, vocab_size=32000)
 VLMS = {'paligemma': (dict(model_type='gemma'), dict(model_type='siglip_vision_model')),
         'idefics3': (IDEFICS3_TEXT, dict(model_type='idefics3_vision')),
         'smolvlm': (IDEFICS3_TEXT, dict(model_type='smolvlm_vision'))}
+
+# Positions of a model that was never trained, where nobody said: RoPE has no end.
+LONGEST = 131072
 
 # These three gelus are one approximation, by tanh. Plain gelu is not among them.
 ACTIVATIONS = {'gelu_pytorch_tanh': 'gelu', 'gelu_fast': 'gelu', 'gelu_new': 'gelu',
@@ -85,13 +93,14 @@ ARCHITECTURES = {'gemma': 'GemmaForCausalLM', 'llama': 'LlamaForCausalLM',
 # Settings that change what is computed, and the values with which we compute the same.
 ONLY = dict(attention_bias=(False, None), mlp_bias=(False, None), use_sliding_window=(False, None),
             use_bidirectional_attention=(False, None), partial_rotary_factor=(1.0, None),
-            num_channels=(3,), quantization_config=(None,), layer_norm_eps=(1e-6,))
+            num_channels=(3,), layer_norm_eps=(1e-6,))
 
 # Whoever changes a file can ask for any size: these are looked at before anything is made.
 SIZES = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads',
          'num_key_value_heads', 'head_dim', 'vocab_size', 'image_size', 'patch_size',
-         'sliding_window', 'scale_factor')
-LEFT_OPEN = ('num_key_value_heads', 'head_dim', 'sliding_window')       # sizes that may be null
+         'sliding_window', 'scale_factor', 'max_position_embeddings')
+LEFT_OPEN = ('num_key_value_heads', 'head_dim', 'sliding_window',       # sizes that may be null
+             'max_position_embeddings')
 BESIDE_PARTS = ('quantization_config', 'scale_factor')      # of a model that has several parts
 
 # ------------------------------------------------------------------------------------------------
@@ -101,6 +110,7 @@ BESIDE_PARTS = ('quantization_config', 'scale_factor')      # of a model that ha
 def read_config(folder):
     """config.json of a folder as our settings. Raises ValueError."""
     path = os.path.join(folder, 'config.json')
+    refuse_adapter(folder)
     try:
         return to_config(read_json(path))
     except FileNotFoundError:
@@ -197,7 +207,7 @@ def decoder_config(theirs):
         final_logits_softcap=float(theirs.get('final_logit_softcapping') or 0),
         sliding_window=sliding_window, global_every=global_every,
         rope_theta=rope_theta, rope_local_theta=rope_local_theta, rope_scaling=rope_scaling,
-        **fixed)
+        max_positions=theirs.get('max_position_embeddings') or POSITIONS[kind], **fixed)
 
 
 def vit_config(theirs):
@@ -221,6 +231,7 @@ def vit_config(theirs):
 def refuse(theirs):
     """Raises ValueError for a setting that asks for what we do not compute, and for sizes that no
     model has."""
+    refuse_settings(theirs)
     for key, values in ONLY.items():
         if key in theirs and theirs[key] not in values:
             allowed = ' or '.join(map(repr, values))
@@ -396,7 +407,7 @@ def meaning(config):
     # Without local layers, theirs follows the global one, and nobody reads ours.
     rope_local_theta = config.rope_local_theta if config.sliding_window else config.rope_theta
     scalar = config.query_pre_attn_scalar or float(config.head_dim)
-    return replace(config, dropout=0.0, remat=False, query_pre_attn_scalar=scalar,
+    return replace(config, dropout=0.0, remat=False, max_positions=0, query_pre_attn_scalar=scalar,
                    embed_scale=config.embed_scale or config.width ** 0.5,
                    rope_local_theta=rope_local_theta)
 
@@ -412,7 +423,7 @@ def their_decoder(config, kind):
         intermediate_size=config.mlp_dim, num_hidden_layers=config.depth,
         num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
         head_dim=config.head_dim, rms_norm_eps=config.norm_eps,
-        tie_word_embeddings=config.tied, max_position_embeddings=131072,
+        tie_word_embeddings=config.tied, max_position_embeddings=config.max_positions or LONGEST,
         rope_theta=config.rope_theta, hidden_act=activation)
     if kind.startswith('gemma'):
         theirs['hidden_activation'] = activation

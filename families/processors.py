@@ -17,8 +17,10 @@ from chat import CHATS, read_template
 from checkpoint import write_json
 from processor import Processor
 from tokenizer import Bytes, read_json
-from vocabularies.json_file import HuggingFace
+from vocabularies.clip import open_merges
+from vocabularies.json_file import HuggingFace, named_tokens
 from vocabularies.pieces import SentencePiece
+from vocabularies.ranks import Tiktoken
 
 # How the class of a processor or image processor begins -> our form. (auto: the task's own, which
 # for vlm is PaliGemma's, for policy and vla that and the actions beside it.)
@@ -298,15 +300,25 @@ def three(value):
     return [value] * 3
 
 
+def copy_template(processor, folder):
+    """The chat template of a run that has one, from the folder that its processor is."""
+    for name in ('chat_template.jinja', 'chat_template.json'):
+        path = os.path.join(processor, name)
+        if os.path.exists(path):
+            shutil.copyfile(path, os.path.join(folder, name))
+
+
 def write_tokenizer(tokenizer, folder):
     """The tokenizer's files as transformers looks for them. (Of a Llama-like tokenizer.model it
-    makes a tokenizer that swallows the space before a text that begins with one.)"""
+    makes a tokenizer that swallows the space before a text that begins with one.) Raises
+    ValueError."""
     # Special tokens by their role; those that a tokenizer only counts get a name here.
+    in_file = {id_of(tokenizer, role): text for role, text in tokenizer.names.items()}
     names, added = {}, {}
-    for role in ('bos', 'eos', 'pad', 'image'):
-        number = getattr(tokenizer, f'{role}_id')
-        names[f'{role}_token'] = piece_of(tokenizer, number) or f'<{role}>'
-        added[str(number)] = dict(content=names[f'{role}_token'], special=True, normalized=False,
+    for role in ('bos_token', 'eos_token', 'pad_token', 'image_token'):
+        number = id_of(tokenizer, role)
+        names[role] = in_file.get(number) or new_name(tokenizer, role)
+        added[str(number)] = dict(content=names[role], special=True, normalized=False,
                                   lstrip=False, rstrip=False, single_word=False)
 
     # The main file, which is the first, has a name that transformers looks for.
@@ -318,29 +330,94 @@ def write_tokenizer(tokenizer, folder):
         shutil.copyfile(path, os.path.join(folder, name))
 
     # Bytes have no file of their own. A tokenizer.model does not say which class reads it.
-    kind = 'PreTrainedTokenizerFast'
+    kind, new = 'PreTrainedTokenizerFast', {}
     if isinstance(tokenizer, Bytes):
         write_json(os.path.join(folder, 'tokenizer.json'), bytes_tokenizer(added))
     elif isinstance(tokenizer, SentencePiece):
-        kind = 'GemmaTokenizer' if names['bos_token'] == '<bos>' else 'LlamaTokenizer'
+        # of the two, Llama's writes a space before a text
+        is_spaced = tokenizer.model.encode('a', out_type=str)[0].startswith('\u2581')
+        kind = 'LlamaTokenizer' if is_spaced else 'GemmaTokenizer'
+    else:
+        new = {int(number): token for number, token in added.items() if int(number) not in in_file}
+        write_tokenizer_json(tokenizer, new, folder)
 
     # What the tokenizer came with is kept, and wins.
     path = os.path.join(folder, 'tokenizer_config.json')
     kept = {}
     if os.path.exists(path):
         kept = read_json(path)
-    ours = dict(tokenizer_class=kind, added_tokens_decoder=added, model_max_length=10 ** 30,
+    added |= kept.get('added_tokens_decoder', {})
+    ours = dict(tokenizer_class=kind, model_max_length=10 ** 30,
                 clean_up_tokenization_spaces=False)
-    write_json(path, ours | names | kept)
+    write_json(path, ours | kept | names | dict(added_tokens_decoder=added))
 
 
-def piece_of(tokenizer, number):
-    """The text of a token in the tokenizer's own file; None or '' of one that it has not."""
-    if isinstance(tokenizer, SentencePiece) and number < tokenizer.size:
-        return tokenizer.model.id_to_piece(number)
-    if isinstance(tokenizer, HuggingFace):
-        return tokenizer.model.id_to_token(number)
-    return None
+def id_of(tokenizer, role):
+    """The id of bos_token, eos_token, pad_token or image_token."""
+    return getattr(tokenizer, role.replace('_token', '_id'))
+
+
+def new_name(tokenizer, role):
+    """How a token is spelled that a tokenizer's file lacks: as nothing in it is."""
+    piece_id = tokenizer.special
+    if isinstance(tokenizer, SentencePiece):
+        piece_id = tokenizer.piece_id
+    elif isinstance(tokenizer, HuggingFace):
+        piece_id = tokenizer.model.token_to_id
+    # A file may name a token that its vocabulary lacks. Processors look for <image>.
+    word = role.removesuffix('_token')
+    named = ['<image>'] if word == 'image' else []
+    for path in tokenizer.files:
+        if os.path.basename(path) == 'tokenizer_config.json':
+            named += [text for key, text in named_tokens(path).items() if key == role]
+    for text in (*named, f'<{word}>', f'<|{word}|>', f'<{word}_token>'):
+        if piece_id(text) is None:
+            return text
+    raise ValueError(f'{text} and alike are tokens, but none is its {role}: name it in the '
+                     'tokenizer_config.json beside it')
+
+
+def write_tokenizer_json(tokenizer, new, folder):
+    """tokenizer.json of a HuggingFace or Tiktoken, with new tokens {id: AddedToken's settings}
+    after its own; left as it was copied where it is all that. Raises ValueError."""
+    from tokenizers import AddedToken, Tokenizer
+    source, target = tokenizer.files[0], os.path.join(folder, 'tokenizer.json')
+    if isinstance(tokenizer, Tiktoken):
+        model = from_ranks(source, tokenizer)
+        new |= {number: dict(content=text, special=True)
+                for text, number in tokenizer.specials.items()}
+    elif source.endswith('.txt'):
+        model = open_merges(source)
+    else:
+        # what is not for training, vocabularies/json_file.py leaves out, too
+        model = Tokenizer.from_file(source)
+        dropout = getattr(model.model, 'dropout', None)
+        if not (new or model.truncation or model.padding or dropout):
+            return
+        if dropout:
+            model.model.dropout = None
+    model.no_truncation()
+    model.no_padding()
+
+    # The library counts on from its last id: what is between, nobody has.
+    for number in sorted(new):
+        for unused in range(model.get_vocab_size(), number):
+            model.add_special_tokens([AddedToken(f'<unused{unused}>', special=True)])
+        model.add_special_tokens([AddedToken(**new[number])])
+        if model.token_to_id(new[number]['content']) != number:
+            raise ValueError(f'tokenizer {source!r} has ids that nothing stands for: transformers '
+                             f'would not give {new[number]["content"]} the id {number}')
+    model.save(target)
+
+
+def from_ranks(path, tokenizer):
+    """The tokenizers.Tokenizer that does what a .tiktoken file says. Raises ValueError."""
+    try:
+        from transformers.convert_slow_tokenizer import TikTokenConverter
+    except ImportError:
+        raise ValueError(f'tokenizer {path!r}: to write it as tokenizer.json needs a package that '
+                         'is not here: pip install transformers') from None
+    return TikTokenConverter(path, tokenizer.model._pat_str).converted()
 
 
 def bytes_tokenizer(added):

@@ -9,14 +9,19 @@ Needs `pip install transformers`. Axes: B rows, T query, S key, D width, V vocab
 P patches.
 """
 import inspect
+import os
+import re
 from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 
-from families.files import fetch
+from accounting import Account, check_finite, listed, say
+from families.files import DEQUANTISE, fetch, files_of, opened, refuse_settings, tensor_of
 from model import Decoder, layout
+from tokenizer import read_json
 
 # ------------------------------------------------------------------------------------------------
 # opening
@@ -44,14 +49,17 @@ def is_causal(name):
 
 
 def open_theirs(name, auto, weights):
-    """The model of a folder or repository in fp32, with its weights or with random ones. auto: the
-    class of transformers that opens it. Raises ValueError."""
+    """(the model of a folder or repository in fp32, what transformers says of its weights); random
+    ones and {} with weights=False. auto: the class of transformers that opens it. Raises
+    ValueError."""
     try:
         import transformers
     except ImportError:
         raise ValueError(f'{name!r} needs a package that is not here: pip install '
                          'transformers') from None
     folder = fetch(name)
+    if weights:
+        refuse_unreadable(folder)
     transformers.utils.logging.disable_progress_bar()       # every rank would draw one
 
     # No code that comes with a model is run, and no pickle is opened.
@@ -59,12 +67,88 @@ def open_theirs(name, auto, weights):
     auto_class = getattr(transformers, auto)
     try:
         if weights:
-            return auto_class.from_pretrained(folder, use_safetensors=True, **options)
+            return auto_class.from_pretrained(folder, use_safetensors=True,
+                                              output_loading_info=True, **options)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return auto_class.from_config(config, **options)
-    except (ValueError, OSError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        return auto_class.from_config(config, **options), {}
+    except (ValueError, OSError, KeyError, ImportError, RuntimeError, AttributeError,
+            SafetensorError) as error:
         reason = ' '.join(str(error).split())[:300]
         raise ValueError(f'{name!r} can not be opened by transformers: {reason}') from None
+
+
+def refuse_unreadable(folder):
+    """Raises ValueError for a folder without .safetensors, an adapter, and quantised weights."""
+    config = os.path.join(folder, 'config.json')
+    if os.path.exists(config):
+        refuse_settings(read_json(config))
+    tensor_files = files_of(folder)
+    for path in sorted(set(tensor_files.values())):
+        with opened(path) as file:
+            for name in file.keys():
+                # masks of old releases are bytes
+                if file.get_slice(name).get_dtype().startswith(('I8', 'F8')):
+                    raise ValueError(f'{path}: {name} is of 8 bits: {DEQUANTISE}')
+
+
+def account_for(tower, theirs, info, name):
+    """Say what became of the tensors of a folder of which a tower uses what is not frozen. theirs:
+    all that was opened, info: what transformers says of it. Raises ValueError where the tower's
+    own are not there, not all of its layers, or not finite."""
+    if not info:
+        return
+    used, account = {id(p) for p in tower.parameters() if p.requires_grad}, Account()
+    for key, p in theirs.named_parameters():
+        if id(p) in used:
+            account.loaded.append(key)
+        else:
+            account.unused[first_part(key)] += 1
+    lacking = [key for key in account.loaded if key in info['missing_keys']]
+    if lacking:
+        raise ValueError(f'{name!r} lacks {listed(lacking)}')
+
+    # What is not known there is another part, or a layer that its config.json leaves out.
+    for key in sorted(info['unexpected_keys']):
+        if is_layer_too_many(key, account.loaded):
+            raise ValueError(f'{name!r} has {key}, but its config.json says of fewer layers: one '
+                             'of the two is wrong')
+        account.unused[first_part(key)] += 1
+    check_finite(theirs.named_parameters(), name)
+    say(f'{name}: {len(account.loaded)} tensors of a {type(theirs).__name__} loaded, '
+        f'{account.left()}')
+
+
+def first_part(key):
+    """lm_head, or what follows model."""
+    return key.removeprefix('model.').partition('.')[0]
+
+
+def is_layer_too_many(key, loaded):
+    """Is a name that is not known one of a layer after those that were loaded?"""
+    layer = re.compile(r'(.+)\.(\d+)\.(.+)')
+    extra = layer.fullmatch(key)
+    for match in filter(None, map(layer.fullmatch, loaded)):
+        # one of the two may stand in a larger model
+        if extra and match[3] == extra[3] and int(extra[2]) > int(match[2]):
+            if match[1].endswith(extra[1]) or extra[1].endswith(match[1]):
+                return True
+    return False
+
+
+def check_tied(lm, folder):
+    """Raises ValueError where a folder's output layer is to be its embedding, and is not."""
+    embedding, head = lm.get_input_embeddings().weight, lm.get_output_embeddings().weight
+    if not getattr(lm.config.get_text_config(), 'tie_word_embeddings', False):
+        return
+    tensor_files = files_of(folder)
+    both = []
+    for name, p in lm.named_parameters(remove_duplicate=False):
+        if (p is embedding or p is head) and name in tensor_files:
+            with opened(tensor_files[name]) as file:
+                both.append(tensor_of(file, name, tensor_files[name]))
+    if head is not embedding or (len(both) == 2 and not torch.equal(*both)):
+        raise ValueError(f'{folder!r} says tie_word_embeddings=true, but its output layer is not '
+                         'its embedding: set false in config.json, or remove the output layer')
 
 
 def refuse_others(config, part, allowed):
@@ -118,7 +202,8 @@ class HFDecoder(nn.Module):
     def __init__(self, config, vocab_size, weights=True):
         super().__init__()
         refuse_others(config, 'decoder', ('hf', 'vocab_size', 'remat'))
-        lm = open_theirs(config.hf, 'AutoModelForCausalLM', weights).eval()
+        lm, info = open_theirs(config.hf, 'AutoModelForCausalLM', weights)
+        lm.eval()
 
         # Multiples of 64 rows are faster, as those of our own embeddings.
         if vocab_size > lm.get_input_embeddings().num_embeddings:
@@ -141,7 +226,10 @@ class HFDecoder(nn.Module):
         if config.remat:
             lm.gradient_checkpointing_enable(dict(use_reentrant=False))
         mark_blocks(self)
+        if info:
+            check_tied(lm, fetch(config.hf))
         self.check_logits(lm)
+        account_for(self, lm, info, config.hf)
 
     def read_shape(self, config, text, vocab_size):
         """config, as far as masks and losses look at it, and kinds: those of its layers."""
@@ -226,7 +314,7 @@ class HFViT(nn.Module):
     def __init__(self, config, weights=True):
         super().__init__()
         refuse_others(config, 'vit', ('hf', 'image_size', 'patch_size', 'remat'))
-        model = open_theirs(config.hf, 'AutoModel', weights)
+        model, info = open_theirs(config.hf, 'AutoModel', weights)
         self.model = getattr(model, 'vision_model', model)      # a CLIP has words, too
 
         # Pictures and image tokens are made of these two before any tower is asked.
@@ -241,6 +329,7 @@ class HFViT(nn.Module):
         # The pooling head among them.
         size = config.image_size
         freeze_unused(self, self(torch.zeros(1, 3, size, size)))
+        account_for(self, model, info, config.hf)
         if config.remat:
             model.gradient_checkpointing_enable(dict(use_reentrant=False))
         mark_blocks(self)
@@ -257,7 +346,7 @@ class HFText(nn.Module):
     def __init__(self, config, vocab_size, weights=True):
         super().__init__()
         refuse_others(config, 'decoder', ('hf', 'vocab_size', 'remat'))
-        model = open_theirs(config.hf, 'AutoModel', weights)
+        model, info = open_theirs(config.hf, 'AutoModel', weights)
         if model.config.is_encoder_decoder:
             self.model = model.get_encoder()
         else:
@@ -275,6 +364,7 @@ class HFText(nn.Module):
         # A T5's decoder and a CLIP's projection are not read.
         tokens = torch.zeros(1, 2, dtype=torch.long)
         freeze_unused(self, self(tokens, torch.ones_like(tokens)))
+        account_for(self, model, info, config.hf)
 
     def forward(self, tokens, segments):
         """tokens, segments (B, S), segments 0 where padding, which stands on the right -> features
