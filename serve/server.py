@@ -209,7 +209,9 @@ class Server:
                                keepalive_timeout=IDLE, lingering_time=self.patience)
         await runner.setup()
         self.web = runner.server
-        listening = await self.loop.create_server(self.connect, sock=self.socket, backlog=128)
+        # With room for a crowd at once: who finds none tries again after a second.
+        listening = await self.loop.create_server(
+            self.connect, sock=self.socket, backlog=MOST_CONNECTIONS)
 
         # Whoever started it waits for this line.
         host, port = self.server_address

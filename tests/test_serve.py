@@ -424,34 +424,41 @@ def delays(robot, count):
 def test_a_crowd_does_not_lock_robots_out():
     """300 connections that say nothing, and 50 that ask and ask, for nothing good."""
     def act(seen):
-        time.sleep(0.005)
+        # as a policy does, it lets others run after each of its small operations
+        for _ in range(50):
+            time.sleep(0.0001)
         return plain(seen)
 
-    def nonsense(port):
-        # what each of them asks for, again and again
-        http_ = http.client.HTTPConnection('127.0.0.1', port, timeout=20)
+    def pester(port):
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=20)
         while not over.is_set():
-            http_.request('POST', '/act', b'{}')
-            assert http_.getresponse().read().startswith(b'the body')
-        http_.close()
+            connection.request('POST', '/act', b'{}')
+            assert connection.getresponse().read().startswith(b'the body')
+        connection.close()
 
-    over = threading.Event()
-    with Running(act) as running, ThreadPoolExecutor(50) as pool:
-        usual = delays(running.robot(), 60)
-        silent = [socket.create_connection(('127.0.0.1', running.port)) for _ in range(300)]
-        busy = [pool.submit(nonsense, running.port) for _ in range(50)]
+    def slower():
+        """How many times as long a robot waits beside a crowd."""
+        over.clear()
+        usual = delays(running.robot(), 40)
+        silent = [socket.create_connection(address) for _ in range(300)]
+        busy = [pool.submit(pester, running.port) for _ in range(50)]
         try:
-            crowded = delays(running.robot(), 60)
+            crowded = delays(running.robot(), 40)
         finally:
             over.set()
         for each in busy:
             each.result()
-        assert running.health()['refused'] > 50
         for each in silent:
             each.close()
+        # the first request of a robot waits at the door
+        return np.median(crowded[1:]) / np.median(usual[1:])
 
-    # the first waits at the door
-    assert np.median(crowded[1:]) < 2 * np.quantile(usual[1:], 0.99)
+    over = threading.Event()
+    with Running(act) as running, ThreadPoolExecutor(50) as pool:
+        address = '127.0.0.1', running.port
+        # other processes may disturb a round
+        assert any(slower() < 1.4 for _ in range(3))
+        assert running.health()['refused'] >= 50
 
 
 # -------------------------------------------------------------------------------------------------
