@@ -304,7 +304,11 @@ class Batches:
             folder, own = self.folders[number], dataset == number
             shards, indexes = shard[own].tolist(), index[own].tolist()
             if folder.sequence_length:
-                ready.append((self.sequences(folder, shards, indexes, bad), number))
+                import sequences
+                ids, failed = sequences.read(folder, shards, indexes, self.processor.tokenizer)
+                ready.append((ids, number))
+                for row, error in failed:
+                    bad.append(complaint(folder, shards[row], indexes[row], error))
             else:
                 places = zip(positions[own].tolist(), shards, indexes)
                 pieces += self.samples(folder, number, places, bad)
@@ -336,31 +340,6 @@ class Batches:
                 pieces.append((position, None))
                 bad.append(complaint(folder, shard, index, error))
         return pieces
-
-    def sequences(self, folder, shards, indexes, bad):
-        """Tokenized sequences: (samples, sequence_length), of the type they are stored in."""
-        rows, failed = [], {}
-        for shard, index in zip(shards, indexes):
-            try:
-                rows.append(folder.read_sequence(shard, index))
-            except BadSample as error:
-                failed[len(rows)] = error
-                # which is padding
-                rows.append(bytes([255]) * folder.sequence_bytes)
-        ids = np.frombuffer(bytearray().join(rows), folder.dtype).reshape(len(rows), -1)
-
-        # padding is past the vocabulary, too: most batches that have none are told at once
-        padding, vocab_size = np.iinfo(folder.dtype).max, self.processor.tokenizer.vocab_size
-        if ids.max() >= vocab_size:
-            unknown = (ids >= vocab_size) & (ids != padding)
-            for row in np.flatnonzero(unknown.any(1)).tolist():
-                failed[row] = (f'token {ids[row][ids[row] != padding].max()} of a tokenizer of '
-                               f'{vocab_size}: made with another one?')
-                ids[row] = padding
-        for row in sorted(failed):
-            bad.append(complaint(folder, shards[row], indexes[row], failed[row]))
-        return ids
-
 
 def complaint(folder, shard, index, error):
     """The line of a bad sample."""

@@ -347,54 +347,6 @@ def build(settings, tokenizer, task, image_tokens):
 # pieces to a batch
 
 
-def token_rows(ids, seq_len, tokenizer, documents=True):
-    """Sequences of a tokenized data set, unsigned (B, L), L <= seq_len + 1 -> tokens, targets,
-    segments int64 (B, seq_len), tensors on the same device.
-
-    The last of seq_len + 1 tokens is a target only. The largest value of the type marks padding. A
-    segment begins at each bos, and after each eos; documents=False: attention does not stop."""
-    import torch
-    from torch.nn.functional import pad
-    padding = torch.iinfo(ids.dtype).max
-    bos, eos = tokenizer.bos_id, tokenizer.eos_id
-    n, room = min(ids.shape[1], seq_len), (0, seq_len + 1 - ids.shape[1])
-
-    # unsigned types can do little
-    signed = {2: torch.int16, 4: torch.int32}[ids.itemsize]
-    ids = ids.view(signed).long() & padding
-    real = ids != padding
-    learned = real[:, 1:]
-    # a document does not foretell the next
-    if bos != eos:
-        learned = learned & (ids[:, :-1] != eos)
-    targets = pad(ids[:, 1:].where(learned, -100), room, value=-100)
-
-    ids, real = ids[:, :n], real[:, :n]
-    starts = ids == bos
-    if bos != eos:
-        starts[:, 1:] |= ids[:, :-1] == eos
-    starts[:, 0] = True
-    segments = starts.cumsum(1) if documents else torch.ones_like(ids)
-    room = (0, seq_len - n)
-    tokens = pad(ids.where(real, tokenizer.pad_id), room, value=tokenizer.pad_id)
-    return tokens, targets, pad(segments * real, room)
-
-
-def count_tokens(ids, seq_len, tokenizer, documents=True):
-    """What `token_rows` will give of an array, counted: tokens, targets, and whether any row is
-    not just causal."""
-    bos, eos, n = tokenizer.bos_id, tokenizer.eos_id, min(ids.shape[1], seq_len)
-    real = ids != np.iinfo(ids.dtype).max
-    ended = np.zeros_like(ids[:, 1:], bool)
-    if bos != eos:
-        ended = ids[:, :-1] == eos
-    has_documents = (ended | (ids[:, 1:] == bos))[:, :n - 1].any()
-    is_short = n < seq_len or not real[:, :n].all()
-    num_targets = np.count_nonzero(real[:, 1:] & ~ended)
-    needs_segments = is_short or documents and has_documents
-    return np.count_nonzero(real[:, :n]), num_targets, bool(needs_segments)
-
-
 def fill_rows(lengths, seq_len):
     """Pieces into as few rows as first-fit-decreasing finds: a list of lists of piece numbers,
     none of them cut."""
@@ -418,12 +370,13 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     uint8 (I, H, W, 3) or as the form gave them, and pictures (B,), how many of them each row has;
     beside: a dict of arrays (A, ...), with `rows` and `positions` (A,); texts, one a row;
     num_tokens, num_targets. A batch of nothing but sequences of one type has `ids` (B, L) instead,
-    of which `token_rows` makes the rest on the device, and `cut`: whether it needs segments.
+    of which sequences.py makes the rest on the device, and `cut`: whether it needs segments.
 
     pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is
     one; empty ones fill up. ready: sequences and their data set, [(ids, part), ...]: the first."""
     if ready and not pieces and len({(ids.dtype, ids.shape[1]) for ids, _ in ready}) == 1:
-        return collate_sequences(ready, p, multiple)
+        import sequences
+        return sequences.collate(ready, p, multiple)
 
     # a row each, or as few rows as hold them
     rows = [[piece] if piece else [] for piece in pieces]
@@ -435,7 +388,9 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
 
     num_ready = sum(len(ids) for ids, _ in ready)
     batch = empty_batch(num_ready + len(rows), p, pack, multiple)
-    write_ready(batch, ready, p)
+    if ready:
+        import sequences
+        sequences.write(batch, ready, p)
     pixels, beside = [], []
     for i, row in enumerate(rows, num_ready):
         end = 0
@@ -474,18 +429,6 @@ def empty_batch(rows, p, pack, multiple):
                 texts=[''] * rows)
 
 
-def write_ready(batch, ready, p):
-    """Tokenized sequences into the first rows of a batch."""
-    import torch
-    end = 0
-    for ids, part in ready:
-        begin, end = end, end + len(ids)
-        rows = token_rows(torch.as_tensor(ids), p.seq_len, p.tokenizer, p.documents)
-        for key, value in zip(('tokens', 'targets', 'segments'), rows):
-            batch[key][begin:end] = value
-        batch['parts'][begin:end] = part
-
-
 def write_piece(batch, i, span, number, piece, pack):
     """A piece into a span of row i, as segment `number`, counted from 1; 0 is padding."""
     for key in ('tokens', 'targets', 'blocks'):
@@ -495,20 +438,6 @@ def write_piece(batch, i, span, number, piece, pack):
     batch['pictures'][i] += len(piece['pictures'])
     batch['positions'][i] = piece.get('position', 0)
     batch['texts'][i] = piece['text']
-
-
-def collate_sequences(ready, p, multiple):
-    """The batch of sequences of one type, see `collate`."""
-    ids, lengths = ready[0][0], [len(ids) for ids, _ in ready]
-    parts = np.repeat([part for _, part in ready], lengths)
-    short = -len(parts) % multiple
-    if len(ready) > 1 or short:
-        empty = np.full((short, ids.shape[1]), np.iinfo(ids.dtype).max, ids.dtype)
-        ids, parts = np.concatenate([*(ids for ids, _ in ready), empty]), np.pad(parts, (0, short))
-    num_tokens, num_targets, cut = count_tokens(ids, p.seq_len, p.tokenizer, p.documents)
-    return dict(ids=ids, cut=cut, parts=parts.astype(np.int16)[:, None], texts=[''] * len(ids),
-                pictures=np.zeros(len(ids), np.int32), positions=np.zeros(len(ids), np.int64),
-                num_tokens=num_tokens, num_targets=num_targets)
 
 
 # what a batch holds of each row
@@ -527,7 +456,8 @@ def split(batch, size, p):
         part = {key: batch[key][a:b] for key in ROWS if key in batch}
         if 'ids' in batch:
             part['cut'] = batch['cut']
-            part['num_targets'] = count_tokens(part['ids'], p.seq_len, p.tokenizer, p.documents)[1]
+            import sequences
+            part['num_targets'] = sequences.count(part['ids'], p)[1]
         else:
             part['num_targets'] = int((part['targets'] != -100).sum())
         if ends[b] > ends[a]:
@@ -554,8 +484,8 @@ def to_device(batch, device, p):
     out = {key: moved(batch[key]).long() for key in ('tokens', 'targets', 'blocks', 'segments')
            if key in batch}
     if 'ids' in batch:
-        tokens, targets, segments = token_rows(moved(batch['ids']), p.seq_len, p.tokenizer,
-                                               p.documents)
+        import sequences
+        tokens, targets, segments = sequences.rows_of(moved(batch['ids']), p)
         out.update(tokens=tokens, targets=targets)
         if batch['cut']:
             out['segments'] = segments

@@ -429,31 +429,13 @@ class Index:
         # episode: its rows. Then starts: the number of each key's first (one more: the count).
         self.starts, self.keys, self.episodes = [], [], []
         if sequence_length:
-            self.read_offsets(sequence_length, np.dtype(dtype), fd, path)
+            import sequences
+            self.stride = sequence_length * np.dtype(dtype).itemsize
+            self.starts, self.keys, self.offsets = sequences.places(
+                table, sequence_length, np.dtype(dtype), fd, path)
         elif EPISODE in table['ext']:
             from npy import read_episodes
             self.starts, self.keys, self.episodes = read_episodes(table, self.first, fd, path)
-
-    def read_offsets(self, sequence_length, dtype, fd, path):
-        """Where each member's sequences begin."""
-        self.starts, self.offsets, self.stride = [0], [], sequence_length * dtype.itemsize
-        for _, key, ext, offset, size, _ in self.table.tolist():
-            where = f'{path}, {os.fsdecode(key)}'
-            # members of other kinds hold no sequences
-            if ext == b'tokens.npy':
-                from npy import npy_header
-                _, its_dtype, header = npy_header(fd, offset, size, where)
-                if its_dtype != dtype:
-                    raise ValueError(f'{where}: {its_dtype}, the manifest says {dtype}')
-                offset, size = offset + header, size - header
-            elif ext != b'tokens.bin':
-                continue
-            if size % self.stride:
-                raise ValueError(f'{where}: {size // dtype.itemsize} tokens are no multiple of '
-                                 f'sequence_length={sequence_length}')
-            self.starts.append(self.starts[-1] + size // self.stride)
-            self.offsets.append(offset)
-            self.keys.append(key)
 
     def __len__(self):
         return self.starts[-1] if self.starts else len(self.first) - 1

@@ -3,6 +3,7 @@ one batch."""
 import io
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from conftest import encode, make_processor, picture, write_set
 
 import data
 import processor as processors
+import sequences
 import tasks
 from data import Batches, InOrder, Order
 from model import Decoder, DecoderConfig
-from processor import LEARNED, READ, collate, fill_rows, split, token_rows
+from processor import LEARNED, READ, collate, fill_rows, split
 from shards import BadSample, Folder
 from tasks import vlm
 from tokenizer import Bytes
@@ -192,6 +194,11 @@ def test_rows_are_filled_well_and_nothing_is_cut():
     assert sorted(i for row in rows for i in row) == list(range(300))
     sums = [sum(lengths[i] for i in row) for row in rows]
     assert max(sums) <= 100 and len(rows) < 1.05 * sum(lengths) / 100 + 1
+
+
+def token_rows(ids, seq_len, tokenizer, documents=True):
+    p = SimpleNamespace(seq_len=seq_len, tokenizer=tokenizer, documents=documents)
+    return sequences.rows_of(ids, p)
 
 
 def test_token_rows():
