@@ -71,3 +71,28 @@ def read_tokens(data, ext):
     if not len(ids) or ids.min() < 0:
         raise ValueError(f'.{ext} holds no tokens')
     return ids.astype(np.int64)
+
+
+def read_sequences(table, sequence_length, dtype, fd, path):
+    """Where the sequences of a shard begin: (the number of each member's first, and the count;
+    keys of members; offsets of their first bytes). table: of shards.index_tar. Raises
+    ValueError."""
+    starts, keys, offsets = [0], [], []
+    stride = sequence_length * dtype.itemsize
+    for _, key, ext, offset, size, _ in table.tolist():
+        where = f'{path}, {os.fsdecode(key)}'
+        # members of other kinds hold no sequences
+        if ext == b'tokens.npy':
+            _, its_dtype, header = npy_header(fd, offset, size, where)
+            if its_dtype != dtype:
+                raise ValueError(f'{where}: {its_dtype}, the manifest says {dtype}')
+            offset, size = offset + header, size - header
+        elif ext != b'tokens.bin':
+            continue
+        if size % stride:
+            raise ValueError(f'{where}: {size // dtype.itemsize} tokens are no multiple of '
+                             f'sequence_length={sequence_length}')
+        starts.append(starts[-1] + size // stride)
+        offsets.append(offset)
+        keys.append(key)
+    return starts, keys, offsets

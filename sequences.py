@@ -1,42 +1,11 @@
 """Data sets of tokens: sequences of one length, made beforehand (prepare/text.py).
 
-shards.py, data.py and processor.py import this where there are such. A sequence has seq_len + 1
+data.py and processor.py import this where there are such. A sequence has seq_len + 1
 tokens or less; the largest value of its type marks padding. B sequences, L tokens each.
 """
-import os
-
 import numpy as np
 
-from npy import npy_header
 from shards import BadSample
-
-# -----------------------------------------------------------------------------------------------
-# in shards
-
-
-def places(table, sequence_length, dtype, fd, path):
-    """Where the sequences of a shard begin: (the number of each member's first, and the count;
-    keys of members; offsets of their first bytes). table: of shards.index_tar. Raises
-    ValueError."""
-    starts, keys, offsets = [0], [], []
-    stride = sequence_length * dtype.itemsize
-    for _, key, ext, offset, size, _ in table.tolist():
-        where = f'{path}, {os.fsdecode(key)}'
-        # members of other kinds hold no sequences
-        if ext == b'tokens.npy':
-            _, its_dtype, header = npy_header(fd, offset, size, where)
-            if its_dtype != dtype:
-                raise ValueError(f'{where}: {its_dtype}, the manifest says {dtype}')
-            offset, size = offset + header, size - header
-        elif ext != b'tokens.bin':
-            continue
-        if size % stride:
-            raise ValueError(f'{where}: {size // dtype.itemsize} tokens are no multiple of '
-                             f'sequence_length={sequence_length}')
-        starts.append(starts[-1] + size // stride)
-        offsets.append(offset)
-        keys.append(key)
-    return starts, keys, offsets
 
 
 def read(folder, shards, indexes, tokenizer):
@@ -61,10 +30,6 @@ def read(folder, shards, indexes, tokenizer):
                            f'{vocab_size}: made with another one?')
             ids[row] = padding
     return ids, sorted(failed.items())
-
-
-# -----------------------------------------------------------------------------------------------
-# in batches
 
 
 def rows_of(ids, p):

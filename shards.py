@@ -429,9 +429,9 @@ class Index:
         # episode: its rows. Then starts: the number of each key's first (one more: the count).
         self.starts, self.keys, self.episodes = [], [], []
         if sequence_length:
-            import sequences
+            from npy import read_sequences
             self.stride = sequence_length * np.dtype(dtype).itemsize
-            self.starts, self.keys, self.offsets = sequences.places(
+            self.starts, self.keys, self.offsets = read_sequences(
                 table, sequence_length, np.dtype(dtype), fd, path)
         elif EPISODE in table['ext']:
             from npy import read_episodes
