@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 os.environ['HF_HUB_OFFLINE'] = '1'
 diffusers = pytest.importorskip('diffusers')
@@ -320,7 +321,6 @@ def test_merges_that_are_not_clips_are_refused(tmp_path):
 
 
 def weights(path, stem='diffusion_pytorch_model'):
-    from safetensors.torch import load_file
     found = {}
     for file in sorted(os.listdir(path)):
         if file.startswith(stem) and file.endswith('.safetensors'):
@@ -370,7 +370,6 @@ def test_sharded_files_and_fp16_variants(saved, tmp_path, shards, variant):
 def test_names_that_published_folders_have(saved, tmp_path):
     """SD 1's autoencoder names its attention otherwise, its text tower has a prefix and a table of
     positions."""
-    from safetensors.torch import save_file
     folder = tmp_path / 'old'
     shutil.copytree(saved[1], folder)
     # the autoencoder, written with the old names
@@ -424,6 +423,31 @@ def test_settings_that_are_not_computed_are_refused_by_name(saved, tmp_path, par
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(ValueError, match=named):
         folders.from_folder(str(tmp_path), part)
+
+
+def test_what_a_folder_holds_more_is_said_or_refused(saved, tmp_path, capsys):
+    """A safety checker beside the parts, layers that config.json does not tell of, NaN."""
+    shutil.copytree(saved[1], tmp_path / 'sd')
+    text = tmp_path / 'sd' / 'text_encoder'
+    (tmp_path / 'sd' / 'safety_checker').mkdir()
+    tensors = load_file(text / 'model.safetensors')
+    save_file(tensors, tmp_path / 'sd' / 'safety_checker' / 'model.safetensors')
+    folders.open_run(str(tmp_path / 'sd'))
+    line, = (line for line in capsys.readouterr().err.splitlines() if 'unused' in line)
+    assert f'safety_checker ({len(tensors)}) left there unused' in line
+
+    config = json.loads((text / 'config.json').read_text())
+    fewer = config | dict(num_hidden_layers=config['num_hidden_layers'] - 1)
+    (text / 'config.json').write_text(json.dumps(fewer))
+    with pytest.raises(ValueError, match=f"layers.{fewer['num_hidden_layers']}.*not known here"):
+        folders.from_folder(str(tmp_path / 'sd'), 'text_encoder')
+
+    (text / 'config.json').write_text(json.dumps(config))
+    name = sorted(tensors)[0]
+    tensors[name].view(-1)[0] = torch.nan
+    save_file(tensors, text / 'model.safetensors')
+    with pytest.raises(ValueError, match=f'{name} holds NaN'):
+        folders.from_folder(str(tmp_path / 'sd'), 'text_encoder')
 
 
 def test_pickles_and_damaged_files_are_refused(saved, tmp_path):

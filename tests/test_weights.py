@@ -364,6 +364,8 @@ PROGRESS = dict(step=1, samples=2, tokens=3, bad_samples=0, world=1)
 def settings_of(task, **said):
     known = tasks.defaults(task)
     small = {key: value for key, value in SMALL.items() if key in known}
+    if 'decoder.hf' in said:
+        small = {}          # it brings its own shape
     loop = dict(task=task, tokenizer='bytes', processor='auto', seq_len=32, seed=0, ema=0.0,
                 data_dir='')
     return known | loop | small | said
@@ -436,6 +438,27 @@ def test_a_part_that_is_not_whole_is_refused_or_skipped(tmp_path):
     line = initial.begin(deeper, str(tmp_path / 'a'), [r'blocks\.2\.'], '')
     new = [name for name in deeper.state_dict() if '.blocks.2.' in name]
     assert f'decoder ({len(new)}) begin anew, none left there unused' in line
+
+
+def test_a_run_of_a_model_of_transformers(saved, changed, tmp_path):
+    """Its own weights are read, not the folder's again; without the folder's config.json it is
+    told by name."""
+    folder = changed('tied')
+    run = write_run(tmp_path / 'run', 'llm', **{'decoder.hf': folder})
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.mul_(2)
+    checkpoint.write_weights(str(tmp_path / 'two'), run.model.state_dict(), {})
+    checkpoint.write_files(str(tmp_path / 'two'), {'config.json': run.settings,
+                                                   'progress.json': PROGRESS}, {})
+    opened = hub.open_ours(str(tmp_path / 'two')).model.state_dict()
+    now = run.model.state_dict()
+    assert all(torch.equal(opened[name], now[name]) for name in now)
+    line = initial.begin(run.model, str(tmp_path / 'run'), [], '')
+    assert f': {len(opened)} tensors' in line
+    assert line.endswith('none begin anew, none left there unused')
+    shutil.rmtree(folder)
+    refused(lambda: hub.open_ours(str(tmp_path / 'two')), folder)
 
 
 # ------------------------------------------------------------------------------------------------
