@@ -3,11 +3,12 @@
 sample.py's tasks import this, and what looks at a picture.
 """
 import sys
+from itertools import takewhile
 
 import torch
 
 from generate import generate
-from processor import BadSample
+from processor import BESIDE, LEARNED, READ, BadSample
 from usage import refuse_unused, unused
 
 COLDEST = 1e-3                  # the lowest temperature that is not 0
@@ -36,8 +37,22 @@ def check_sampling(options):
             print(line, file=sys.stderr)
 
 
+def prompt_of(p, prompt=None, pictures=1):
+    """(token ids, blocks) of pictures and a prompt, up to where the answer begins: who sees whom
+    there, as the form of a Processor trains it."""
+    prompt = p.prompt if prompt is None else prompt
+    sample = dict(pictures=[b''] * pictures, prefix=prompt, suffix='', _asking=True)
+    ids, blocks = [], []
+    for item, role in takewhile(lambda part: part[1] != LEARNED, p.function(sample, p)):
+        if role != BESIDE:
+            new = p.encode(item)
+            ids += new
+            blocks += [int(role == READ)] * len(new)
+    return ids, blocks
+
+
 def answers(run, prompts, pixels, options):
-    """Texts that continue prompts, (token ids, blocks) of each, as Processor.asked gives them.
+    """Texts that continue prompts, (token ids, blocks) of each, as `prompt_of` gives them.
     pixels: uint8 (I, H, W, 3), one picture a prompt, or None."""
     out, tok, eyes = [], run.tokenizer, run.processor.eyes
     for a in range(0, len(prompts), options.batch_size):
@@ -78,7 +93,7 @@ def set_mask(model, processor):
     # a form that wants more of a sample than a prompt is no model's of others
     vlm.config.attends = 'prefix'
     try:
-        blocks = processor.asked()[1]
+        blocks = prompt_of(processor)[1]
     except (KeyError, TypeError, BadSample):
         return
     if all(blocks):

@@ -377,10 +377,17 @@ class Run:
     folder: str = ''            # the checkpoint that it was opened from
     kept: dict = field(default_factory=dict)            # {name of task.FILES: its value}
     gathered: object = contextlib.nullcontext           # inside, this rank holds the whole model
+    # of training, which a checkpoint keeps
+    progress: dict = field(default_factory=lambda: dict(
+        step=0, samples=0, tokens=0, tokens_of={}, bad_samples=0, bad_steps=0, good_steps=0))
 
     def inputs(self, batch):
         """What the model's forward gets of a collated batch."""
         tensors = processors.to_device(batch, self.device, self.processor)
+        drops = (key.endswith('.dropout') and p > 0 for key, p in self.settings.items())
+        if self.model.training and any(drops):
+            from keyed import token_keys
+            tensors['keys'] = token_keys(self.settings, batch, self.device)
         return self.task.inputs(self, batch, tensors)
 
 
@@ -389,11 +396,8 @@ def make_run(settings, device):
     task = tasks.load(settings['task'])
     tok = tokenizers.load(located(settings, 'tokenizer'))
     model = task.build(settings, tok).to(device)
-    form = settings['processor']
-    if processors.is_folder(form):
-        form = located(settings, 'processor')
-    processor = processors.build(settings | dict(processor=form), tok, task,
-                                 getattr(model, 'image_tokens', 0))
+    where = dict(processor=located(settings, 'processor'))
+    processor = processors.build(settings | where, tok, task, getattr(model, 'image_tokens', 0))
     if processor.eyes:
         from answering import set_mask
         set_mask(model, processor)
@@ -404,7 +408,7 @@ def located(settings, key):
     """The file or folder that a setting names: here, or the copy of a repository of the Hugging
     Face hub. Raises ValueError and OSError."""
     name = settings[key]
-    if name == 'bytes':
+    if name == 'bytes' or (key == 'processor' and not processors.is_folder(name)):
         return name
     try:
         return find_file(name, settings['data_dir'], key)

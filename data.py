@@ -306,7 +306,7 @@ class Batches:
             if folder.sequence_length:
                 import sequences
                 ids, failed = sequences.read(folder, shards, indexes, self.processor.tokenizer)
-                ready.append((ids, number))
+                ready.append((ids, number, positions[own]))
                 for row, error in failed:
                     bad.append(complaint(folder, shards[row], indexes[row], error))
             else:

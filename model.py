@@ -235,23 +235,31 @@ class KVCache:
 class ViTBlock(nn.Module):
     is_block = True     # FSDP shards and torch.compile compiles block by block
 
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
         self.num_heads = c.num_heads
         self.norm1, self.norm2 = nn.LayerNorm(c.width, eps=1e-6), nn.LayerNorm(c.width, eps=1e-6)
         self.q, self.k, self.v, self.o = (nn.Linear(c.width, c.width) for _ in range(4))
         self.fc1, self.fc2 = nn.Linear(c.width, c.mlp_dim), nn.Linear(c.mlp_dim, c.width)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout1, self.dropout2 = dropouts_of(c, layer)
 
-    def forward(self, x):
-        """x (I, P, D): every patch attends to all patches of its picture."""
+    def forward(self, x, keys=None):
+        """x (I, P, D): every patch attends to all patches of its picture; keys (I, P)."""
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (self.num_heads, -1)) for f in (self.q, self.k, self.v))
         h = self.o(attention(q, k, v).flatten(2))                       # (I, P, D)
-        x = x + self.dropout(h)
+        x = x + self.dropout1(h, keys)
         h = self.fc1(self.norm2(x))
         h = self.fc2(F.gelu(h, approximate='tanh'))
-        return x + self.dropout(h)
+        return x + self.dropout2(h, keys)
+
+
+def dropouts_of(c, layer):
+    """The dropouts after a layer's attention and MLP, f(x, keys), by the keys of its tokens."""
+    if c.dropout == 0:
+        return (lambda x, keys: x,) * 2
+    from keyed import Dropout  # which few runs need
+    return Dropout(c.dropout, c.width, 2 * layer), Dropout(c.dropout, c.width, 2 * layer + 1)
 
 
 def run_block(block, remat, *args):
@@ -259,21 +267,6 @@ def run_block(block, remat, *args):
     if remat and torch.is_grad_enabled():
         return checkpoint(block, *args, use_reentrant=False)
     return block(*args)
-
-
-class ConvStem(nn.Sequential):
-    """3x3 stride-2 convolutions down to one pixel a patch: needs less data (arXiv 2106.14881)."""
-
-    def __init__(self, width, patch_size):
-        halvings = patch_size.bit_length() - 1
-        if patch_size != 2 ** halvings:
-            raise ValueError(f'vit.patch_size={patch_size}: a conv stem needs a power of 2')
-        layers, channels = [], 3
-        for i in reversed(range(halvings)):
-            layers += [nn.Conv2d(channels, width >> i, 3, stride=2, padding=1),
-                       nn.GroupNorm(1, width >> i), nn.GELU(approximate='tanh')]
-            channels = width >> i
-        super().__init__(*layers, nn.Conv2d(width, width, 1))
 
 
 def check_sizes(c, part, names):
@@ -305,13 +298,14 @@ class ViT(nn.Module):
         self.config = c = config
         check_vit(c)
         if c.stem == 'conv':
+            from stem import ConvStem  # which few towers have
             self.stem = ConvStem(c.width, c.patch_size)
         else:
             self.stem = nn.Conv2d(3, c.width, c.patch_size, stride=c.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, c.num_patches, c.width))
         # Layers after feature_layer are not built: a parameter without a gradient would stop DDP.
         num_layers = c.depth if c.feature_layer < 0 else c.feature_layer + 1
-        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(ViTBlock(c, i) for i in range(num_layers))
         self.norm = nn.LayerNorm(c.width, eps=1e-6) if c.feature_layer < 0 else nn.Identity()
         self.init_weights()
 
@@ -330,12 +324,15 @@ class ViT(nn.Module):
                 layer.o.weight *= self.config.init_scale
                 layer.fc2.weight *= self.config.init_scale
 
-    def forward(self, pixels):
-        """pixels (I, 3, H, W) as the processor gives them -> features (I, P, D)."""
+    def forward(self, pixels, keys=None):
+        """pixels (I, 3, H, W) as the processor gives them, keys (I,) -> features (I, P, D)."""
         x = self.stem(pixels)                                           # (I, D, rows, columns)
         x = x.flatten(2).transpose(1, 2) + self.pos_embed               # (I, P, D)
+        if self.config.dropout and keys is not None:
+            from keyed import random_bits
+            keys = random_bits(keys, x.shape[1], 4)                     # (I, P)
         for layer in self.blocks:
-            x = run_block(layer, self.config.remat, x)
+            x = run_block(layer, self.config.remat, x, keys)
         return self.norm(x)
 
 
@@ -410,10 +407,10 @@ class DecoderBlock(nn.Module):
         self.activation = ACTIVATIONS[c.activation]
         self.gate, self.up = (nn.Linear(c.width, c.mlp_dim, bias=False) for _ in range(2))
         self.down = nn.Linear(c.mlp_dim, c.width, bias=False)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout1, self.dropout2 = dropouts_of(c, layer)
 
-    def forward(self, x, ropes, masks, cache):
-        """x (B, T, D); ropes and masks: of global layers, of local ones."""
+    def forward(self, x, ropes, masks, cache, keys=None):
+        """x (B, T, D); ropes and masks: of global layers, of local ones; keys (B, T)."""
         rope, mask = ropes[self.is_local], masks[self.is_local]
         h = self.norm1(x)
         q, k, v = (f(h).unflatten(-1, (-1, self.head_dim)) for f in (self.q, self.k, self.v))
@@ -423,16 +420,16 @@ class DecoderBlock(nn.Module):
         is_causal = mask is None
         h = attention(q, k, v, mask, is_causal, self.scale, self.softcap)
         h = self.o(h.flatten(2))                                        # (B, T, D)
-        x = x + self.dropout(self.post_norm1(h))
+        x = x + self.dropout1(self.post_norm1(h), keys)
 
         h = self.norm2(x)
         h = self.down(self.activation(self.gate(h)) * self.up(h))
-        return x + self.dropout(self.post_norm2(h))
+        return x + self.dropout2(self.post_norm2(h), keys)
 
 
 def check_decoder(c):
     """Raises ValueError for settings that no decoder can have."""
-    check_sizes(c, 'decoder', 'width mlp_dim num_heads num_kv_heads head_dim')
+    check_sizes(c, 'decoder', 'width mlp_dim num_heads num_kv_heads head_dim global_every')
     if c.num_heads % c.num_kv_heads:
         raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of '
                          f'decoder.num_kv_heads={c.num_kv_heads}')
@@ -444,8 +441,6 @@ def check_decoder(c):
         raise ValueError(f'decoder.activation={c.activation!r}: expected gelu or silu')
     if c.sliding_window < 0:
         raise ValueError(f'decoder.sliding_window={c.sliding_window}: expected 0 or more')
-    if c.global_every < 1:
-        raise ValueError(f'decoder.global_every={c.global_every}: expected at least 1')
     if c.global_every > 1 and c.sliding_window == 0:
         raise ValueError(f'decoder.global_every={c.global_every} makes the other layers local: '
                          'they need a decoder.sliding_window')
@@ -520,11 +515,12 @@ class Decoder(nn.Module):
         scale = self.config.embed_scale or math.sqrt(self.config.width)
         return self.embedding(tokens) * scale
 
-    def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None):
+    def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None,
+                 keys=None):
         """Embeddings x (B, T, D) -> hidden states (B, T, D) of `feature_layer`.
 
         With a cache, `masks` (two, (B, T, S)) and `positions` (B, T) say where new tokens stand;
-        without, both follow from blocks and segments."""
+        without, both follow from blocks and segments. keys (B, T): dropout follows from them."""
         # Plain causal rows need no mask: SDPA has a faster path for them.
         is_plain = masks is None and blocks is None and segments is None
         is_windowed = 0 < self.config.sliding_window < x.shape[1]
@@ -533,7 +529,7 @@ class Decoder(nn.Module):
         masks, positions = layout(self.config, x, blocks, segments, masks, positions)
         ropes = rope_tables(self.config, positions)
         for layer in self.blocks:
-            x = run_block(layer, self.config.remat, x, ropes, masks, cache)
+            x = run_block(layer, self.config.remat, x, ropes, masks, cache, keys)
         if cache is not None:
             cache.length += x.shape[1]
         return self.norm(x)
@@ -553,12 +549,12 @@ class Decoder(nn.Module):
         return self.unembed(self.features(self.embed(tokens), blocks, segments))
 
     def forward(self, tokens, targets, pixels=None, blocks=None, segments=None, num_targets=None,
-                label_smoothing=0.0, z_loss=0.0):
+                label_smoothing=0.0, z_loss=0.0, keys=None):
         """{'text': the cross-entropies in nats}; targets (B, T) are shifted, -100 is ignored.
 
         num_targets: how many there are, where the caller knows; a GPU is then not waited for."""
         assert pixels is None, 'a Decoder has no eyes: use a VLM'
-        x = self.features(self.embed(tokens), blocks, segments)
+        x = self.features(self.embed(tokens), blocks, segments, keys=keys)
         return {'text': token_losses(self, x, targets, num_targets, label_smoothing, z_loss)}
 
     def loss(self, tokens, targets, pixels=None, blocks=None, segments=None):
@@ -639,11 +635,11 @@ class VLM(nn.Module):
         """Tokens that a picture takes."""
         return self.config.image_tokens
 
-    def patches(self, pixels):
+    def patches(self, pixels, keys=None):
         """pixels (I, 3, H, W) -> what stands in place of the image tokens (I, image_tokens, D)."""
-        return self.connector(pixel_shuffle(self.vit(pixels), self.config.pixel_shuffle))
+        return self.connector(pixel_shuffle(self.vit(pixels, keys), self.config.pixel_shuffle))
 
-    def embed(self, tokens, pixels=None, always=False):
+    def embed(self, tokens, pixels=None, always=False, keys=None):
         """Token embeddings (B, T, D), with the pictures' patches in place of the image tokens.
 
         always: the tower runs even without a picture, as ranks wait for one that saw none."""
@@ -653,13 +649,16 @@ class VLM(nn.Module):
             torch._assert_async(~is_image.any(), 'image tokens without pictures')
             if always:
                 size = self.config.vit.image_size
-                x = x + 0.0 * self.patches(x.new_zeros(1, 3, size, size)).sum()
+                x = x + 0.0 * self.patches(x.new_zeros(1, 3, size, size), tokens[0, :1]).sum()
             return x
 
-        patches = self.patches(pixels).flatten(0, 1)                    # (I * image_tokens, D)
-        error = f'image tokens are not as many as the {len(patches)} patches'
-        torch._assert_async(is_image.sum() == len(patches), error)
-        where = positions_where(is_image, len(patches))
+        count = len(pixels) * self.image_tokens
+        error = f'image tokens are not as many as the {count} patches'
+        torch._assert_async(is_image.sum() == count, error)
+        where = positions_where(is_image, count)
+        if keys is not None:            # a picture has that of its first token
+            keys = keys.flatten()[where[::self.image_tokens]]
+        patches = self.patches(pixels, keys).flatten(0, 1)              # (I * image_tokens, D)
         return x.flatten(0, 1).index_copy(0, where, patches.to(x.dtype)).view_as(x)
 
     def default_blocks(self, tokens, targets=None):
@@ -681,11 +680,12 @@ class VLM(nn.Module):
         return self.decoder.unembed(self.decoder.features(x, blocks, segments))
 
     def forward(self, tokens, targets, pixels=None, blocks=None, segments=None, num_targets=None,
-                label_smoothing=0.0, z_loss=0.0):
+                label_smoothing=0.0, z_loss=0.0, keys=None):
         """As `Decoder.forward`."""
         if blocks is None:
             blocks = self.default_blocks(tokens, targets)
-        x = self.decoder.features(self.embed(tokens, pixels, always=True), blocks, segments)
+        x = self.embed(tokens, pixels, True, keys)
+        x = self.decoder.features(x, blocks, segments, keys=keys)
         return {'text': token_losses(self.decoder, x, targets, num_targets, label_smoothing,
                                      z_loss)}
 

@@ -24,7 +24,6 @@ import importlib
 import json
 import os
 import runpy
-from itertools import takewhile
 
 import numpy as np
 
@@ -192,6 +191,8 @@ class Processor:
     form's, from `where`; opens: a conversation begins with what the tokenizer.json says a text
     does; text_rule: what SigLIP does to a caption. `end_id` ends an answer."""
 
+    NUMBERS = 1 << 23           # of a run's tokens: so many for each position
+
     def __init__(self, settings, tokenizer, form='auto', eyes=None, image_tokens=0, template='',
                  where='', opens=False, text_rule=''):
         self.settings, self.tokenizer, self.eyes = settings, tokenizer, eyes
@@ -219,23 +220,6 @@ class Processor:
     def __setstate__(self, state):
         self.__dict__ = state
         self.function = load_form(state['form'], state['settings']['task'])
-
-    def prefix(self, prompt=None, pictures=1):
-        """Token ids of pictures and a prompt, up to where the answer begins."""
-        return self.asked(prompt, pictures)[0]
-
-    def asked(self, prompt=None, pictures=1):
-        """(token ids, blocks) of pictures and a prompt, up to where the answer begins: who sees
-        whom there, as it is trained."""
-        prompt = self.prompt if prompt is None else prompt
-        sample = dict(pictures=[b''] * pictures, prefix=prompt, suffix='', _asking=True)
-        ids, blocks = [], []
-        for item, role in takewhile(lambda part: part[1] != LEARNED, self.function(sample, self)):
-            if role != BESIDE:
-                new = self.encode(item)
-                ids += new
-                blocks += [int(role == READ)] * len(new)
-        return ids, blocks
 
     def encode(self, item):
         """Token ids of an item of a form: text, an id, ids, or a picture (bytes or an array)."""
@@ -320,7 +304,7 @@ class Processor:
         for a in range(0, max(len(ids) - 1, 1), self.seq_len):
             tokens = ids[a:a + self.seq_len]
             out.append(dict(tokens=tokens, targets=targets[a:a + self.seq_len], pictures=[],
-                            text='', blocks=np.ones(len(tokens), np.uint8)))
+                            text='', blocks=np.ones(len(tokens), np.uint8), begin=a))
         return out
 
 
@@ -369,12 +353,13 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     parts int16 (B, T) or (B, 1), the data set of a target; positions (B,) in the run; pixels
     uint8 (I, H, W, 3) or as the form gave them, and pictures (B,), how many of them each row has;
     beside: a dict of arrays (A, ...), with `rows` and `positions` (A,); texts, one a row;
-    num_tokens, num_targets. A batch of nothing but sequences of one type has `ids` (B, L) instead,
-    of which sequences.py makes the rest on the device, and `cut`: whether it needs segments.
+    num_tokens, num_targets; numbers (B, n): numbers[s] and a place in the row are the number in
+    the run of a token of segment s. A batch of nothing but sequences of one type has `ids` (B, L)
+    instead, of which sequences.py makes the rest on the device, and `cut`: does it need segments?
 
     pack: several pieces share a row, each a segment of its own. multiple: of how many rows B is
-    one; empty ones fill up. ready: sequences and their data set, [(ids, part), ...]: the first."""
-    if ready and not pieces and len({(ids.dtype, ids.shape[1]) for ids, _ in ready}) == 1:
+    one; empty ones fill up. ready: the first, [(sequences, data set, positions), ...]."""
+    if ready and not pieces and len({(ids.dtype, ids.shape[1]) for ids, *_ in ready}) == 1:
         import sequences
         return sequences.collate(ready, p, multiple)
 
@@ -386,8 +371,9 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
         for numbers in fill_rows([len(piece['tokens']) for piece in pieces], p.seq_len):
             rows.append([pieces[i] for i in numbers])
 
-    num_ready = sum(len(ids) for ids, _ in ready)
-    batch = empty_batch(num_ready + len(rows), p, pack, multiple)
+    num_ready = sum(len(ids) for ids, *_ in ready)
+    most = max([1, *map(len, rows)])
+    batch = empty_batch(num_ready + len(rows), p, pack, multiple, most)
     if ready:
         import sequences
         sequences.write(batch, ready, p)
@@ -417,7 +403,7 @@ def collate(pieces, p, pack=False, multiple=1, ready=()):
     return batch
 
 
-def empty_batch(rows, p, pack, multiple):
+def empty_batch(rows, p, pack, multiple, most):
     """The arrays of a batch of at least so many rows, without anything in them."""
     rows = -(-max(rows, 1) // multiple) * multiple
     shape = rows, p.seq_len
@@ -426,7 +412,7 @@ def empty_batch(rows, p, pack, multiple):
                 segments=np.zeros(shape, np.int16),
                 parts=np.zeros(shape if pack else (rows, 1), np.int16),
                 pictures=np.zeros(rows, np.int32), positions=np.zeros(rows, np.int64),
-                texts=[''] * rows)
+                numbers=np.zeros((rows, most), np.int64), texts=[''] * rows)
 
 
 def write_piece(batch, i, span, number, piece, pack):
@@ -437,12 +423,14 @@ def write_piece(batch, i, span, number, piece, pack):
     batch['parts'][i, span if pack else 0] = piece['part']
     batch['pictures'][i] += len(piece['pictures'])
     batch['positions'][i] = piece.get('position', 0)
+    begin = piece.get('begin', 0) - span.start
+    batch['numbers'][i, number - 1] = batch['positions'][i] * Processor.NUMBERS + begin
     batch['texts'][i] = piece['text']
 
 
 # what a batch holds of each row
 ROWS = ('ids', 'tokens', 'targets', 'blocks', 'segments', 'parts', 'pictures', 'texts',
-        'positions')
+        'positions', 'numbers')
 
 
 def split(batch, size, p):

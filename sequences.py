@@ -84,23 +84,25 @@ def write(batch, ready, p):
     """Sequences into the first rows of a batch: ready as processor.collate has it."""
     import torch
     end = 0
-    for ids, part in ready:
+    for ids, part, positions in ready:
         begin, end = end, end + len(ids)
         rows = rows_of(torch.as_tensor(ids), p)
         for key, value in zip(('tokens', 'targets', 'segments'), rows):
             batch[key][begin:end] = value
-        batch['parts'][begin:end] = part
+        batch['parts'][begin:end], batch['positions'][begin:end] = part, positions
+        batch['numbers'][begin:end] = positions[:, None] * p.NUMBERS
 
 
 def collate(ready, p, multiple):
     """The batch of sequences of one type, see processor.collate."""
-    ids, lengths = ready[0][0], [len(ids) for ids, _ in ready]
-    parts = np.repeat([part for _, part in ready], lengths)
-    short = -len(parts) % multiple
+    sequences, parts, positions = zip(*ready)
+    ids, parts = sequences[0], np.repeat(parts, list(map(len, sequences)))
+    positions, short = np.concatenate(positions), -len(parts) % multiple
     if len(ready) > 1 or short:
         empty = np.full((short, ids.shape[1]), np.iinfo(ids.dtype).max, ids.dtype)
-        ids, parts = np.concatenate([*(ids for ids, _ in ready), empty]), np.pad(parts, (0, short))
+        ids = np.concatenate([*sequences, empty])
+        parts, positions = np.pad(parts, (0, short)), np.pad(positions, (0, short))
     num_tokens, num_targets, cut = count(ids, p)
     return dict(ids=ids, cut=cut, parts=parts.astype(np.int16)[:, None], texts=[''] * len(ids),
-                pictures=np.zeros(len(ids), np.int32), positions=np.zeros(len(ids), np.int64),
-                num_tokens=num_tokens, num_targets=num_targets)
+                pictures=np.zeros(len(ids), np.int32), positions=positions, num_tokens=num_tokens,
+                numbers=positions[:, None] * p.NUMBERS, num_targets=num_targets)

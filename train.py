@@ -254,8 +254,8 @@ optimizers = optim.build(optimizer, trained, options, lr, betas, weight_decay)
 # -----------------------------------------------------------------------------------------------
 # begin, or go on
 
-progress = dict(step=0, samples=0, tokens=0, tokens_of={}, bad_samples=0, bad_steps=0,
-                good_steps=0, loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
+progress = run.progress
+progress['loss_scale'] = 2.0 ** 16 if dtype == 'float16' else 1.0
 
 try:
     if resumed:
@@ -490,7 +490,7 @@ while progress['step'] < steps:
     learned, tokens, stopping, passes = count_step(batches, len(micro))
     micro += [empty_batch] * (passes - len(micro))
 
-    # gradients, which travel once a step; dropout follows from the seed
+    # gradients, which travel once a step; what draws without keys follows from the seed
     torch.manual_seed(int(data.hash64(seed, 5, progress['step'], rank)[0] >> np.uint64(1)))
     by_set = torch.zeros(len(kinds), 2, len(mix), dtype=torch.float64, device=device)
     for i, batch in enumerate(micro):

@@ -66,10 +66,13 @@ def open_theirs(name, auto, weights):
     options = dict(dtype=torch.float32, attn_implementation='sdpa', trust_remote_code=False)
     auto_class = getattr(transformers, auto)
     try:
-        if weights:
-            return auto_class.from_pretrained(folder, use_safetensors=True,
-                                              output_loading_info=True, **options)
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        dropout = ', '.join(without_dropout(config))
+        if weights:
+            if dropout:
+                say(f'{name}: {dropout} is not used, as its numbers do not follow from samples')
+            return auto_class.from_pretrained(folder, config=config, use_safetensors=True,
+                                              output_loading_info=True, **options)
         return auto_class.from_config(config, **options), {}
     except (ValueError, OSError, KeyError, ImportError, RuntimeError, AttributeError,
             SafetensorError) as error:
@@ -149,6 +152,19 @@ def check_tied(lm, folder):
     if head is not embedding or (len(both) == 2 and not torch.equal(*both)):
         raise ValueError(f'{folder!r} says tie_word_embeddings=true, but its output layer is not '
                          'its embedding: set false in config.json, or remove the output layer')
+
+
+def without_dropout(config):
+    """Switch off the dropout of a config of transformers, and of those inside it: what was on. It
+    would be drawn by rank and micro-batch, and differ with their number."""
+    found = []
+    for key, value in list(vars(config).items()):
+        if hasattr(value, 'to_dict'):
+            found += without_dropout(value)
+        elif 'drop' in key and isinstance(value, float) and value > 0:
+            found.append(f'{key}={value}')
+            setattr(config, key, 0.0)
+    return found
 
 
 def refuse_others(config, part, allowed):
@@ -265,8 +281,9 @@ class HFDecoder(nn.Module):
         """tokens (B, T) -> (B, T, D)."""
         return self.model.get_input_embeddings()(tokens)
 
-    def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None):
-        """As Decoder.features."""
+    def features(self, x, blocks=None, segments=None, cache=None, masks=None, positions=None,
+                 keys=None):
+        """As Decoder.features; keys are not read, for nothing is dropped (`without_dropout`)."""
         masks, positions = layout(self.config, x, blocks, segments, masks, positions)
 
         # A model with both kinds of layers takes both masks by name.
@@ -334,8 +351,8 @@ class HFViT(nn.Module):
             model.gradient_checkpointing_enable(dict(use_reentrant=False))
         mark_blocks(self)
 
-    def forward(self, pixels):
-        """pixels (I, 3, H, W) -> features (I, P, D)."""
+    def forward(self, pixels, keys=None):
+        """pixels (I, 3, H, W) -> features (I, P, D); keys as in HFDecoder."""
         # Class tokens, where there are any, come first.
         return self.model(pixels).last_hidden_state[:, -self.config.num_patches:]
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import DenoiserBlock, JointBlock, normal, schedule_of, sincos, uniform
+from diffusion import DenoiserBlock, JointBlock, schedule_of, sincos
+from keyed import normal, random_bits, uniform
 from model import Learned, run_block
 
 
@@ -182,10 +183,13 @@ class TextToImage(nn.Module):
         self.denoiser = denoiser or DiT(config, text.config.width)
         self.register_buffer('empty', torch.tensor(empty), persistent=False)
 
-    def encode(self, tokens, segments):
-        """What a denoiser reads of sentences (B, S): features (B, S, W) and their mask (B, S)."""
+    def encode(self, tokens, segments, keys=None):
+        """What a denoiser reads of sentences (B, S): features (B, S, W) and their mask (B, S).
+        Dropout follows from keys (B,)."""
         if hasattr(self.text, 'embed'):
-            features = self.text.features(self.text.embed(tokens), None, segments)
+            if keys is not None and self.training and self.text.config.dropout:
+                keys = random_bits(keys, tokens.shape[1], 4)
+            features = self.text.features(self.text.embed(tokens), None, segments, keys=keys)
         else:
             features = self.text(tokens, segments)
         return features, segments > 0
@@ -227,7 +231,7 @@ class TextToImage(nn.Module):
             tokens, segments = self.dropped(tokens, segments, is_dropped)
 
         noisy = self.schedule.add_noise(x, noise, time)
-        output = self.denoiser(noisy, time, *self.encode(tokens, segments))
+        output = self.denoiser(noisy, time, *self.encode(tokens, segments, keys))
         target = self.schedule.target(x, noise, time)
         losses = F.mse_loss(output.float(), target, reduction='none')[:n].flatten(1).mean(1)
         return {'pictures': Learned(losses, torch.ones_like(losses), rows[:n] * T)}

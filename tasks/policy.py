@@ -201,7 +201,7 @@ class DiffusionPolicy(nn.Module):
         """Tokens that a picture takes."""
         return getattr(self.encoder, 'image_tokens', 0)
 
-    def encode(self, lowdim, tokens, pixels, blocks, segments, batch, device):
+    def encode(self, lowdim, tokens, pixels, blocks, segments, batch, device, keys=None):
         """Everything that is computed once a chunk: (condition (A, C), context (A, S, W) or None,
         its mask (A, S))."""
         condition = state_of(lowdim, self.config, batch, device)
@@ -212,10 +212,10 @@ class DiffusionPolicy(nn.Module):
         if isinstance(self.encoder, VLM):
             if blocks is None:
                 blocks = self.encoder.default_blocks(tokens)
-            x = self.encoder.embed(tokens, pixels, always=True)
-            x = self.encoder.decoder.features(x, blocks, segments)
+            x = self.encoder.embed(tokens, pixels, True, keys)
+            x = self.encoder.decoder.features(x, blocks, segments, keys=keys)
         else:
-            x = self.encoder.features(self.encoder.embed(tokens), blocks, segments)
+            x = self.encoder.features(self.encoder.embed(tokens), blocks, segments, keys=keys)
         mask = torch.ones_like(tokens, dtype=torch.bool)
         if segments is not None:
             mask = segments > 0
@@ -246,15 +246,16 @@ class DiffusionPolicy(nn.Module):
         return self.denoiser(x, time, condition, mask, context, context_mask)
 
     def forward(self, lowdim, tokens=None, pixels=None, blocks=None, segments=None, noise=None,
-                time=None):
+                time=None, keys=None):
         """{'actions': the losses of each chunk}, means over the noise draws; they count
         `valid_numbers`.
 
-        noise (A * draws, T, D) and time (A * draws,) are given, or follow from lowdim's keys."""
+        noise (A * draws, T, D) and time (A * draws,) are given, or follow from lowdim's keys;
+        keys (B, T) are those of tokens, which the encoder's dropout follows from."""
         c, draws = self.config, self.config.num_noise_draws
         device = lowdim['actions'].device
         encoded = self.encode(lowdim, tokens, pixels, blocks, segments, len(lowdim['actions']),
-                              device)
+                              device, keys)
         x, t, target, valid = draws_of(lowdim, self.schedule, draws, noise, time)
 
         # one pass of the encoder serves all noisy versions of a chunk
@@ -311,5 +312,5 @@ def count(batch):
 
 def inputs(run, batch, tensors):
     """Chunks in the model's units, and what is seen; text is not learned."""
-    seen = {key: tensors.get(key) for key in ('tokens', 'pixels', 'blocks', 'segments')}
+    seen = {key: tensors.get(key) for key in ('tokens', 'pixels', 'blocks', 'segments', 'keys')}
     return dict(lowdim=samples.lowdim_of(run, tensors, run.model.config), **seen)

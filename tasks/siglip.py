@@ -16,6 +16,7 @@ from torch import nn
 import data
 import pictures
 from configurator import part
+from keyed import random_bits, random_keys
 from model import Decoder, DecoderConfig, Learned, ViT, ViTConfig, VLMConfig, sized
 from processor import LEARNED, SEEN, question
 from shards import BadSample
@@ -110,29 +111,38 @@ class SigLIP(nn.Module):
         self.scale = nn.Parameter(torch.tensor(math.log(scale)))
         self.bias = nn.Parameter(torch.tensor(bias))
 
-    def embed_images(self, pixels):
-        """pixels (I, 3, H, W) -> unit vectors (I, D)."""
-        return F.normalize(self.connector(self.vit(pixels).flatten(1)), dim=-1)
+    def embed_images(self, pixels, keys=None):
+        """pixels (I, 3, H, W), keys of their dropout (I,) -> unit vectors (I, D)."""
+        return F.normalize(self.connector(self.vit(pixels, keys).flatten(1)), dim=-1)
 
-    def embed_texts(self, tokens, segments):
-        """tokens, segments (N, T), segments 0 where padding -> unit vectors (N, D)."""
+    def embed_texts(self, tokens, segments, keys=None):
+        """tokens, segments (0: padding), keys (N, T) -> unit vectors (N, D)."""
         # every token sees every other one
-        x = self.text.features(self.text.embed(tokens), torch.zeros_like(tokens), segments)
+        x = self.text.embed(tokens)
+        x = self.text.features(x, torch.zeros_like(tokens), segments, keys=keys)
         real = (segments > 0)[..., None]
         mean = (x * real).sum(1) / real.sum(1)
         return F.normalize(self.text_head(mean), dim=-1)
 
-    def forward(self, tokens, segments, pixels, rows, texts=None, text_segments=None):
+    def forward(self, tokens, segments, pixels, rows, texts=None, text_segments=None, keys=None,
+                step_key=None):
         """{'pairs': the sum over all texts of a picture's sigmoid losses}; equal texts are all
         positives.
 
         rows (I,): the rows of tokens that the pictures belong to. texts, text_segments (N, T):
-        what every picture is compared with; without them, the texts of the batch."""
+        what every picture is compared with; without them, the texts of the batch. Dropout follows
+        from keys (B, T), that of `texts`, which are of no row, from step_key (1,)."""
         T, tokens, segments = tokens.shape[1], tokens[rows], segments[rows]
+        picture_keys = text_keys = None
+        if keys is not None:
+            text_keys, picture_keys = keys[rows], keys[rows, 0]
         if texts is None:
             texts, text_segments = tokens, segments
+        elif keys is not None:
+            text_keys = random_bits(random_bits(step_key, len(texts), 6)[0], T, 4)
         same = (tokens[:, None] == texts[None]).all(-1)                         # (I, N)
-        cosines = self.embed_images(pixels) @ self.embed_texts(texts, text_segments).T
+        images = self.embed_images(pixels, picture_keys)
+        cosines = images @ self.embed_texts(texts, text_segments, text_keys).T
         logits = cosines * self.scale.exp() + self.bias
         losses = -F.logsigmoid(torch.where(same, logits, -logits).float()).sum(1)       # (I,)
         return {'pairs': Learned(losses, torch.ones_like(losses), rows * T)}
@@ -173,7 +183,12 @@ def inputs(run, batch, tensors):
     if pixels is None:
         pixels = torch.zeros(0, 3, size, size, device=tokens.device)
     segments = tensors.get('segments', torch.ones_like(tokens))
-    return dict(tokens=tokens, segments=segments, pixels=pixels, rows=rows)
+    keyed = {}
+    if 'keys' in tensors:
+        # one for all of a step's micro-batches
+        step = torch.tensor([run.progress['step']]).to(tokens.device)
+        keyed = dict(keys=tensors['keys'], step_key=random_keys(run.settings['seed'], step))
+    return dict(tokens=tokens, segments=segments, pixels=pixels, rows=rows, **keyed)
 
 
 def summary(run, folder, batches, losses):

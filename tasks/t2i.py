@@ -21,7 +21,7 @@ import torch
 import hub
 import pictures
 import tasks
-from answering import padded
+from answering import padded, prompt_of
 from configurator import part
 from diffusion import check_objective, random_keys
 from images import judge, sd
@@ -269,7 +269,7 @@ def draw_prompt(run, options):
         image = read_image(run, options.image)
     if options.mask:
         mask = read_mask(run, options.mask)
-    prompt = run.processor.prefix(options.prompt)
+    prompt, _ = prompt_of(run.processor, options.prompt)
     drawn = paint(run, [prompt] * options.n, options, image, mask)
 
     # they are named by the words of the prompt
@@ -355,7 +355,7 @@ def features(captioner, images, options):
 def judged(captioner, name, kind, images, texts, options, both_features):
     """Prints a line of scores of pictures, of the distance between two sets of features, too: the
     captioner's answers, and the share that is right."""
-    prompts = [captioner.processor.asked()] * len(texts)
+    prompts = [prompt_of(captioner.processor)] * len(texts)
     sampling = SimpleNamespace(**tasks.body_of(vlm.SampleSettings) | vars(options))
     pixels = judge.resized(images, captioner.processor.eyes.size)
     given = [answer.strip() for answer in vlm.answers(captioner, prompts, pixels, sampling)]

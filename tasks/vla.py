@@ -15,6 +15,7 @@ from torch import nn
 
 from configurator import part
 from diffusion import FlowSchedule, sincos
+from keyed import random_bits
 from model import (
     VLM,
     DecoderBlock,
@@ -190,17 +191,17 @@ class VLA(VLM):
         after = (segments > 0).sum(1, keepdim=True) + after
         return masks, torch.cat((positions_of(segments), after), 1)
 
-    def prefix(self, tokens, pixels, masks, positions, cache):
+    def prefix(self, tokens, pixels, masks, positions, cache, keys=None):
         """Pictures and text through the decoder, which leaves keys and values in `cache`: hidden
         states (B, S, width of the decoder)."""
         S = tokens.shape[1]
         masks = tuple(mask[:, :S, :S] for mask in masks)
-        x = self.embed(tokens, pixels, always=True)
-        return self.decoder.features(x, cache=cache, positions=positions[:, :S], masks=masks)
+        x = self.embed(tokens, pixels, True, keys)
+        return self.decoder.features(x, None, None, cache, masks, positions[:, :S], keys)
 
-    def velocity(self, x, t, state, mask, positions, cache):
+    def velocity(self, x, t, state, mask, positions, cache, keys=None):
         """What the expert says of x (A, T, D) at the times t (A,); state (A, P), mask
-        (A, 1 + T, L), positions (A, 1 + T) -> (A, T, D)."""
+        (A, 1 + T, L), positions and keys (A, 1 + T) -> (A, T, D)."""
         # the state's token, and each action with its time
         d = self.decoder.config
         h = self.action_in(x)
@@ -214,11 +215,12 @@ class VLA(VLM):
         if d.sliding_window:
             ropes = rope, rope_table(positions, d.head_dim, d.rope_local_theta)
         for block in self.expert:       # the expert sees the whole prefix in local layers, too
-            h = run_block(block, d.remat, h, ropes, (mask, mask), cache)
+            h = run_block(block, d.remat, h, ropes, (mask, mask), cache, keys)
         return self.action_out(self.expert_norm(h)[:, 1:])
 
     def forward(self, tokens, lowdim, targets=None, pixels=None, blocks=None, segments=None,
-                num_targets=None, label_smoothing=0.0, z_loss=0.0, noise=None, time=None):
+                num_targets=None, label_smoothing=0.0, z_loss=0.0, noise=None, time=None,
+                keys=None):
         """{'text': as `VLM.forward` has it, 'actions': as `DiffusionPolicy.forward`}.
 
         A weighted sum of both is what is learned: with one left out, some parameters have no
@@ -233,13 +235,16 @@ class VLA(VLM):
         masks, positions = self.layout(tokens, targets, blocks, segments, valid[::draws].any(2),
                                        rows)
         prefix = Prefix()
-        hidden = self.prefix(tokens, pixels, masks, positions, prefix)
+        hidden = self.prefix(tokens, pixels, masks, positions, prefix, keys)
 
         # the expert, over the rows that have actions
         state = state_of(lowdim, c, len(rows), tokens.device).repeat_interleave(draws, 0)
         of_draws = rows.repeat_interleave(draws)
-        output = self.velocity(x, t, state, masks[0][of_draws, S:], positions[of_draws, S:],
-                               Suffix(prefix, of_draws))
+        places = positions[of_draws, S:]
+        if keys is not None:            # of a chunk's dropout: by the row's first token
+            keys = random_bits(keys[rows, 0], draws * places.shape[1], 5).view_as(places)
+        output = self.velocity(x, t, state, masks[0][of_draws, S:], places,
+                               Suffix(prefix, of_draws), keys)
         text = token_losses(self.decoder, hidden, targets, num_targets, label_smoothing, z_loss)
         return {'text': text,
                 'actions': action_loss(c.loss, output, target, valid, draws, rows * S)}

@@ -15,7 +15,7 @@ import torch
 import data
 import pictures
 import shards
-from answering import answers, check_sampling
+from answering import answers, check_sampling, prompt_of
 from configurator import part
 from generate import generate
 from model import VLM, DecoderConfig, ViTConfig, VLMConfig, sized
@@ -151,7 +151,7 @@ def caption(run, options):
                 pixels.append(run.processor.eyes.pixels(f.read()))
         except shards.BadSample as error:
             raise OSError(f'{name}: {error}') from None
-    prompt = run.processor.asked(options.prompt or None)
+    prompt = prompt_of(run.processor, options.prompt or None)
     texts = answers(run, [prompt] * len(files), np.stack(pixels), options)
     for name, text in zip(files, texts):
         text = text.strip()
@@ -176,7 +176,7 @@ def evaluate(run, options):
     for name in options.eval.split(','):
         pixels, texts, sentences, prompts = read_sets(run, name, options)
         if options.prompt:
-            prompts = [run.processor.asked(options.prompt)] * len(texts)
+            prompts = [prompt_of(run.processor, options.prompt)] * len(texts)
         # an answer may be as long as the longest that is right, and its end
         longest = max(len(ids) for ids in sentences) - min(len(ids) for ids, _ in prompts)
         options.max_new_tokens = max(options.max_new_tokens, longest + 1)

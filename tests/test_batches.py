@@ -11,6 +11,7 @@ from test_pictures import bomb
 
 import data
 import processor as processors
+from answering import prompt_of
 from data import Batches, InOrder, Order
 from pictures import Eyes, on_background
 from processor import collate
@@ -48,7 +49,8 @@ def batch_of(processor, *samples, **options):
 def test_a_row_is_picture_bos_prompt_newline_then_caption_eos():
     processor = make_processor(16, 16, 4, prompt='en')
     ids = [IMAGE] * 4 + [BOS, *b'en\n', *b'cat', EOS]
-    assert processor.prefix() == ids[:8] and processor.prefix('x') == [IMAGE] * 4 + [BOS, *b'x\n']
+    assert prompt_of(processor)[0] == ids[:8]
+    assert prompt_of(processor, 'x')[0] == [IMAGE] * 4 + [BOS, *b'x\n']
     batch = batch_of(processor, {'png': encode(picture(1)), 'txt': b' cat\n'})
     assert batch['tokens'].tolist() == [ids + [PAD] * 4]
     assert batch['targets'].tolist() == [[-100] * 7 + [*b'cat', EOS] + [-100] * 5], (

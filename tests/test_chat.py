@@ -16,6 +16,7 @@ import processor as processors
 import tasks
 import template as templates
 import tokenizer
+from answering import prompt_of
 from processor import BadSample
 
 tokenizers = pytest.importorskip('tokenizers')
@@ -342,7 +343,7 @@ def test_conversations_are_those_of_transformers(chats, name):
         options = dict(date_string='26 Jul 2024') if name == 'llama3.2' else {}
         piece = piece_of(p, talk)
         assert piece['tokens'].tolist() == theirs.apply_chat_template(talk, **options)['input_ids']
-        asked = p.prefix(talk[-2]['content'], 0)
+        asked = prompt_of(p, talk[-2]['content'], 0)[0]
         alone = [dict(role='user', content=talk[-2]['content'])]
         wanted = theirs.apply_chat_template(alone, add_generation_prompt=True, **options)
         assert asked == wanted['input_ids']
@@ -427,7 +428,7 @@ def test_where_a_template_is_found(tmp_path):
     def prefix(template):
         (tmp_path / 'tokenizer_config.json').write_text(
             json.dumps(config | {'chat_template': template}))
-        return load(tmp_path).prefix('x', 0)
+        return prompt_of(load(tmp_path), 'x', 0)[0]
 
     with pytest.raises(ValueError, match='chat template'):
         prefix(None)
@@ -525,7 +526,7 @@ def test_templates_that_can_not_be_used_are_refused(tmp_path, name, impatient):
         load(tmp_path)
     assert re.search(word, str(error.value)) and '\n' not in str(error.value)
     (tmp_path / 'chat_template.jinja').write_text(SAME + ASK)
-    assert load(tmp_path).prefix('x', 0), 'not for what is beside it'
+    assert prompt_of(load(tmp_path), 'x', 0)[0], 'not for what is beside it'
 
 
 def test_a_template_that_waits_for_its_victim(tmp_path, impatient):

@@ -21,7 +21,8 @@ def unequal(data):
     """20 steps on captions of 1 to 49 characters, a third without a picture; validated on an odd
     number."""
     return [*tiny.FLAGS, f'--data_dir={data}', '--mix={"long": 1, "plain": 0.5}',
-            '--val={"odd": "odd"}', '--max_steps=20', '--num_checkpoints=2', '--lr=1e-3']
+            '--val={"odd": "odd"}', '--max_steps=20', '--num_checkpoints=2', '--lr=1e-3',
+            *tiny.DROPOUT]
 
 
 @pytest.fixture(scope='module')
@@ -73,8 +74,8 @@ def test_micro_batches_give_the_same_losses(alone, unequal, tmp_path, size):
 def test_packed_rows_and_long_texts_cut_in_any_way(unequal, tmp_path):
     """Texts longer than a row, rows shared or not, one rank or two with another number of rows:
     the same losses."""
-    flags = [*tiny.LLM_FLAGS, *unequal[len(tiny.FLAGS):], '--seq_len=16', '--val={"long": "long"}',
-             '--max_steps=6']
+    flags = [*tiny.LLM_FLAGS, *unequal[len(tiny.FLAGS):-2], '--seq_len=16',
+             '--val={"long": "long"}', '--max_steps=6', '--decoder.dropout=0.1']
     run('train.py', *flags, f'--out_dir={tmp_path / "plain"}').ok()
     run('train.py', *flags, '--pack=true', '--micro_batch_size=3',
         f'--out_dir={tmp_path / "packed"}').ok()
@@ -106,7 +107,7 @@ def kinds(tmp_path_factory):
     (folder / 'tokens' / 'manifest.jsonl').write_text(
         '{"shard": "00000000", "num_sequences": 10, "sequence_length": 33}')
     return [f'--data_dir={folder}', '--mix={"captions": 2, "robot": 1, "text": 1, "tokens": 1}',
-            '--max_steps=8', '--lanes=2', '--log_every=1', '--processor=text']
+            '--max_steps=8', '--lanes=2', '--log_every=1', '--processor=text', *tiny.DROPOUT]
 
 
 @pytest.fixture(scope='module')
@@ -150,7 +151,8 @@ def test_the_first_loss_is_one_mean_over_the_targets_of_its_samples(
     alone, unequal, data, tmp_path):
     """Against the samples one by one, through the weights that the seed gives."""
     out = tmp_path / 'run'
-    run('train.py', *unequal, '--augment=false', '--seed=3', f'--out_dir={out}').ok()
+    run('train.py', *unequal, '--augment=false', '--seed=3', '--vit.dropout=0',
+        '--decoder.dropout=0', f'--out_dir={out}').ok()
     begun = begin_run(out)
     loss = targets = 0
     for _, dataset, _, _, key in show_steps(out, '1:2')[1]:

@@ -26,7 +26,7 @@ from model import Decoder, DecoderConfig, token_losses
 NEEDS = ('pictures.py',)
 
 MIX = ['--mix={"long": 1, "plain": 0.5}', '--val={"long": "long"}', '--augment=false']
-COMMON = ['--max_steps=16', '--lr=1e-3', '--num_checkpoints=2']
+COMMON = ['--max_steps=16', '--lr=1e-3', '--num_checkpoints=2', *tiny.DROPOUT]
 HALF, LAST = 'step_00000008', 'step_00000016'
 MODES = {
     'alone': ([], 0),
@@ -228,7 +228,8 @@ def test_recomputing_blocks_changes_no_bit(tmp_path):
     same_weights(weights(tmp_path / 'kept'), weights(tmp_path / 'again'))
 
 
-PACKED = ['--max_steps=6', '--pack=true', '--micro_batch_size=3', '--seq_len=64', '--val={}']
+PACKED = ['--max_steps=6', '--pack=true', '--micro_batch_size=3', '--seq_len=64', '--val={}',
+          *tiny.DROPOUT]
 
 
 @pytest.mark.parametrize('ranks, extra', [(0, []), (2, ['--fsdp=0'])])

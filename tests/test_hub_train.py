@@ -249,8 +249,9 @@ def test_the_command_line_says_what_it_knows():
 
 @pytest.fixture(scope='module')
 def towers(tmp_path_factory):
-    llama = save(tf.LlamaForCausalLM(tf.LlamaConfig(**TEXT)), tmp_path_factory.mktemp('llama'))
-    clip = save(tf.CLIPVisionModel(tf.CLIPVisionConfig(**VISION)), tmp_path_factory.mktemp('clip'))
+    text, vision = TEXT | dict(attention_dropout=0.1), VISION | dict(attention_dropout=0.1)
+    llama = save(tf.LlamaForCausalLM(tf.LlamaConfig(**text)), tmp_path_factory.mktemp('llama'))
+    clip = save(tf.CLIPVisionModel(tf.CLIPVisionConfig(**vision)), tmp_path_factory.mktemp('clip'))
     return llama, clip
 
 
@@ -289,6 +290,9 @@ def test_decoders_of_transformers_behind_our_calls(model, depth, tmp_path):
     assert got == [row[:row.index(98)] if 98 in row else row for row in new]
     assert generate(ours, tokens * mask, max_new_tokens=9, eos_id=98, use_cache=False) == got
 
+    # Its dropout, which knows no positions, is off (GPT-2's is on by default).
+    assert torch.equal(ours.train().logits(tokens), ours.eval().logits(tokens))
+
     # FSDP and torch.compile find its layers.
     blocks = [module for module in ours.modules() if getattr(module, 'is_block', False)]
     assert len(blocks) == depth
@@ -309,7 +313,8 @@ def test_towers_of_transformers_train_and_speak(towers, tmp_path):
              f'--data_dir={tiny.data_dir()}', '--ema=0']
 
     def losses(name, *more, **kwargs):
-        tiny.run('train.py', *flags, f'--out_dir={tmp_path / name}', *more, **kwargs).ok()
+        done = tiny.run('train.py', *flags, f'--out_dir={tmp_path / name}', *more, **kwargs).ok()
+        assert done.err.count('attention_dropout=0.1 is not used') == 2
         return [row['loss'] for row in tiny.rows(tmp_path / name)]
 
     want = losses('one', '--num_checkpoints=3')

@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from torch.func import functional_call
 
 import processor
+from keyed import random_keys
 from model import (
     VLM,
-    ConvStem,
     Decoder,
     DecoderConfig,
     RMSNorm,
@@ -30,6 +30,7 @@ from model import (
     sized,
     token_losses,
 )
+from stem import ConvStem
 from tokenizer import Bytes
 
 IMAGE, PAD, EOS, V = 5, 0, 1, 50
@@ -381,7 +382,8 @@ def micro_batch(kind, device='cpu'):
     tokens, targets = words(3, 12), words(3, 12, seed=1)
     targets[0, :5], targets[1, 2:9] = -100, -100
     segments = torch.ones_like(tokens).index_fill(1, torch.tensor([11]), 0)
-    batch = dict(tokens=tokens, targets=targets, segments=segments)
+    batch = dict(tokens=tokens, targets=targets, segments=segments,
+                 keys=random_keys(0, torch.arange(36).view(3, 12)))
     if kind == 'vlm':
         tokens[:2, :P] = IMAGE
         batch['pixels'] = pictures(2)

@@ -17,7 +17,7 @@ FLAGS = ['--device=cpu', '--lanes=8', '--window=4', '--workers=0', '--batch_size
          '--action_steps=4', '--action_dim=4', '--proprio_dim=39', '--mix={"robot": 1.0}',
          '--ema=0.9']
 POLICY = ['--task=policy', '--policy.width=32', '--policy.mlp_dim=32', '--policy.num_heads=2',
-          '--policy.depth=1', '--policy.num_noise_draws=2', *tiny.MODEL]
+          '--policy.depth=1', '--policy.num_noise_draws=2', *tiny.MODEL, *tiny.DROPOUT]
 BOTH = '--mix={"eyes": 1.0, "robot": 1.0}'
 
 
@@ -86,8 +86,8 @@ KINDS = {
               '--policy.channels=[16, 32]', '--policy.objective=ddpm', '--policy.loss=huber'],
     'pictures': [*POLICY, '--policy.encoder=vlm', '--policy.denoiser=transformer',
                  '--policy.loss=l1', BOTH],
-    'vla': ['--task=vla', '--vla.width=32', '--vla.mlp_dim=32', *tiny.MODEL, BOTH,
-            '--action_weight=2.0']}
+    'vla': ['--task=vla', '--vla.width=32', '--vla.mlp_dim=32', *tiny.MODEL, *tiny.DROPOUT,
+            '--vla.num_noise_draws=2', BOTH, '--action_weight=2.0']}
 
 
 @pytest.mark.parametrize('kind', KINDS)

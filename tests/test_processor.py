@@ -14,6 +14,7 @@ import data
 import processor as processors
 import sequences
 import tasks
+from answering import prompt_of
 from data import Batches, InOrder, Order
 from model import Decoder, DecoderConfig
 from processor import LEARNED, READ, collate, fill_rows, split
@@ -94,7 +95,7 @@ def test_conversations_learn_answers_alone(form):
     assert text.index('and ') < text.index('this?') and (batch['tokens'] == IMAGE).sum() == 4
     one = batch_of(p, {'json': b'{"prefix": "q", "suffix": "a"}', 'png': PNG})
     one = one['tokens'][0].tolist()
-    prefix = p.prefix('q')
+    prefix = prompt_of(p, 'q')[0]
     assert one[:len(prefix)] == prefix
     assert one[len(prefix):][:len(space) + 2] == [*f'{space}a'.encode(), EOS]
     for broken in (
@@ -236,16 +237,18 @@ def test_sequences_alone_and_beside_other_samples_are_the_same_rows(
         for row in ids:
             if rng.uniform() < padded:
                 row[rng.integers(1, 9):] = np.iinfo(dtype).max
-        alone = collate([], p, multiple=3, ready=[(ids[:3], 0), (ids[3:], 1)])
-        beside = collate([None], p, ready=[(ids[:3], 0), (ids[3:], 1)])
+        numbers = np.arange(5)
+        ready = [(ids[:3], 0, numbers[:3]), (ids[3:], 1, numbers[3:])]
+        alone, beside = collate([], p, multiple=3, ready=ready), collate([None], p, ready=ready)
         assert 'ids' in alone and 'ids' not in beside and len(alone['ids']) == 6
         assert all(alone[k] == beside[k] for k in ('num_tokens', 'num_targets', 'texts'))
-        assert alone['parts'].tolist() == beside['parts'].tolist()
+        for key in ('parts', 'positions', 'numbers'):
+            assert alone[key].tolist() == beside[key].tolist()
         a, b = (processors.to_device(batch, 'cpu', p) for batch in (alone, beside))
         assert all(torch.equal(a[k], b[k]) and a[k].shape == (6, seq_len)
                    for k in ('tokens', 'targets'))
         assert alone['cut'] and torch.equal(a['segments'], b['segments']), 'for the empty row'
-        whole = collate([], p, ready=[(ids, 0)])
+        whole = collate([], p, ready=[(ids, 0, numbers)])
         segments = token_rows(torch.as_tensor(ids), seq_len, tok, documents)[2]
         assert whole['cut'] == (not torch.equal(segments, torch.ones(5, seq_len)))
 

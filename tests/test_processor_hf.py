@@ -11,6 +11,7 @@ from conftest import encode, make_processor, picture
 from PIL import Image
 
 import tokenizer
+from answering import prompt_of
 from processor import BadSample
 from tasks import vlm
 
@@ -201,7 +202,7 @@ def test_paligemma(paligemma, which, count):
         assert piece['tokens'].tolist() == out['input_ids'][0]
         assert piece['blocks'].tolist() == out['token_type_ids'][0], 'what is causal'
         assert np.append(-100, piece['targets'][:-1]).tolist() == out['labels'][0].tolist()
-        assert p.prefix(prefix, count) == theirs(
+        assert prompt_of(p, prefix, count)[0] == theirs(
             images=[opened], text=['<image>' * count + prefix])['input_ids'][0]
     ours = np.stack([pixels(p, x)[0] for x in data])
     wanted = theirs(images=[opened], text=['<image>' * count])['pixel_values']
@@ -375,12 +376,12 @@ def test_conversations_with_pictures(tmp_path, name, talk):
     asked = messages_of([('user', [None, 'What is this?'])], opened)
     asked = theirs.apply_chat_template(asked, tokenize=True, return_dict=True,
                                        add_generation_prompt=True)
-    assert p.prefix('What is this?', 1) == asked['input_ids'][0]
+    assert prompt_of(p, 'What is this?', 1)[0] == asked['input_ids'][0]
 
     # The form of ours, without the folder.
     form = make_processor(4000, 16, 4, tokenizer=p.tokenizer, form=p.form)
     if not name.startswith('idefics3'):
-        assert form.prefix('What is this?', 1) == p.prefix('What is this?', 1)
+        assert prompt_of(form, 'What is this?', 1)[0] == prompt_of(p, 'What is this?', 1)[0]
     if name.startswith('smolvlm'):
         again = piece_of(form, messages_of(talk), **members)
         assert again['tokens'].tolist() == piece['tokens'].tolist()

@@ -17,7 +17,7 @@ LOOP = ['--device=cpu', '--lanes=8', '--window=4', '--workers=0', '--batch_size=
 DIT = ['--task=t2i', '--dit.image_size=16', '--dit.patch_size=8', '--dit.width=32',
        '--dit.mlp_dim=32', '--dit.num_heads=2', '--dit.depth=2', '--dit.drop=0.3',
        '--mix={"plain": 1.0, "dark": 1.0}']
-FLAGS = [*LOOP, *DIT, *DECODER]
+FLAGS = [*LOOP, *DIT, *DECODER, '--decoder.dropout=0.1']
 
 
 def train(out_dir, *flags, **kwargs):

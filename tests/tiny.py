@@ -33,6 +33,7 @@ VIT = ['--vit.image_size=16', '--vit.patch_size=8', '--vit.width=32', '--vit.dep
 DECODER = ['--decoder.width=32', '--decoder.depth=2', '--decoder.mlp_dim=64',
            '--decoder.num_heads=2', '--decoder.head_dim=16']
 MODEL = [*VIT, *DECODER]
+DROPOUT = ['--vit.dropout=0.1', '--decoder.dropout=0.1']
 TRAINING = ['--device=cpu', '--tokenizer=bytes', '--seq_len=64', '--batch_size=12', '--lanes=8',
             '--window=4', '--workers=0', '--log_every=1', '--warmup=0.2', '--lr=5e-3']
 FLAGS = [*MODEL, *TRAINING, '--augment=true']
