@@ -77,22 +77,20 @@ def newest_name(folder):
     return (names(folder) or ['none'])[0]
 
 
-def sum_of(path):
-    """[bytes, CRC-32] of a file."""
-    # in pieces: the file may be larger than the memory
-    size, crc = 0, 0
-    with open(path, 'rb') as f:
-        while block := f.read(1 << 22):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return [size, crc]
-
-
-def files_of(folder):
-    """{path inside the folder: [bytes, CRC-32]} of every file."""
+def files_of(folder, leave_out=()):
+    """{path inside the folder: [bytes, CRC-32]} of every file, but for those that begin so."""
     checksums = {}
     for root, _, files in os.walk(folder):
         for path in (os.path.join(root, file) for file in files):
-            checksums[os.path.relpath(path, folder)] = sum_of(path)
+            name = os.path.relpath(path, folder)
+            if name.startswith(leave_out):
+                continue
+            # in pieces: the file may be larger than the memory
+            size, crc = 0, 0
+            with open(path, 'rb') as f:
+                while block := f.read(1 << 22):
+                    size, crc = size + len(block), zlib.crc32(block, crc)
+            checksums[name] = [size, crc]
     return checksums
 
 
