@@ -14,6 +14,7 @@ from hub import open_run
 from processor import collate
 from robots import actions
 from robots.acting import fields_of, policy_of
+from robots.cameras import fits
 from robots.record import saved
 from shards import BadSample, Folder
 from tokenizer import Bytes
@@ -46,7 +47,9 @@ def stats_of(*sizes):
     found = {'actions': actions.Statistics(0), 'proprio': actions.Statistics(0)}
     for pair in sorted(sizes):
         for key, width in zip(found, pair):
-            new = actions.Statistics(width).update(np.eye(width)[:1])
+            new = actions.Statistics(width)
+            if width:
+                new.update(np.eye(width)[:1])
             new.merge(found[key])
             found[key] = new
     return {key: each.to_dict() for key, each in found.items()}
@@ -322,6 +325,11 @@ def test_statistics_are_of_the_data(tmp_path, stats, more, said):
         begin(tmp_path, sets, stats=str(path), **more)
     for word in (*said, 'prepare/stats.py --data=', '/x --out='):
         assert word in str(error.value), error.value
+
+
+def test_a_robot_without_a_state_is_one_of_those_that_were_counted():
+    assert fits(stats_of((4, 39), (4, 0)), 'proprio', 0)
+    assert not fits(stats_of((4, 39)), 'proprio', 0)
 
 
 def test_a_sample_of_more_numbers_than_the_statistics_is_a_bad_one():
