@@ -468,8 +468,7 @@ class Learned(NamedTuple):
 
 
 def layout(config, x, blocks, segments, masks, positions):
-    """(masks, positions) of embeddings x (B, T, D): those that are given, else what follows from
-    blocks (None: causal) and segments."""
+    """(masks, positions) of x (B, T, D), of blocks (None: causal) where they are not given."""
     if masks is None:
         if blocks is None:
             blocks = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
