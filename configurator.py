@@ -348,8 +348,15 @@ def roots(nodes):
 # --help: usage.py reads the source, and is imported only then
 
 
+def last_words(*error):
+    """Ctrl-C, while torch is imported, too, and a full memory in one line."""
+    from usage import tell_end
+    tell_end(*error)
+
+
 def answer_help(script, argv=None, task_class='TrainSettings', task=''):
     """If argv asks for help: print what a script and its task take, and exit."""
+    sys.excepthook = last_words
     argv = sys.argv[1:] if argv is None else argv
     if HELP & set(argv):
         from usage import show

@@ -557,6 +557,8 @@ def check(settings, world):
         if settings[key] < 0:
             raise ValueError(f'{key}={settings[key]} must be at least 0')
 
+    if settings['seq_len'] > 1 << 20:
+        raise ValueError(f'seq_len={settings["seq_len"]} must be at most {1 << 20}')
     if settings['seed'] >= 2 ** 63:
         raise ValueError(f'seed={settings["seed"]} must be below 2^63')
     for name, place in settings['val'].items():

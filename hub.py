@@ -150,6 +150,8 @@ def open_ours(path, device='cpu', ema=True):
     the weights, where it kept them. Raises ValueError."""
     check_code(path)
     folder = past.checkpoint_of(path)
+    if os.path.basename(folder).startswith('.step_'):
+        raise ValueError(f'{folder!r} is a checkpoint that was not finished: take another')
     try:
         settings = read_json(os.path.join(folder, 'config.json'))
         accounting.check_sums(folder)
@@ -280,6 +282,9 @@ def main(argv):
             words.append(word)
 
     # What a user can put right is said in one line.
+    if {'--help', '-h'} & set(argv):
+        print(__doc__)
+        return
     try:
         if words[:1] == ['config'] and len(words) == 2:
             print(config_lines(words[1]), end='')

@@ -64,11 +64,14 @@ def has_weights(folder):
 
 
 def weights_folder(path):
-    """The folder with the weights of a run or of a checkpoint; '' where it has none."""
+    """The folder with the weights of a run or of a checkpoint; '' where it has none. Raises
+    ValueError."""
     # the newest by its number, and perhaps its ema/: the link may be missing
     run, is_latest, below = path.partition('/checkpoints/latest')
     if is_latest:
         path = past.checkpoint_of(run) + below
+    if os.path.basename(os.path.normpath(path)).startswith('.step_'):
+        raise ValueError('a checkpoint that was not finished: take another')
     # a checkpoint, or a run with its checkpoints
     for folder in (path, past.checkpoint_of(path)):
         if has_weights(folder):

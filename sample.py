@@ -74,6 +74,7 @@ import hub
 import parallel
 from shards import BadSample
 from tasks import body_of, load, that_have
+from usage import printing
 
 try:
     if not _task:
@@ -102,7 +103,8 @@ try:
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
 try:
-    run.task.sample(run, options)
+    with printing():
+        run.task.sample(run, options)
 except (ValueError, ImportError) as error:
     fail(error)
 except (OSError, BadSample) as error:

@@ -193,6 +193,9 @@ class Folder:
             # a pipe would be waited for
             if os.path.exists(path) and not os.path.isfile(path):
                 raise OSError(f'{path} is a folder or a device, no shard: give it another name')
+            if not os.path.exists(path):
+                raise OSError(f'{path} is missing, a shard of data set {self.path!r}: bring it '
+                              'back, or make the data set or its manifest.jsonl again')
             self.files[shard] = os.open(path, os.O_RDONLY)
             if len(self.files) > self.max_open:
                 os.close(self.files.popitem(last=False)[1])

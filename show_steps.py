@@ -16,6 +16,7 @@ import numpy as np
 import data
 import past
 from configurator import configure
+from usage import printing
 
 # those settings of train.py that the order depends on, with the same defaults
 out_dir = 'out/run'             # its checkpoints know what was done before today's settings
@@ -113,6 +114,7 @@ if __name__ == '__main__':
     except (ValueError, OSError) as error:
         leave(2, error)
     try:
-        show(history, first, last)
+        with printing():
+            show(history, first, last)
     except (ValueError, OSError) as error:
         leave(1, error)

@@ -10,7 +10,21 @@ import re
 
 import numpy as np
 
+MOST_PATHS = 10_000_000         # of a name with braces
 PACKED = ('.tar.gz', '.tgz', '.tar.bz2', '.tar.xz', '.tar.zst', '.tar.lz4')
+
+
+def most_paths(spec):
+    """As many paths as the braces of a spec stand for, or more."""
+    number = 1
+    for inside in re.findall(r'\{([^{}]*)\}', spec):
+        begin, dots, end = inside.partition('..')
+        end, _, stride = end.partition('..')
+        try:
+            number *= abs(int(end) - int(begin)) // max(abs(int(stride or 1)), 1) + 1
+        except ValueError:
+            number *= inside.count(',') + 1
+    return number
 
 
 def expand(spec):
@@ -18,6 +32,9 @@ def expand(spec):
     from braceexpand import UnbalancedBracesError, braceexpand
     # commas inside braces separate nothing here
     patterns = re.findall(r'(?:\{[^{}]*\}|[^,])+', spec)
+    if most_paths(spec) > MOST_PATHS:
+        raise ValueError(f'data set {spec!r:.200}: its braces stand for more than {MOST_PATHS} '
+                         'shards: name a folder or a manifest')
     try:
         return [path for pattern in patterns for path in braceexpand(pattern.strip())]
     except UnbalancedBracesError:

@@ -6,13 +6,16 @@ Of a script the assignments before it calls configure(), of a task those in the 
 each with its default and its whole comment, in sections.
 """
 import ast
+import contextlib
 import difflib
+import errno
 import glob
 import io
 import os
 import re
 import shutil
 import signal
+import sys
 import textwrap
 import tokenize
 import traceback
@@ -178,6 +181,15 @@ def show(script, task_class, task, choose_task):
         print(f'there is no {path}')
 
 
+def only_here(setting):
+    """The setting, without tasks in its comment whose files were deleted."""
+    if setting.name != 'task':
+        return setting
+    tasks, _, rest = setting.comment.partition(',')
+    here = [task for task in tasks.split(' | ') if (HOME / 'tasks' / f'{task}.py').is_file()]
+    return setting._replace(comment=f'{" | ".join(here)},{rest}')
+
+
 def print_settings(settings):
     """Each on a line, as a flag with its default, and its comment beside it; in sections."""
     sections = {}
@@ -185,6 +197,7 @@ def print_settings(settings):
         sections.setdefault(setting.section, []).append(setting)
     width = max(80, shutil.get_terminal_size((100, 24)).columns) - 41
     for section, members in sections.items():
+        members = [only_here(setting) for setting in members]
         print()
         if section:
             print(section)
@@ -287,6 +300,39 @@ def nothing_to_learn(keys):
         return 'it has messages, which are read by processor=chat and others of its kind'
     return (f'it has {", ".join(keys) or "no keys"}: nothing to answer; known are text, prefix '
             'and suffix, messages, instruction')
+
+
+# How a script ends that did not expect it
+
+
+def tell_end(kind, error, trace):
+    """Ctrl-C, more memory than there is, and what says so of itself, in one line; other errors as
+    Python does."""
+    said, script = ' '.join(str(error).split()), os.path.basename(sys.argv[0])
+    is_full = re.search(r"out of memory|can't allocate memory|not enough memory", said)
+    if kind is KeyboardInterrupt:
+        print(f'{script}: stopped by Ctrl-C', file=sys.stderr)
+    elif issubclass(kind, MemoryError) or is_full:
+        print(f'{script}: the memory is full: take a smaller micro_batch_size, seq_len or model '
+              f'({said:.200})', file=sys.stderr)
+    elif getattr(kind, 'in_one_line', False):
+        print(f'{script}: {said}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+@contextlib.contextmanager
+def printing():
+    """Raises OSError that says so where what is printed inside can not be written."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename:
+            raise
+        # else it is tried again when the script ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f'standard output can not be written: {error.strerror}') from None
 
 
 # What may have been meant, for refusals

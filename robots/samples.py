@@ -184,6 +184,12 @@ def prepare(run):
     if run.processor.form != 'auto' and '.py:' not in run.processor.form:
         raise ValueError(f'processor={settings["processor"]!r} writes no actions: take auto, a '
                          'model folder of PaliGemma, or a function of yours (file.py:function)')
+    for key, part in dict(action_dim='actions', proprio_dim='proprio').items():
+        own = len(run.kept['stats.json'].get(part, {}).get('mean', ()))
+        if own > settings[key]:
+            raise ValueError(f'{key}={settings[key]}: {part} have {own} numbers, says stats.json: '
+                             f'set {key}={own}, or make the statistics of this data set '
+                             '(prepare/stats.py)')
     units = actions.Units(run.kept['stats.json'], settings['normalize'], settings['action_steps'],
                           settings['action_dim'], settings['proprio_dim'])
     run.units = units.to(run.device)

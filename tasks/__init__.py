@@ -127,6 +127,9 @@ def load(name):
     for key in ('TrainSettings', 'form', 'build'):
         if not hasattr(task, key):
             raise ValueError(f'task={name!r}: {path} has no {key} (top of tasks/__init__.py)')
+    if name.endswith('.py'):
+        from yours import watch
+        watch(task, path)
     return task
 
 

@@ -21,7 +21,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import numpy as np
@@ -282,7 +281,8 @@ def child(script, args, cwd, env, files, ranks):
             print(code, file=sys.stderr)
             code = 1
     except BaseException:
-        traceback.print_exc()
+        # a script may have its own
+        sys.excepthook(*sys.exc_info())
     leave(code)
 
 
