@@ -185,9 +185,9 @@ def only_here(setting):
     """The setting, without tasks in its comment whose files were deleted."""
     if setting.name != 'task':
         return setting
-    tasks, _, rest = setting.comment.partition(',')
+    tasks, comma, rest = setting.comment.partition(',')
     here = [task for task in tasks.split(' | ') if (HOME / 'tasks' / f'{task}.py').is_file()]
-    return setting._replace(comment=f'{" | ".join(here)},{rest}')
+    return setting._replace(comment=' | '.join(here) + comma + rest)
 
 
 def print_settings(settings):
