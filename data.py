@@ -62,26 +62,6 @@ def permute(index, size, key, rounds=32):
     return x.astype(np.int64)
 
 
-class Random:
-    """A stream of random numbers keyed by integers, the same for ever. Enough for augmentation."""
-
-    def __init__(self, *key):
-        self.key, self.count = hash64(*key), 0
-
-    def uniform(self, low=0.0, high=1.0, size=None):
-        """Uniform in [low, high): a float, or an array of `size` numbers."""
-        if size is None:
-            return float(self.uniform(low, high, 1)[0])
-        n = int(np.prod(size))
-        places = np.arange(self.count, self.count + n, dtype=np.uint64)
-        bits = splitmix64(self.key + splitmix64(places))
-        self.count += n
-
-        # the 53 highest bits, as many as a float64 holds exactly
-        values = low + (high - low) * (bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
-        return values.reshape(size)
-
-
 # -------------------------------------------------------------------------------------------------
 # the order
 
@@ -327,8 +307,8 @@ class Batches:
         pieces = []
         for position, shard, index in places:
             rng = None
-            if self.seed is not None:
-                rng = Random(self.seed, 4, position)
+            if self.seed is not None and self.processor.eyes:
+                rng = self.processor.eyes.random(self.seed, 4, position)
             try:
                 members = folder.read(shard, index)
                 if not all(map(is_read, members)):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data import hash64, splitmix64
 from shards import BadSample
 
 MAX_PIXELS = 64 << 20           # of one picture; more is a bad sample
@@ -91,6 +92,10 @@ class Eyes:
     draft: bool = True          # JPEGs may be decoded small, where that is at least `size`
     resample: int = 3           # a filter of PIL: bicubic
     resize: tuple = ('square', 0)
+
+    def random(self, *key):
+        """What augments the pictures of a sample, by integers that say which it is."""
+        return Random(*key)
 
     def pixels(self, data, rng=None):
         """Encoded picture -> RGB uint8 (S, S, 3), on white. rng: a Random augments it.
@@ -184,6 +189,26 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]],
                   np.float32)
 TO_RGB = np.linalg.inv(TO_YIQ)
+
+
+class Random:
+    """A stream of random numbers keyed by integers, the same for ever. Enough for augmentation."""
+
+    def __init__(self, *key):
+        self.key, self.count = hash64(*key), 0
+
+    def uniform(self, low=0.0, high=1.0, size=None):
+        """Uniform in [low, high): a float, or an array of `size` numbers."""
+        if size is None:
+            return float(self.uniform(low, high, 1)[0])
+        n = int(np.prod(size))
+        places = np.arange(self.count, self.count + n, dtype=np.uint64)
+        bits = splitmix64(self.key + splitmix64(places))
+        self.count += n
+
+        # the 53 highest bits, as many as a float64 holds exactly
+        values = low + (high - low) * (bits >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+        return values.reshape(size)
 
 
 def augment(rgba, rng):

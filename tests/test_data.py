@@ -11,7 +11,7 @@ import tiny
 from conftest import write_set
 
 import data
-from data import WHOLE, History, InOrder, Order, Random, hash64, permute
+from data import WHOLE, History, InOrder, Order, hash64, permute
 from shards import Folder
 
 GOLDEN = {1000: '275bff8354da7475ab99d76b946185153390bc99cd00f7a819912ae739908041',
@@ -48,21 +48,6 @@ def test_hash64_broadcasts_depends_on_every_value_and_stays_as_it_is():
                 for key in [(1, 2), (2, 1), (1,), (1, 2, 0), (-1, 2), (1, 2 + 2 ** 40)]}) == 6
     assert int(hash64(1, -2, 3)[0]) == 12056474070484764355
     assert hash64(hash64(5), 1)[0] == hash64(int(hash64(5)[0]), 1)[0], 'a hash may be a value'
-
-
-def test_random_is_pinned_keyed_and_uniform():
-    assert Random(1, 2, 3).uniform(size=3).tolist() == [0.03142468112206298, 0.07195283435997135,
-                                                        0.2140216723910111]
-    rng, again = Random(4), Random(4)
-    apart = [rng.uniform(-2, 6) for _ in range(3)] + rng.uniform(
-        -2, 6, (2, 2)).ravel().tolist() + [rng.uniform(-2, 6)]
-    assert apart == again.uniform(-2, 6, 8).tolist(), 'one stream, however it is asked for'
-    assert isinstance(apart[0], float) and Random(4).uniform(-2, 6, (2, 2)).shape == (2, 2)
-    assert len({Random(*key).uniform() for key in [(0,), (1,), (0, 1), (1, 0)]}) == 4
-    values = Random(9).uniform(3, 5, 20000)
-    assert values.min() >= 3 and values.max() < 5
-    assert abs(values.mean() - 4) < 0.02 and abs(values.var() - 4 / 12) < 0.01
-    assert np.abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
 
 
 def test_permute_is_a_bijection_for_every_size():

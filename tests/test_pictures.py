@@ -8,8 +8,7 @@ import pytest
 from conftest import encode, picture
 from PIL import Image
 
-from data import Random
-from pictures import Eyes, augment, on_background, open_picture
+from pictures import Eyes, Random, augment, on_background, open_picture
 from shards import BadSample
 
 
@@ -191,3 +190,18 @@ def test_augmentation_is_not_too_strong_and_not_nothing():
     assert np.quantile(np.abs(centres - 15.5), 0.95) < 5 and centres.std(0).min() > 0.5, (
         'shifted, and in the frame')
     assert 0.6 < np.median(areas) < 1.3 and areas.std() > 0.1, 'it is scaled'
+
+
+def test_random_is_pinned_keyed_and_uniform():
+    assert Random(1, 2, 3).uniform(size=3).tolist() == [0.03142468112206298, 0.07195283435997135,
+                                                        0.2140216723910111]
+    rng, again = Random(4), Random(4)
+    apart = [rng.uniform(-2, 6) for _ in range(3)] + rng.uniform(
+        -2, 6, (2, 2)).ravel().tolist() + [rng.uniform(-2, 6)]
+    assert apart == again.uniform(-2, 6, 8).tolist(), 'one stream, however it is asked for'
+    assert isinstance(apart[0], float) and Random(4).uniform(-2, 6, (2, 2)).shape == (2, 2)
+    assert len({Random(*key).uniform() for key in [(0,), (1,), (0, 1), (1, 0)]}) == 4
+    values = Random(9).uniform(3, 5, 20000)
+    assert values.min() >= 3 and values.max() < 5
+    assert abs(values.mean() - 4) < 0.02 and abs(values.var() - 4 / 12) < 0.01
+    assert np.abs(np.corrcoef(values[:-1], values[1:])[0, 1]) < 0.03
