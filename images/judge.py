@@ -16,6 +16,15 @@ def save(path, picture, settings):
     Image.fromarray(picture).save(path, pnginfo=info)
 
 
+def setting_in(path, key):
+    """What `save` wrote into a PNG of a setting; '' for any other file."""
+    try:
+        with Image.open(path) as picture:
+            return picture.text.get(key, '')
+    except (OSError, ValueError, AttributeError):
+        return ''
+
+
 def resized(pictures, size):
     """uint8 (N, H, W, 3) -> uint8 (N, size, size, 3), bicubic."""
     # Nothing to do, and np.stack would copy them all.

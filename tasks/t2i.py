@@ -13,6 +13,7 @@ Axes: B rows, S tokens of a sentence, N pictures, H W rows and columns, C channe
 import io
 import json
 import os
+import zlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -264,6 +265,7 @@ def paint(run, sentences, options, image=None, mask=None):
 
 def draw_prompt(run, options):
     """n pictures of the prompt, each a PNG with its settings inside, and one of them all."""
+    path = path_of_grid(options)
     image = mask = None
     if options.image:
         image = read_image(run, options.image)
@@ -271,12 +273,6 @@ def draw_prompt(run, options):
         mask = read_mask(run, options.mask)
     prompt, _ = prompt_of(run.processor, options.prompt)
     drawn = paint(run, [prompt] * options.n, options, image, mask)
-
-    # they are named by the words of the prompt
-    words = ''.join(c if c.isalnum() else ' ' for c in options.prompt.lower())[:60].split()
-    path = options.grid or os.path.join(options.out_dir, 'samples',
-                                        ('-'.join(words) or 'no-sentence') + '.png')
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
 
     # what it takes to draw them again
     said = dict(prompt=options.prompt, seed=options.seed, guidance=options.guidance,
@@ -288,6 +284,23 @@ def draw_prompt(run, options):
         judge.save(f'{os.path.splitext(path)[0]}_{i:03}.png', picture, said | dict(index=i))
     judge.save(path, judge.side_by_side(drawn), said | dict(n=options.n))
     print(json.dumps(said | dict(grid=path)) if options.json else path)
+
+
+def path_of_grid(options):
+    """Where the pictures of a prompt go. Raises ValueError."""
+    path = options.grid
+    # said before they are drawn, not after
+    if path and (not path.lower().endswith('.png') or os.path.isdir(path)):
+        raise ValueError(f'grid={path!r}: expected the name of a file that ends in .png')
+    if not path:
+        # they are named by the words of the prompt; what another one drew stays
+        words = ''.join(c if c.isalnum() else ' ' for c in options.prompt.lower())[:60].split()
+        stem = os.path.join(options.out_dir, 'samples', '-'.join(words) or 'no-sentence')
+        path = f'{stem}.png'
+        if os.path.exists(path) and judge.setting_in(path, 'prompt') != options.prompt:
+            path = f'{stem}-{zlib.crc32(os.fsencode(options.prompt)):08x}.png'
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    return path
 
 
 def read_image(run, names):

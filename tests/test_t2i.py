@@ -1,5 +1,7 @@
 """Text to image: blocks beside diffusers', TextToImage's loss and samples, judging pictures."""
+import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from diffusion import DenoiserBlock, JointBlock, normal, random_keys
 from images import judge
 from images.dit import DiTConfig, TextToImage
 from model import Decoder, DecoderConfig
+from tasks import t2i
 
 TEXT = DecoderConfig(vocab_size=32, width=16, depth=1, mlp_dim=32, num_heads=2, head_dim=8)
 SMALL = DiTConfig(image_size=8, patch_size=4, width=32, depth=2, mlp_dim=48, num_heads=4, drop=0.3)
@@ -345,3 +348,24 @@ def test_on_a_gpu(settings):
     rough.backward()
     assert abs(rough.item() - loss.item()) < 0.05 * loss.item()
     assert all(p.grad is not None for p in there.parameters())
+
+
+def test_prompts_name_files_and_no_prompt_takes_anothers(tmp_path):
+    def path_of(prompt, grid=''):
+        options = SimpleNamespace(prompt=prompt, grid=grid, out_dir=str(tmp_path))
+        path = t2i.path_of_grid(options)
+        judge.save(path, np.zeros((4, 4, 3), np.uint8), dict(prompt=prompt))
+        return path
+
+    odd = ['../../etc/passwd', '/', '..', '', '.', '-rf', 'a/b\\c:d*e?"<>|', 'x' * 400, '龍' * 400,
+           'a\nb', '~', 'con', '{a,b}', '\u202e', 'É']
+    paths = [path_of(prompt) for prompt in odd]
+    assert len({os.path.realpath(path) for path in paths}) == len(odd), 'each has its own'
+    assert {os.path.dirname(path) for path in paths} == {f'{tmp_path}/samples'}
+    assert [path_of(prompt) for prompt in odd] == paths, 'and keeps it'
+    # the same words, or the same 60 characters
+    alike = 'red apple', 'Red, apple!', 'y' * 61, 'y' * 62
+    assert len({path_of(prompt) for prompt in alike}) == 4
+    for grid in ('grid', 'grid.jpg', str(tmp_path), f'{tmp_path}/'):
+        with pytest.raises(ValueError, match='grid=.*png'):
+            path_of('a', grid)
