@@ -2,13 +2,14 @@
 #               vision-language model, its score. SEED=1: another run; FULL=1: 286 names instead of
 #               64, 14 minutes; MINUTES=2: as many steps as fit in that time
 # make test     ruff and pytest
+# make long     what takes minutes: thousands of damaged files; it prints what came of them
 # make clean    remove .venv (data sets and runs stay)
 
 PYTHON ?= python3
 SEED ?= 0
 PY = .venv/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo test long clean
 
 demo: .venv/installed
 	@PY="$(PY)" SEED="$(SEED)" FULL="$(FULL)" MINUTES="$(MINUTES)" sh launch/demo.sh
@@ -16,6 +17,9 @@ demo: .venv/installed
 test: .venv/installed-dev
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q --durations=10 -n auto --maxprocesses=4 --dist=loadfile
+
+long: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -s -m long --durations=10
 
 clean:
 	rm -rf .venv

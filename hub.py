@@ -27,10 +27,10 @@ import sys
 import tempfile
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import accounting
+import bounds
 import checkpoint
 import past
 import processor as processors
@@ -159,7 +159,8 @@ def open_ours(path, device='cpu', ema=True):
         is_bytes = settings['tokenizer'] == 'bytes'
         tok = tokenizers.load('bytes' if is_bytes else folder)
 
-        model = task.build(settings, tok, load_weights=False)
+        with bounds.no_more_than(folder):
+            model = task.build(settings, tok, load_weights=False)
         weights = load_file(os.path.join(folder, 'model.safetensors'))
         if ema and settings.get('ema'):
             weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
@@ -179,7 +180,8 @@ def open_ours(path, device='cpu', ema=True):
     except FileNotFoundError as error:
         raise ValueError(f'{folder!r} is no checkpoint ({error.filename or error} is missing)'
                          ) from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    # a stranger's config.json may hold anything
+    except Exception as error:
         raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
                          ) from None
 
@@ -191,7 +193,10 @@ def task_of(path):
     config = os.path.join(past.checkpoint_of(path), 'config.json')
     if not os.path.exists(config):
         raise ValueError(f'{path!r} is no checkpoint ({config} is missing)')
-    return read_json(config)['task']
+    task = read_json(config)['task']
+    if not isinstance(task, str):
+        raise ValueError(f'{config}: task={task!r} is no name')
+    return task
 
 
 def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
@@ -200,7 +205,12 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
     trained on. Raises ValueError."""
     folder = fetch(name, revision)
     if is_foreign(folder):
-        return family_of(folder).open_model(folder, dtype, image_size)
+        try:
+            with bounds.no_more_than(folder):
+                return family_of(folder).open_model(folder, dtype, image_size)
+        except OverflowError as error:
+            raise ValueError(f'{folder!r}: a number of config.json is too large ({error})'
+                             ) from None
     return open_ours(folder).model.to(dtype).eval()
 
 

@@ -10,21 +10,43 @@ import os
 import numpy as np
 
 
+def read_header(file):
+    """(shape, is it in columns, dtype) of a .npy file that is open. Raises ValueError."""
+    try:
+        read = np.lib.format.read_array_header_2_0
+        if np.lib.format.read_magic(file)[0] == 1:
+            read = np.lib.format.read_array_header_1_0
+        return read(file)
+    # it is Python's source, whose parsers have errors of many kinds
+    except Exception as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise ValueError(f'no .npy file ({reason})') from None
+
+
 def npy_header(fd, at, size, where):
     """(shape, dtype, bytes of the header) of a .npy of so many bytes. Raises ValueError."""
     # far more than a header has; it is a stranger's
     header = io.BytesIO(os.pread(fd, min(size, 4096), at))
     try:
-        read = np.lib.format.read_array_header_2_0
-        if np.lib.format.read_magic(header)[0] == 1:
-            read = np.lib.format.read_array_header_1_0
-        shape, fortran, dtype = read(header)
-        if fortran and len(shape) > 1 or dtype.hasobject:
-            raise ValueError(f'{dtype} in columns')
-    # numpy's own, or ours just above
+        shape, in_columns, dtype = read_header(header)
+        if in_columns and len(shape) > 1 or dtype.hasobject:
+            raise ValueError(f'no rows of numbers ({dtype} in columns)')
     except ValueError as error:
-        raise ValueError(f'{where}: no .npy file ({error})') from None
+        raise ValueError(f'{where}: {error}') from None
     return shape, dtype, header.tell()
+
+
+def load(data):
+    """The array of a .npy's bytes, as numpy reads it. Raises ValueError."""
+    file = io.BytesIO(data)
+    shape, _, dtype = read_header(file)
+    # a few bytes may say that they are more than there is memory
+    if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > len(data) - file.tell():
+        raise ValueError(f'{len(data)} bytes are no {shape} of {dtype}')
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:
+        raise ValueError(' '.join(str(error).split())[:200]) from None
 
 
 def read_episodes(table, firsts, fd, path):
@@ -46,7 +68,8 @@ def read_episodes(table, firsts, fd, path):
             steps = math.prod(shape)
 
             # a row for each step, and nothing behind them
-            if len(shape) != 1 or not steps or size != header + steps * row_type.itemsize:
+            size_of_rows = max(steps, 0) * row_type.itemsize
+            if len(shape) != 1 or not size_of_rows or size != header + size_of_rows:
                 raise ValueError(f'{where}: .lowdim.npy has {size} bytes and {shape} rows of '
                                  f'{row_type.itemsize}: make the data set again')
         starts.append(starts[-1] + steps)
@@ -61,8 +84,8 @@ def read_tokens(data, ext):
     ids = data
     if ext == 'tokens.npy':
         try:
-            ids = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+            ids = load(data)
+        except ValueError as error:
             raise ValueError(f'.{ext} can not be read ({error})') from None
     if ids.dtype not in (np.uint16, np.uint32, np.int32, np.int64) or ids.ndim != 1:
         raise ValueError(f'.{ext} is {ids.dtype} {ids.shape}: expected a row of uint16 or uint32')

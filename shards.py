@@ -347,7 +347,7 @@ def index_tar(path, fd):
     for member in read_headers(path, fd):
         # as in webdataset: a name without a dot, or that begins with it (as those that macOS adds
         # do), is no sample, and no __folder__ holds any
-        folder, name = os.path.split(member.name)
+        folder, slash, name = member.name.rpartition('/')
         stem, _, ext = name.partition('.')
         if member.isdir() or not stem or not ext or re.match('__[^/]*__/', member.name):
             continue
@@ -358,7 +358,7 @@ def index_tar(path, fd):
         # Members that share the name up to the first dot are one sample, wherever they stand. A
         # key that comes again, later in the tar and with members that it has already, is another
         # sample, marked as repeated.
-        key, ext = os.path.join(folder, stem), ext.lower()
+        key, ext = folder + slash + stem, ext.lower()
         sample, exts = latest.get(key, (-1, ()))
         repeated = ext in exts
         if sample < 0 or repeated and sample != count - 1:

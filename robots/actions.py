@@ -59,9 +59,11 @@ def read_rows(rows):
 def check_lowdim(arrays, name):
     """Arrays of a member -> actions, is_pad, proprio as they should be. Raises BadSample."""
     # Numbers only, and actions among them.
-    is_numbers = all(array.dtype.kind in 'biuf' for array in arrays.values())
+    # numpy gives the bytes of what is no array
+    kinds = {key: getattr(array, 'dtype', np.dtype('O')) for key, array in arrays.items()}
+    is_numbers = all(dtype.kind in 'biuf' for dtype in kinds.values())
     if 'actions' not in arrays or not is_numbers:
-        kinds = ', '.join(f'{k} {array.dtype}' for k, array in arrays.items())
+        kinds = ', '.join(f'{key} {dtype}' for key, dtype in kinds.items())
         raise BadSample(f'{name} holds {kinds or "nothing known"}: '
                         'expected numbers in actions, is_pad, proprio')
 

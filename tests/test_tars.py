@@ -14,6 +14,8 @@ from test_shards import list_of, refused
 from data import Batches, InOrder
 from shards import Folder
 
+NEEDS = ('pictures.py',)
+
 
 def add(tar, name, data=b'x', kind=tarfile.REGTYPE, link='', **pax):
     """A member of any kind."""
