@@ -150,17 +150,17 @@ def check_pictures(settings, found):
         return check_unnamed(robots)
     for each in robots:
         names = names_in(each.name, settings)
-        for camera, name in names.items():
-            check_camera(each, camera, name, settings)
+        for name in names.values():
+            check_camera(each, name, settings)
     return settings['cameras']
 
 
-def check_camera(found, camera, name, settings):
+def check_camera(found, name, settings):
     """Raises ValueError where a data set has no pictures of a camera, or has depth; says how many
     of its samples have none."""
     there = found.cameras.get(name.lower(), 0)
     if not there:
-        raise ValueError(lack_line(found, camera, name, settings))
+        raise ValueError(lack_line(found, name, settings))
     if name.lower() in found.depth:
         raise ValueError(depth_line(found, name))
     if there < found.samples:
@@ -168,7 +168,7 @@ def check_camera(found, camera, name, settings):
             f'{name!r}: there it is black, and nobody attends to it')
 
 
-def lack_line(found, camera, name, settings):
+def lack_line(found, name, settings):
     """Why a camera can not be read, and what to do."""
     line = f'cameras: no sample of {found.name!r} has {name!r}: it has {listed(found.cameras)}'
     beside = [ext for ext in sorted(found.others) if ext.startswith(f'{name.lower()}.')]
@@ -179,9 +179,9 @@ def lack_line(found, camera, name, settings):
         line += f' (did you mean {near!r}?)'
 
     # the remedy where it is no slip of the pen
-    has = dict(names_in(found.name, settings))
-    has.pop(camera)
-    said = {found.name: has}
+    has = names_in(found.name, settings)
+    said = {found.name: {ours: theirs for ours, theirs in has.items()
+                         if theirs.lower() in found.cameras}}
     return f'{line}. If it lacks that camera, say which it has: cameras_of={said}'
 
 

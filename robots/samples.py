@@ -186,7 +186,8 @@ def prepare(run):
                          'model folder of PaliGemma, or a function of yours (file.py:function)')
     for key, part in dict(action_dim='actions', proprio_dim='proprio').items():
         own = len(run.kept['stats.json'].get(part, {}).get('mean', ()))
-        if own > settings[key]:
+        # proprio_dim=0 leaves the state out
+        if own > settings[key] and (settings[key] or key == 'action_dim'):
             raise ValueError(f'{key}={settings[key]}: {part} have {own} numbers, says stats.json: '
                              f'set {key}={own}, or make the statistics of this data set '
                              '(prepare/stats.py)')

@@ -126,7 +126,8 @@ def test_config_pi0_like(pali, tmp_path):
     done = tiny.run('train.py', 'config/pi0_like.py', pali / 'tiny.py', *FLAGS,
                     f'--data_dir={tmp_path}', '--fsdp=1', '--mix={"robot": 1.0}',
                     f'--out_dir={tmp_path / "run"}', '--action_steps=6', '--action_dim=4',
-                    '--proprio_dim=6', '--task=vla', '--vla.width=16', '--vla.mlp_dim=24').ok()
+                    '--proprio_dim=6', '--task=vla', '--vla.width=16', '--vla.mlp_dim=24',
+                    '--cameras_of={"robot": {"base": "base"}}').ok()
     assert re.search(
         r'\(connector, decoder, vit\) loaded, action_in, .*expert.* begin anew, none left',
         done.out)
