@@ -276,7 +276,12 @@ class Processor:
         if len(ids) > self.seq_len:
             # a text may be cut: of it everything but the first token is learned
             if not pictures and not beside and (roles[1:] == LEARNED).all():
-                return self.cut(ids)
+                pieces = self.cut(ids)
+                if len(pieces) > 100:
+                    from usage import say_once
+                    say_once('long', f'a text of {len(ids)} tokens becomes {len(pieces)} rows of '
+                             f'seq_len={self.seq_len}, none of it is left out')
+                return pieces
             raise BadSample(f'{len(ids)} tokens do not fit seq_len={self.seq_len}')
 
         targets = np.where(roles == LEARNED, ids, -100)[1:]

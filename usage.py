@@ -302,6 +302,16 @@ def nothing_to_learn(keys):
             'and suffix, messages, instruction')
 
 
+SAID = set()                    # by this process
+
+
+def say_once(kind, line):
+    """Print to stderr what would be said of every sample of a kind."""
+    if kind not in SAID:
+        SAID.add(kind)
+        print(f'\n{line} (said once)', file=sys.stderr, flush=True)
+
+
 # How a script ends that did not expect it
 
 

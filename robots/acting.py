@@ -16,7 +16,12 @@ import shards
 from diffusion import random_keys
 from processor import collate
 from robots import actions, metaworld, pusht, record, rollouts, simulators
+from tasks import body_of
+from usage import refuse_unused
 
+# settings that a server does not read
+IN_SIMULATORS = ('env', 'tasks', 'episodes', 'execute', 'held_out', 'controls', 'film', 'record',
+                 'processes')
 FILM_SIZE = 192                 # pixels of a side of the pictures, where the policy needs none
 
 
@@ -48,12 +53,17 @@ def sample(run, options):
     task, where = run.settings['task'], options.out_dir
     if options.image or options.prompt or options.eval:
         raise ValueError(f'{where} is task={task}: give --env=metaworld or --serve_policy=8000')
+    known = body_of(SampleSettings)
     if options.serve_policy:
+        refuse_unused(vars(options), known, IN_SIMULATORS,
+                      f'--serve_policy={options.serve_policy} answers robots')
         if not 0 < options.serve_policy < 65536:
             raise ValueError(f'--serve_policy={options.serve_policy}: expected a port from 1 to '
                              '65535')
         answer_robots(run, options)
     elif options.env:
+        refuse_unused(vars(options), known, ('serve_host', 'serve_token'),
+                      f'--env={options.env} is no server')
         if options.env not in ('metaworld', 'pusht'):
             raise ValueError(f'--env={options.env}: {where} is task={task}; policies act in '
                              'metaworld or pusht')

@@ -33,7 +33,7 @@ from model import Decoder, DecoderConfig, sized
 from processor import READ, question
 from shards import BadSample
 from tasks import vlm
-from usage import refuse_unused, unused
+from usage import refuse_unused, say_once, unused
 from vocabularies.clip import clip_row
 
 
@@ -128,6 +128,10 @@ def form(sample, p):
         caption = filled_in(p.prompt or '{text}', sample | dict(text=question(sample, p)[1]))
     tok = p.tokenizer
     if p.settings['denoiser'] == 'unet':    # as CLIP reads it: padding, too, is looked at
+        num_tokens = len(tok.encode(caption))
+        if num_tokens > p.seq_len - 2:
+            say_once('clip', f'a caption of {num_tokens} tokens: CLIP reads the first '
+                     f'{p.seq_len - 2}, of {caption!r:.80}')
         return [(images[0], READ), (clip_row(tok, caption, p.seq_len), READ)]
     return [(images[0], READ), (tok.bos_id, READ), (caption, READ), (tok.eos_id, READ)]
 

@@ -12,6 +12,7 @@ from test_pictures import bomb
 import data
 import processor as processors
 from answering import prompt_of
+import tasks
 from data import Batches, InOrder, Order
 from pictures import Eyes, on_background
 from processor import collate
@@ -105,6 +106,24 @@ def test_rows_that_can_not_be_are_bad_samples():
     # a pair of halves is a character
     pair, = processor.pieces({'json': b'{"text": "\\ud83d\\ude00"}'})
     assert pair['text'] == '\U0001f600'
+
+
+def test_what_is_cut_or_left_out_is_said_once(capsys):
+    """A text of very many rows, of which every token is learned once; captions over CLIP's 77."""
+    from usage import SAID
+    SAID.clear()
+    processor = make_processor(8, form='text')
+    for _ in range(2):
+        pieces = processor.pieces({'txt': b'abcdefg ' * 1000})
+        assert sum((piece['targets'] != -100).sum() for piece in pieces) == 8001
+    assert capsys.readouterr().err == ('\na text of 8002 tokens becomes 1001 rows of seq_len=8, '
+                                       'none of it is left out (said once)\n')
+    if 't2i' in tasks.names():      # which may be deleted
+        processor = make_processor(12, 16, task='t2i', denoiser='unet')
+        for caption in ('short', 'much longer than twelve'):
+            members = {'png': encode(picture(1)), 'txt': caption.encode()}
+            assert len(processor.pieces(members)[0]['tokens']) == 12
+        assert 'a caption of 23 tokens: CLIP reads the first 10' in capsys.readouterr().err
 
 
 def test_a_key_that_a_form_asks_for_and_a_sample_lacks_is_named(tmp_path):

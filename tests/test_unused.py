@@ -65,13 +65,15 @@ def options(task, **said):
     ('t2i', dict(strength=0.9), ['strength=0.9', '--image']),
     ('vlm', dict(eval='mix', image='a.png'), ["image='a.png'", '--eval=mix']),
     ('vlm', dict(image='a.png', grid='b.png'), ["grid='b.png'", '--eval']),
+    ('policy', dict(serve_policy=8000, episodes=3), ['episodes=3', '--serve_policy=8000']),
+    ('vla', dict(env='metaworld', serve_host='0.0.0.0'), ["serve_host='0.0.0.0'", 'no server']),
     ('llm', dict(top_k=3), ['top_k=3', 'temperature=0']),
     ('llm', dict(top_p=0.5), ['top_p=0.5', 'temperature=0']),
     ('llm', dict(temperature=1e-30), ['temperature=1e-30', '0.001']),
     ('llm', dict(temperature=-1.0), ['temperature=-1.0', 'at least 0'])])
 def test_sample_py_refuses_what_it_would_not_use(task, said, words):
     with pytest.raises(ValueError) as error:
-        tasks.load(task).sample(None, options(task, **said))
+        tasks.load(task).sample(SimpleNamespace(settings=dict(task=task)), options(task, **said))
     assert all(word in str(error.value) for word in words)
 
 
