@@ -11,8 +11,8 @@ from test_pictures import bomb
 
 import data
 import processor as processors
-from answering import prompt_of
 import tasks
+from answering import prompt_of
 from data import Batches, InOrder, Order
 from pictures import Eyes, on_background
 from processor import collate
