@@ -191,7 +191,7 @@ def test_a_chunk_does_not_depend_on_who_asks_with_it(data_dir, tmp_path, kind):
     (['--stats=gone.json'], ('gone.json', 'prepare/stats.py')),
     (['--normalize=z'], ("'z'", 'mean_std')),
     ([BOTH], ('2 data sets', '--stats=')),
-    (['--action_dim=2'], ('4 dimensions', '2'))])
+    (['--action_dim=2'], ('action_dim=2', '4 numbers'))])
 def test_wrong_settings(data_dir, tmp_path, flags, said):
     train(data_dir, tmp_path, *POLICY, *flags).refused(*said)
 
