@@ -104,7 +104,7 @@ def names():
 def path_of(name):
     """The file of a task. Raises ValueError."""
     path = os.path.join(HERE, f'{name}.py')
-    if name.endswith('.py'):
+    if str(name).endswith('.py'):
         path = os.path.abspath(os.path.expanduser(name))
         if not os.path.isfile(path):
             raise ValueError(f'task={name!r}: there is no file {path}')

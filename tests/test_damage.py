@@ -21,6 +21,7 @@ from webdataset import tariterators
 
 import hub
 import npy as npys
+import tasks
 from shards import BadSample, Folder, read_manifest
 
 NEEDS = 'families', 'pictures.py'
@@ -153,6 +154,22 @@ def test_damaged_tars(tmp_path, count):
 
 # -----------------------------------------------------------------------------------------------
 # members of samples
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
+    """Thousands of data sets keep thousands of shards open: they are closed here."""
+    opened, begin = [], Folder.__init__
+
+    def remembered(folder, *args, **settings):
+        while opened:
+            for fd in opened.pop().files.values():
+                os.close(fd)
+        opened.append(folder)
+        folder.files = {}
+        begin(folder, *args, **settings)
+
+    monkeypatch.setattr(Folder, '__init__', remembered)
 
 
 def attempt(read, *args):
@@ -577,3 +594,9 @@ def test_a_config_that_asks_for_all_the_memory(tmp_path, folders, key, value):
             model, error = attempt(opened, tmp_path / kind)
         assert isinstance(error, ValueError), error
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10, 'KiB'
+
+
+@pytest.mark.parametrize('name', [5, None, ['a.py'], {}])
+def test_a_task_that_is_no_name(name):
+    with pytest.raises(ValueError, match='expected one of'):
+        tasks.load(name)
