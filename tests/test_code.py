@@ -7,7 +7,10 @@ import sys
 
 import pytest
 import tiny
+import torch
+from safetensors.torch import save_file
 
+import checkpoint
 import hub
 import initial
 import past
@@ -41,6 +44,11 @@ def strange(request, trained, tmp_path):
     for folder in (run, run / 'checkpoints' / 'latest'):
         settings = json.loads((folder / 'config.json').read_text())
         (folder / 'config.json').write_text(json.dumps(settings | {request.param: value}))
+
+    # a stranger knows of checksums
+    progress = json.loads((folder / 'progress.json').read_text())
+    progress['files'] = checkpoint.files_of(folder, ('progress.json',))
+    (folder / 'progress.json').write_text(json.dumps(progress))
     return run
 
 
@@ -145,6 +153,7 @@ def test_a_tower_that_brings_code(tmp_path):
                                                 'AutoModelForCausalLM': 'bomb.Model'}}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     (tmp_path / 'bomb.py').write_text(BOMB)
+    save_file({'weight': torch.zeros(2)}, tmp_path / 'model.safetensors')
     for has_weights in (True, False):
         with pytest.raises(ValueError, match='can not be opened'):
             towers.open_theirs(str(tmp_path), 'AutoModelForCausalLM', has_weights)

@@ -343,7 +343,7 @@ def test_a_tower_brings_its_own_shape(towers, tmp_path):
              'Hugging Face': ['--decoder.hf=nobody/nothing']}
     for said, flags in cases.items():
         tiny.run('train.py', *FLAGS, f'--data_dir={tiny.data_dir()}', f'--out_dir={tmp_path}',
-                 *flags).refused(said)
+                 *flags).failed(said, code=2)
 
 
 # ------------------------------------------------------------------------------------------------
