@@ -44,12 +44,12 @@ ERRORS = (OSError, ValueError, KeyError, RuntimeError, SafetensorError, dcp.Chec
 
 def write_json(path, value):
     """Whole or not at all, and on the disk when this returns."""
-    with open(path + '.tmp', 'w', encoding='utf-8') as f:
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
         json.dump(value, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
     # whoever reads it meanwhile sees the old one
-    os.replace(path + '.tmp', path)
+    os.replace(f'{path}.tmp', path)
 
 
 # a copy that somebody made (step_00000100.bak) and what is under way (.step_00000100.tmp) are none

@@ -3,6 +3,7 @@
 shards.py and checkpoint.py import this where they meet a URL; a run on local data without `remote`
 never does. Copies of runs: mirror.py.
 """
+import errno
 import hashlib
 import os
 import posixpath
@@ -45,6 +46,10 @@ def patiently(url, action, retries=5, what='read'):
             # trying again would not help
             raise OSError(f'{url} can not be {what}: {error!r}') from None
         except Exception as error:
+            # a disk that is full here, which would be waited for in vain
+            if getattr(error, 'errno', 0) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                problem = f'{error.strerror}, here or there'
+                raise OSError(f'{url} can not be {what}: {problem}') from None
             # each kind of storage has errors of its own
             if attempt == retries:
                 raise OSError(f'{url} can not be {what}, {attempt + 1} times: {error!r}') from None

@@ -26,6 +26,7 @@ from families.files import (
     files_of,
     layer_of,
     opened,
+    remove,
     tensor_of,
     write_tensors,
 )
@@ -48,6 +49,9 @@ STEMS = {
     'unet': 'diffusion_pytorch_model',
     'vae': 'diffusion_pytorch_model',
     'text_encoder': 'model'}
+
+# names the parts for diffusers, which begins with it
+INDEX = 'model_index.json'
 
 # what they are called among train.py's settings, and inside of a TextToImage
 SETTINGS = {'unet': 'unet', 'clip': 'text_encoder', 'vae': 'vae'}
@@ -460,11 +464,14 @@ def export_parts(models, folder, source, dtype=torch.float32):
         beside = ('.bin', '.ckpt', '.pt', '.pth', '.md')
         left = []
         for name in names:
-            is_anew = os.path.relpath(os.path.join(path, name), source) in models
+            is_anew = os.path.relpath(os.path.join(path, name), source) in (*models, INDEX)
             if is_anew or name.startswith('.') or name.endswith(beside):
                 left.append(name)
         return left
 
+    # these go last, and what is written over has none meanwhile: a folder without is no model
+    for name in (INDEX, *(f'{part}/config.json' for part in models)):
+        remove(os.path.join(folder, name))
     shutil.copytree(source, folder, dirs_exist_ok=True, ignore=not_copied)
     for part, model in models.items():
         out = {}
@@ -476,6 +483,8 @@ def export_parts(models, folder, source, dtype=torch.float32):
         kept = read_json(os.path.join(source, part, 'config.json'))
         settings = kept | their_config(model.config, part)
         write_json(os.path.join(folder, part, 'config.json'), settings)
+    if os.path.exists(os.path.join(source, INDEX)):
+        write_json(os.path.join(folder, INDEX), read_json(os.path.join(source, INDEX)))
 
 
 # -------------------------------------------------------------------------------------------------

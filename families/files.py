@@ -234,6 +234,12 @@ def copy_into(model, tensors):
 # writing
 
 
+def remove(path):
+    """A file, if it is there."""
+    if os.path.exists(path):
+        os.remove(path)
+
+
 def write_tensors(tensors, folder, stem='model', max_shard_size='5GB'):
     """{name: tensor} as .safetensors files, with an index where there are several."""
     from huggingface_hub import split_torch_state_dict_into_shards
@@ -243,7 +249,10 @@ def write_tensors(tensors, folder, stem='model', max_shard_size='5GB'):
 
     for file, names in plan.filename_to_tensors.items():
         shard = {name: tensors[name] for name in names}
-        save_file(shard, os.path.join(folder, file), {'format': 'pt'})
+        try:
+            save_file(shard, os.path.join(folder, file), {'format': 'pt'})
+        except SafetensorError as error:
+            raise OSError(f'{os.path.join(folder, file)} can not be written: {error}') from None
 
     if plan.is_sharded:
         write_json(os.path.join(folder, f'{stem}.safetensors.index.json'),

@@ -194,7 +194,7 @@ def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
         left = {part_of(name) for name in whole.state_dict()} - {'vit'}
         say(f'{folder}: the vision tower alone, which is what transformers has of this model: '
             f'{", ".join(sorted(left))} left out')
-    theirs = export_model(model, folder, dtype)
+    theirs = write_weights(model, folder, dtype)
 
     if not isinstance(model, ViT):
         # Both model and generation want to know where a text ends.
@@ -205,7 +205,6 @@ def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
         text.update(ids)
         if not getattr(model.config, 'decoder', model.config).max_positions:
             text['max_position_embeddings'] = run_settings['seq_len']
-        write_json(os.path.join(folder, 'config.json'), theirs)
         write_json(os.path.join(folder, 'generation_config.json'), ids)
         processors.write_tokenizer(tokenizer, folder)
         processors.copy_template(run_settings['processor'], folder)
@@ -217,6 +216,7 @@ def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
     if not isinstance(model, Decoder):
         image_tokens = getattr(model.config, 'image_tokens', 0)
         processors.write_processor(theirs['model_type'], run_settings, image_tokens, folder)
+    write_json(os.path.join(folder, 'config.json'), theirs)
 
 
 def exported_part(run_settings, model):
@@ -232,7 +232,14 @@ def is_tower(model):
 
 def export_model(model, folder, dtype=torch.float32, max_shard_size='5GB'):
     """Write config.json and .safetensors files that transformers loads: the same logits, in fp32
-    the same bits. Returns the config.json. Raises ValueError for a model that it has not."""
+    the same bits. Raises ValueError for a model that it has not."""
+    theirs = write_weights(model, folder, dtype, max_shard_size)
+    write_json(os.path.join(folder, 'config.json'), theirs)
+
+
+def write_weights(model, folder, dtype=torch.float32, max_shard_size='5GB'):
+    """All but config.json, which goes last: a folder without it is no model. What that is to
+    hold. Raises ValueError."""
     # What is wrong with a tower of theirs, to_theirs says.
     if not isinstance(model, Decoder | ViT | VLM) and not is_tower(model):
         raise ValueError(f'{type(model).__name__} has no counterpart in transformers: only '
@@ -252,8 +259,9 @@ def export_model(model, folder, dtype=torch.float32, max_shard_size='5GB'):
             tensor = tensor[0]          # (1, P, D) -> (P, D)
         out[written_name(key, theirs['model_type'])] = tensor
 
+    # an older model that is written over is none meanwhile
+    files.remove(os.path.join(folder, 'config.json'))
     files.write_tensors(out, folder, max_shard_size=max_shard_size)
-    write_json(os.path.join(folder, 'config.json'), theirs)
     return theirs
 
 

@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from webdataset import TarWriter  # noqa: E402
 
+import manifests  # noqa: E402
 import shards  # noqa: E402
 from checkpoint import write_json  # noqa: E402
 from configurator import configure  # noqa: E402
@@ -167,16 +168,6 @@ def check(s):
     return device, dtype
 
 
-def write_manifest(out, done):
-    """manifest.jsonl, whole or not at all: a folder with one is whole."""
-    path = os.path.join(out, 'manifest.jsonl')
-    with open(f'{path}.part', 'w', encoding='utf-8') as file:
-        for name, row in sorted(done.items()):
-            line = json.dumps({'shard': name, 'num_sequences': row['num_sequences']})
-            file.write(line + '\n')
-    os.replace(f'{path}.part', path)
-
-
 def finish(s, out, done):
     """The manifest, unless too many samples were left out, now or by an earlier call."""
     total = sum(row['num_sequences'] for row in done.values())
@@ -186,7 +177,9 @@ def finish(s, out, done):
         fail(f'{left_out} of {total + left_out} samples can not be used, over max_bad_fraction='
              f'{s["max_bad_fraction"]}: mend the data set or raise the bound; manifest.jsonl is '
              'not written', 1)
-    write_manifest(out, done)
+    rows = [dict(shard=name, num_sequences=row['num_sequences'])
+            for name, row in sorted(done.items())]
+    manifests.finish(out, rows)
     message = f'{out}: latents of {total} pictures'
     if left_out:
         message += f', {left_out} bad samples left out'
@@ -207,8 +200,11 @@ def main(s):
              'latent', 2)
 
     eyes = Eyes(s['image_size'], draft=s['image_draft'])
-    done, bad = begin(s, out), []
+    bad = []
     try:
+        done = begin(s, out)
+        if not done:
+            manifests.begin(out, 'prepare/latents.py')
         for shard in tqdm(range(len(folder.sizes)), desc='latents', unit='shard'):
             name, before = folder.name(shard), len(bad)
             if name in done:
@@ -222,13 +218,12 @@ def main(s):
             done[name] = dict(shard=name, num_sequences=count, bad=len(bad) - before)
             with open(os.path.join(out, 'done.jsonl'), 'a', encoding='utf-8') as file:
                 file.write(json.dumps(done[name]) + '\n')
+        # the first ones say what is wrong with them
+        for line in bad[:10]:
+            print(f'prepare/latents.py: {line}', file=sys.stderr)
+        finish(s, out, done)
     except (OSError, ValueError) as error:
         fail(error, 1)
-
-    # the first ones say what is wrong with them
-    for line in bad[:10]:
-        print(f'prepare/latents.py: {line}', file=sys.stderr)
-    finish(s, out, done)
 
 
 if __name__ == '__main__':

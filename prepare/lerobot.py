@@ -36,7 +36,9 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
+import manifests  # noqa: E402
 import shards  # noqa: E402
+from checkpoint import write_json  # noqa: E402
 from configurator import configure  # noqa: E402
 from pictures import is_depth, on_white, open_picture  # noqa: E402
 from processor import fields  # noqa: E402
@@ -356,13 +358,11 @@ def convert(s):
     info, tasks, episodes = read_meta(root)
     camera_names(info['features'])          # before there is a file
 
-    # the manifest comes last: a folder with one is whole
     out.mkdir(parents=True, exist_ok=True)
-    manifest = out / 'manifest.jsonl'
-    manifest.unlink(missing_ok=True)
-    lines, num_broken, num_steps, opened, left_out = [], 0, 0, {}, set()
+    manifests.begin(out, 'prepare/lerobot.py')
+    rows, num_broken, num_steps, opened, left_out = [], 0, 0, {}, set()
     for start in range(0, len(episodes), s['episodes_per_shard']):
-        path, count = out / f'{len(lines):08d}.tar', 0
+        path, count = out / f'{len(rows):08d}.tar', 0
         with TarWriter(f'{path}.part', encoder=False, mtime=0.0) as sink:
             for episode in episodes[start:start + s['episodes_per_shard']]:
                 try:
@@ -376,10 +376,10 @@ def convert(s):
                     sink.write({'__key__': key, **members})
                 count += episode['length']
         os.replace(f'{path}.part', path)
-        lines.append(json.dumps(dict(shard=path.stem, num_sequences=count)) + '\n')
+        rows.append(dict(shard=path.stem, num_sequences=count))
         num_steps += count
 
-    manifest.write_text(''.join(lines))
+    manifests.finish(out, rows)
     if left_out:
         print(f'prepare/lerobot.py: columns left out: {", ".join(sorted(left_out))}',
               file=sys.stderr)
@@ -507,7 +507,7 @@ def write_v3(root, episodes, fps=0, crf=23, robot='unknown'):
 
     fps=0: as .json says. Raises ValueError."""
     root = Path(root)
-    if (root / 'meta').exists():
+    if (root / 'meta/info.json').exists():
         raise ValueError(f'{root} holds a LeRobot data set already: give another --out')
 
     rows, meta, tasks, videos, cameras, has_success = [], [], {}, {}, None, None
@@ -612,8 +612,9 @@ def write_tables(root, rows, meta, tasks, videos, fps, robot):
         data_path='data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet',
         video_path='videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4',
     )
-    (root / 'meta/stats.json').write_text(json.dumps(stats, indent=1))
-    (root / 'meta/info.json').write_text(json.dumps(info, indent=1))
+    write_json(root / 'meta/stats.json', stats)
+    # the last one, without which it is no data set
+    write_json(root / 'meta/info.json', info)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ libegl1 if it is missing).
 """
 
 import itertools
-import json
 import os
 import sys
 import time
@@ -34,6 +33,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or '.').resolve() != HERE]
 sys.path.insert(0, str(HERE.parent))
+import manifests  # noqa: E402
 from configurator import configure  # noqa: E402
 from robots import metaworld, simulators  # noqa: E402
 from robots.record import samples  # noqa: E402
@@ -146,22 +146,20 @@ def main(s):
     check(s)
     os.makedirs(s['out'], exist_ok=True)
 
-    # the manifest comes last: a folder with one is whole
-    manifest = Path(s['out']) / 'manifest.jsonl'
-    manifest.unlink(missing_ok=True)
-    lines = []
+    rows = []
     try:
+        manifests.begin(s['out'], 'prepare/metaworld.py')
         if s['workers'] == 1:
             done = (shard(task, s) for task in s['tasks'])
         else:
             pool = ProcessPoolExecutor(s['workers'])
             done = pool.map(shard, s['tasks'], [s] * len(s['tasks']))
         for row, line in done:
-            lines.append(json.dumps(row) + '\n')
+            rows.append(row)
             print(line, flush=True)
+        manifests.finish(s['out'], rows)
     except (RuntimeError, ValueError, OSError, ImportError) as error:
         fail(error, 1)
-    manifest.write_text(''.join(lines))
 
 
 if __name__ == '__main__':

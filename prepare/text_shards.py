@@ -1,10 +1,11 @@
 """Tokens -> tar shards of sequences and a manifest, in the format that prepare/text.py tells."""
 
 import contextlib
-import json
 import os
 
 import numpy as np
+
+import manifests
 
 
 @contextlib.contextmanager
@@ -89,9 +90,7 @@ class Stream:
             fill = np.full(missing, np.iinfo(self.dtype).max, self.dtype)
             self.write(np.concatenate([*self.waiting, fill]), self.count - 1)
 
-        lines = [json.dumps(row) + '\n' for row in self.rows]
-        with atomic(self.folder / 'manifest.jsonl') as file:
-            file.write(''.join(lines).encode())
+        manifests.finish(self.folder, self.rows)
 
     def write(self, tokens, num_tokens):
         """A shard of all of the tokens, and its row; `num_tokens` are targets."""
@@ -103,6 +102,8 @@ class Stream:
         # without times and owners: the same tokens give the same bytes
         name, first = f'{len(self.rows):08d}', len(self.rows) * self.s.sequences_per_shard
         self.folder.mkdir(exist_ok=True)
+        if not self.rows:
+            manifests.begin(self.folder, 'prepare/text.py')
         with atomic(self.folder / f'{name}.tar') as file, \
                 TarWriter(file, user='', group='', mode=0o644, mtime=0, encoder=False) as writer:
             for start in range(0, len(sequences), self.s.sequences_per_member):

@@ -8,6 +8,8 @@ import os
 
 import numpy as np
 
+import manifests
+
 
 def samples(key, proprio, actions, pictures, meta, each, steps=16, kind='png'):
     """[(key, {extension: bytes})] of an episode: proprio (T, P), actions (T, A), pictures {camera:
@@ -77,7 +79,8 @@ class Recorder:
 
         # Refused before the first rollout: what it would write over may have taken hours.
         os.makedirs(folder, exist_ok=True)
-        if os.path.exists(os.path.join(folder, 'manifest.jsonl')):
+        is_there = os.path.exists(os.path.join(folder, 'manifest.jsonl'))
+        if is_there and not manifests.is_unfinished(folder):
             raise ValueError(f'{folder} holds a data set already: name another folder')
 
     def write(self, result, fps, pictures=True):
@@ -108,6 +111,7 @@ class Recorder:
         """Begin the shard of a task."""
         from webdataset import TarWriter
         path = os.path.join(self.folder, f'{task}.tar')
+        manifests.begin(self.folder, 'sample.py --record')
 
         # No time of day: the same episodes are the same bytes.
         self.shards[task] = TarWriter(path, encoder=False, mtime=0.0)
@@ -118,10 +122,7 @@ class Recorder:
         for shard in self.shards.values():
             shard.close()
 
-        # The manifest comes last, so that a folder with one is whole.
-        with open(os.path.join(self.folder, 'manifest.jsonl'), 'w', encoding='utf-8') as f:
-            for row in self.counts.values():
-                f.write(json.dumps(row) + '\n')
+        manifests.finish(self.folder, self.counts.values())
         return sum(row['num_sequences'] for row in self.counts.values())
 
 

@@ -1,4 +1,5 @@
 """Copies of checkpoints at a URL: what is damaged, replaced, missing or gone there (mirror.py)."""
+import errno
 import json
 import os
 import socket
@@ -196,6 +197,15 @@ def test_a_signal_ends_the_wait(silent):
     error = copier.finish(stop)
     # the one that ended the run did not
     assert 2.4 < time.monotonic() - begun < 4 and 'ended by a signal' in error
+
+
+def test_a_disk_that_is_full_here_is_not_waited_for(near, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(remote.time, 'sleep', pytest.fail)
+    monkeypatch.setattr(mirror, 'get_checkpoint', full)
+    _, _, problem = mirror.find(str(tmp_path / 'new'), near.url, 'auto', print)
+    assert 'No space left on device' in problem and near.url in problem
 
 
 def test_what_is_killed_on_its_way_here_is_brought_anew(near, tmp_path, monkeypatch):

@@ -587,7 +587,7 @@ def test_full_disk(tmp_path):
     assert "too large" in lines[0]
     assert "check the disk" in lines[0]
     assert {path.name for path in (tmp_path / "out").rglob("*")} == {
-        ".lock", "progress.npz", "train"}
+        ".lock", "progress.npz", "train", "manifest.jsonl"}
     make(tmp_path / "raw", tmp_path / "out", **settings | {"sequences_per_shard": 64})
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 

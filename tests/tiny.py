@@ -236,9 +236,8 @@ def server():
     return started
 
 
-def serve():
-    """The server's side: read a request, fork, answer with the process id and then the exit
-    code."""
+def import_libraries():
+    """What a command imports and does not keep apart from others."""
     import matplotlib.pyplot
     import PIL.PngImagePlugin  # noqa: F401
     import safetensors.torch  # noqa: F401
@@ -250,6 +249,12 @@ def serve():
     import tqdm  # noqa: F401
     matplotlib.pyplot.figure(layout='constrained').savefig(io.BytesIO())
     matplotlib.pyplot.close()
+
+
+def serve():
+    """The server's side: read a request, fork, answer with the process id and then the exit
+    code."""
+    import_libraries()
     gc.freeze()     # else every child walks through all that was imported
     for line in sys.stdin:
         request = json.loads(line)
