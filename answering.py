@@ -5,10 +5,11 @@ sample.py's tasks import this, and what looks at a picture.
 import sys
 from itertools import takewhile
 
+import numpy as np
 import torch
 
 from generate import generate
-from processor import BESIDE, LEARNED, READ, BadSample
+from processor import BESIDE, LEARNED, BadSample, blocks_of
 from usage import refuse_unused, unused
 
 COLDEST = 1e-3                  # the lowest temperature that is not 0
@@ -39,16 +40,32 @@ def check_sampling(options):
 
 def prompt_of(p, prompt=None, pictures=1):
     """(token ids, blocks) of pictures and a prompt, up to where the answer begins: who sees whom
-    there, as the form of a Processor trains it."""
+    there, as the form of a Processor trains it. Raises BadSample where it wants more than that."""
     prompt = p.prompt if prompt is None else prompt
-    sample = dict(pictures=[b''] * pictures, prefix=prompt, suffix='', _asking=True)
-    ids, blocks = [], []
-    for item, role in takewhile(lambda part: part[1] != LEARNED, p.function(sample, p)):
+    sample = dict(pictures=[b''] * pictures, picture_names=[''] * pictures, members={},
+                  prefix=prompt, suffix='', _asking=True)
+    try:
+        parts = p.function(sample, p)
+    except KeyError as error:
+        raise BadSample(f'processor={p.form!r} can not be asked: it wants {error} of a sample, '
+                        "and a prompt is sample['prefix']") from None
+    ids, roles = [], []
+    for item, role in takewhile(lambda part: part[1] != LEARNED, parts):
         if role != BESIDE:
             new = p.encode(item)
             ids += new
-            blocks += [int(role == READ)] * len(new)
-    return ids, blocks
+            roles += [role] * len(new)
+    return ids, blocks_of(np.array(roles)).tolist()
+
+
+def question_of(p, prompt):
+    """What a language model is asked, as `prompt_of` gives it; None where its form has no place
+    for a question."""
+    try:
+        asked, other = (prompt_of(p, text, 0) for text in (prompt, prompt + '?'))
+    except BadSample:
+        return None
+    return asked if asked != other else None
 
 
 def answers(run, prompts, pixels, options):
@@ -83,18 +100,23 @@ def padded(rows, pad_id, least=1):
     return tokens, segments
 
 
-def set_mask(model, processor):
-    """What a model with pictures attends to by itself is what its form trains."""
-    # a policy has one inside
-    vlm = getattr(model, 'encoder', model)
-    if not hasattr(vlm, 'default_blocks'):
-        return
-
-    # a form that wants more of a sample than a prompt is no model's of others
-    vlm.config.attends = 'prefix'
+def attends(processor):
+    """How what stands before an answer attends, as a form trains it: prefix: all to all | causal |
+    own: otherwise, or not known, where a form wants more of a sample than a prompt."""
     try:
-        blocks = prompt_of(processor)[1]
-    except (KeyError, TypeError, BadSample):
-        return
+        _, blocks = prompt_of(processor, pictures=int(processor.eyes is not None))
+    except (TypeError, AttributeError, BadSample):
+        return 'own'
     if all(blocks):
-        vlm.config.attends = 'causal'
+        return 'causal'
+    return 'own' if any(blocks) else 'prefix'
+
+
+def set_mask(model, processor):
+    """What a model attends to by itself is what its form trains."""
+    # a policy has one inside
+    model = getattr(model, 'encoder', model)
+    if hasattr(model, 'default_blocks'):
+        model.config.attends = attends(processor)
+    elif model is not None:
+        model.attends = attends(processor)      # a decoder alone is causal, where nobody says more

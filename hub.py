@@ -16,7 +16,7 @@ have the same plain names, and they are asked in turn:
     load(model, path, skip)                 into our model: an accounting.Account
     open_model(path, dtype, image_size)     our model
     writes(settings, model)                 is the model of a run of a kind that I write?
-    export(settings, tokenizer, model, folder, dtype)   a run as a folder of mine
+    export(run, folder, dtype)              a checkpoint.Run as a folder of mine
 
 They raise ValueError, naming what has no counterpart. Runs of ours need none of them.
 """
@@ -258,12 +258,12 @@ def export_run(run, folder, dtype=torch.float32):
     if os.path.isdir(os.path.join(folder, 'checkpoints')):
         raise ValueError(f'{folder!r} is a run and would be overwritten: name a new folder')
     run_of = open_ours(run)
-    settings, tokenizer, model = run_of.settings, run_of.tokenizer, run_of.model
+    settings, model = run_of.settings, run_of.model
 
     # The first that writes such models writes this one, or says what has no counterpart.
     for module in families():
         if module.writes(settings, model):
-            return module.export(settings, tokenizer, model, folder, dtype)
+            return module.export(run_of, folder, dtype)
     raise ValueError(f'{run!r} can not be exported: task={settings["task"]!r} trains a '
                      f'{type(model).__name__}, which none of these knows: {", ".join(FAMILIES)}')
 

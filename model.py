@@ -81,7 +81,8 @@ class VLMConfig:
     pixel_shuffle: int = 1      # squares of so many patches a side become one image token
     connector_bias: bool = True
     attends: str = 'prefix'     # pictures and prompt: prefix: all to all (PaliGemma) | causal
-    #                             (Idefics3, Llava); set by the form that trains it, or a family
+    #                             (Idefics3, Llava) | own: as the form that trains it says, which
+    #                             sets this; or a family does
 
     @property
     def image_tokens(self):
@@ -669,6 +670,8 @@ class VLM(nn.Module):
         if targets is not None:
             suffix[:, 1:] = (targets[:, :-1] != -100).cummax(1).values
         has_picture = (tokens == self.config.image_token_id).any(1, keepdim=True)
+        if self.config.attends == 'own' and has_picture.any():
+            raise ValueError('the form of this model says who attends to whom: give blocks')
         return torch.where(has_picture, suffix, 1)
 
     def logits(self, tokens, pixels=None, blocks=None, segments=None):

@@ -15,8 +15,9 @@ form of the model in it (token ids and pixels are those of its processor in tran
 
     def my_form(sample, p):
         pictures = [(picture, SEEN) for picture in sample['pictures']]
-        return [*pictures, (p.tokenizer.bos_id, SEEN), (sample['question'] + '\\n', SEEN),
-                (sample['answer'], LEARNED), (p.tokenizer.eos_id, LEARNED)]
+        prefix, suffix = question(sample, p)
+        return [*pictures, (p.tokenizer.bos_id, SEEN), (prefix + '\\n', SEEN),
+                (suffix, LEARNED), (p.tokenizer.eos_id, LEARNED)]
 
 Axes: B rows of a batch, T tokens of a row, I pictures of a batch, A samples with arrays beside.
 """
@@ -286,8 +287,7 @@ class Processor:
 
         targets = np.where(roles == LEARNED, ids, -100)[1:]
         piece = dict(tokens=ids, targets=np.append(targets, -100).astype(np.int32),
-                     blocks=((roles == READ) | (roles == LEARNED)).astype(np.uint8),
-                     text=answer_of(sample), pictures=pictures)
+                     blocks=blocks_of(roles), text=answer_of(sample), pictures=pictures)
         if beside:
             piece['beside'] = beside
         if (roles == HIDDEN).any():
@@ -311,6 +311,15 @@ class Processor:
             out.append(dict(tokens=tokens, targets=targets[a:a + self.seq_len], pictures=[],
                             text='', blocks=np.ones(len(tokens), np.uint8), begin=a))
         return out
+
+
+def blocks_of(roles):
+    """Who sees whom, as make_attn_mask has it: 0 joins the token before. A stretch that is seen
+    begins a block, so that what is causal before it does not see it."""
+    is_seen = (roles == SEEN) | (roles == HIDDEN)
+    blocks = ~is_seen
+    blocks[1:] |= is_seen[1:] & ~is_seen[:-1]
+    return blocks.astype(np.uint8)
 
 
 def answer_of(sample):

@@ -153,7 +153,7 @@ def writes(run_settings, model):
     return False
 
 
-def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
+def export(run, folder, dtype=torch.float32):
     """Refused."""
     raise ValueError('.npz files of big_vision are read here, not written')
 

@@ -626,6 +626,6 @@ def writes(run_settings, model):
     return run_settings['task'] == 't2i'
 
 
-def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
+def export(run, folder, dtype=torch.float32):
     """A run as a folder of diffusers. Raises ValueError."""
-    export_run(run_settings, model, folder, dtype)
+    export_run(run.settings, run.model, folder, dtype)

@@ -186,12 +186,12 @@ def writes(run_settings, model):
     return isinstance(model, Decoder | ViT | VLM) or is_tower(model)
 
 
-def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
+def export(run, folder, dtype=torch.float32):
     """A run's model as a folder that transformers loads: also what its tokenizer and processor
     read. Raises ValueError."""
-    whole, model = model, exported_part(run_settings, model)
-    if model is not whole:
-        left = {part_of(name) for name in whole.state_dict()} - {'vit'}
+    tokenizer, model = run.tokenizer, exported_part(run.settings, run.model)
+    if model is not run.model:
+        left = {part_of(name) for name in run.model.state_dict()} - {'vit'}
         say(f'{folder}: the vision tower alone, which is what transformers has of this model: '
             f'{", ".join(sorted(left))} left out')
     theirs = write_weights(model, folder, dtype)
@@ -204,18 +204,20 @@ def export(run_settings, tokenizer, model, folder, dtype=torch.float32):
         text = theirs.get('text_config', theirs)
         text.update(ids)
         if not getattr(model.config, 'decoder', model.config).max_positions:
-            text['max_position_embeddings'] = run_settings['seq_len']
+            text['max_position_embeddings'] = run.settings['seq_len']
+
+        # An answer may have an end of its own.
+        ids |= dict(eos_token_id=run.processor.end_id)
         write_json(os.path.join(folder, 'generation_config.json'), ids)
-        processors.write_tokenizer(tokenizer, folder)
-        processors.copy_template(run_settings['processor'], folder)
+        processors.write_tokenizer(tokenizer, folder, processors.form_name(run) == 'text')
+        processors.write_template(theirs['model_type'], run, folder)
 
     image = tokenizer.names.get('image_token', '<image>')
     if isinstance(model, VLM) and image != '<image>':
         say(f'{folder}: the processors of transformers look for <image>, this tokenizer calls it '
             f'{image}: put the tokens of a picture into a text yourself')
     if not isinstance(model, Decoder):
-        image_tokens = getattr(model.config, 'image_tokens', 0)
-        processors.write_processor(theirs['model_type'], run_settings, image_tokens, folder)
+        processors.write_processor(theirs['model_type'], run, folder)
     write_json(os.path.join(folder, 'config.json'), theirs)
 
 
@@ -244,6 +246,9 @@ def write_weights(model, folder, dtype=torch.float32, max_shard_size='5GB'):
     if not isinstance(model, Decoder | ViT | VLM) and not is_tower(model):
         raise ValueError(f'{type(model).__name__} has no counterpart in transformers: only '
                          'Decoder, ViT and VLM do')
+    if getattr(model, 'attends', 'causal') != 'causal':
+        raise ValueError('the prompts of this run do not attend causally, as its form says: no '
+                         'language model of transformers does so')
     theirs = to_theirs(model.config) | dict(dtype=str(dtype).removeprefix('torch.'))
 
     # Whoever exports a whole model does not want a part of it (a VLA without its actions).

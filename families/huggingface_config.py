@@ -323,6 +323,10 @@ def to_theirs(config):
         return export_paligemma(config)
     if not config.connector_bias and config.attends == 'causal':
         return export_idefics3(config)
+    if config.attends == 'own':
+        raise ValueError('pictures and prompt attend as the form of this run says, neither all to '
+                         'all (PaliGemma) nor causal (Idefics3), or it can not be asked a prompt: '
+                         'no model of transformers does so')
     raise ValueError(
         f'pixel_shuffle={config.pixel_shuffle}, connector_bias={config.connector_bias}, and '
         f'pictures and prompt attend {config.attends}: transformers has PaliGemma (1, True, '

@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from chat import CHATS, read_template
+from accounting import say
+from chat import AROUND, CHATS, read_template
 from checkpoint import write_json
 from processor import Processor
 from tokenizer import Bytes, read_json
@@ -31,6 +32,9 @@ FORMS = {'PaliGemma': 'auto', 'Idefics3': 'smolvlm', 'SmolVLM': 'smolvlm', 'Llav
 CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073],
             image_std=[0.26862954, 0.26130258, 0.27577711], size={'shortest_edge': 224},
             crop_size={'height': 224, 'width': 224}, do_center_crop=True)
+
+# Idefics3Processor adds these to a tokenizer that lacks them: new tokens, which nobody trained.
+IDEFICS3_TOKENS = '<fake_token_around_image>', '<end_of_utterance>'
 
 # What SigLIP's tokenizers do to a text before they cut it up.
 TEXT_RULES = {'SiglipTokenizer': 'siglip', 'Siglip2Tokenizer': 'siglip2'}
@@ -265,32 +269,84 @@ def text_rule_of(folder, form):
 # writing
 
 
-def write_processor(kind, run_settings, image_tokens, folder):
+def form_name(run):
+    """What the form of a run is called: auto is its task's."""
+    task = run.settings['task']
+    if run.processor.form == 'auto':
+        return {'llm': 'text', 'vlm': 'paligemma'}.get(task, task)
+    return run.processor.form
+
+
+def processor_class(kind, run):
+    """The processor of transformers that writes the tokens of a run; '': none does. kind:
+    model_type of a config.json."""
+    form, special = form_name(run), run.tokenizer.special
+    if kind == 'paligemma':
+        return 'PaliGemmaProcessor' if form == 'paligemma' else ''
+    if form in AROUND and all(special(text) is not None for text in IDEFICS3_TOKENS):
+        return 'Idefics3Processor'
+    # It serves any model, and writes no more than the tokens of a picture.
+    return 'LlavaProcessor' if form in ('text', *CHATS) else ''
+
+
+def write_processor(kind, run, folder):
     """preprocessor_config.json and processor_config.json: how pictures become pixels and image
     tokens. kind: model_type of the config.json beside them."""
+    files = {'preprocessor_config.json': pixels_of(kind, run.settings)}
+    if run.processor.folder:
+        files = kept_files(run.processor) or files
+    elif kind in ('paligemma', 'idefics3'):
+        name, image_tokens = processor_class(kind, run), run.processor.image_tokens
+        said = dict(processor_class=name)
+        files['preprocessor_config.json'] |= said | dict(image_seq_length=image_tokens)
+        if name == 'Idefics3Processor':
+            said |= dict(image_seq_len=image_tokens)
+        elif name == 'LlavaProcessor':
+            side = run.settings['vit.patch_size'] * run.settings['pixel_shuffle']
+            said |= dict(patch_size=side, vision_feature_select_strategy='full',
+                         num_additional_image_tokens=0, image_token='<image>')
+        files['processor_config.json'] = said
+
+        # What transformers then takes by itself says that the numbers do not fit.
+        if not name:
+            say(f'{folder}: no processor of transformers writes processor={run.processor.form!r}: '
+                f'put {image_tokens} times <image> for a picture into your ids yourself')
+            del files['processor_config.json']
+            del files['preprocessor_config.json']['processor_class']
+    for file, values in files.items():
+        write_json(os.path.join(folder, file), values)
+
+
+def kept_files(processor):
+    """{file: values} of the model folder that a processor was made from, as it is used here:
+    pictures are not split."""
+    files = {}
+    for name in ('preprocessor_config.json', 'processor_config.json'):
+        path = os.path.join(processor.folder, name)
+        if os.path.exists(path):
+            files[name] = read_json(path, 1 << 20)
+
+    # transformers 5 writes those of the pictures inside the others
+    if processor.form in AROUND:
+        for values in files.values():
+            values.get('image_processor', values)['do_image_splitting'] = False
+    return files
+
+
+def pixels_of(kind, run_settings):
+    """preprocessor_config.json of a run whose pictures are as its settings say."""
     size = run_settings['vit.image_size']
     # Their slow and fast image processors have other defaults: all is said.
     pixels = dict(do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True,
                   rescale_factor=1 / 255, image_mean=three(run_settings['image_mean']),
                   image_std=three(run_settings['image_std']), resample=3)
-    processor = {}
-
     if kind == 'idefics3':
         edge = dict(longest_edge=size)
-        pixels |= dict(image_processor_type='Idefics3ImageProcessor',
-                       processor_class='Idefics3Processor', size=edge, max_image_size=edge,
-                       do_image_splitting=False, do_pad=True, resample=1)
-        processor = dict(processor_class='Idefics3Processor', image_seq_len=image_tokens)
-    else:
-        pixels |= dict(image_processor_type='SiglipImageProcessor',
-                       size=dict(height=size, width=size))
-    if kind == 'paligemma':
-        pixels |= dict(processor_class='PaliGemmaProcessor', image_seq_length=image_tokens)
-        processor = dict(processor_class='PaliGemmaProcessor')
-
-    write_json(os.path.join(folder, 'preprocessor_config.json'), pixels)
-    if processor:
-        write_json(os.path.join(folder, 'processor_config.json'), processor)
+        return pixels | dict(image_processor_type='Idefics3ImageProcessor', size=edge,
+                             max_image_size=edge, do_image_splitting=False, do_pad=True,
+                             resample=1)
+    return pixels | dict(image_processor_type='SiglipImageProcessor',
+                         size=dict(height=size, width=size))
 
 
 def three(value):
@@ -300,18 +356,37 @@ def three(value):
     return [value] * 3
 
 
-def copy_template(processor, folder):
-    """The chat template of a run that has one, from the folder that its processor is."""
-    for name in ('chat_template.jinja', 'chat_template.json'):
-        path = os.path.join(processor, name)
-        if os.path.exists(path):
-            shutil.copyfile(path, os.path.join(folder, name))
+def write_template(kind, run, folder):
+    """The chat template of a run that has one: its form's, or that of the folder it names."""
+    if run.processor.folder:
+        for name in ('chat_template.jinja', 'chat_template.json'):
+            path = os.path.join(run.processor.folder, name)
+            if os.path.exists(path):
+                shutil.copyfile(path, os.path.join(folder, name))
+    elif run.processor.form in CHATS:
+        with open(os.path.join(folder, 'chat_template.jinja'), 'w', encoding='utf-8') as file:
+            file.write(template_of(kind, run))
 
 
-def write_tokenizer(tokenizer, folder):
-    """The tokenizer's files as transformers looks for them. (Of a Llama-like tokenizer.model it
-    makes a tokenizer that swallows the space before a text that begins with one.) Raises
-    ValueError."""
+def template_of(kind, run):
+    """The chat template of a form as transformers needs it to write the same tokens."""
+    form, end = run.processor.form, run.processor.chat.end
+    source = CHATS[form]
+    # What a conversation begins with, and the token that ends answers where a tokenizer lacks
+    # the form's, are of the form here, of the template there.
+    if form == 'llava':
+        source = '{{ bos_token }}' + source
+    if end in source and run.tokenizer.special(end) is None:
+        source = source.replace(end, "' + eos_token + '")
+    if form in AROUND and processor_class(kind, run) != 'Idefics3Processor':
+        source = source.replace("'<image>'", "'" + '<image>'.join(AROUND[form]) + "'")
+    return source
+
+
+def write_tokenizer(tokenizer, folder, opens=False):
+    """The tokenizer's files as transformers looks for them; opens: a text begins with a bos. (Of a
+    Llama-like tokenizer.model it makes a tokenizer that swallows the space before a text that
+    begins with one.) Raises ValueError."""
     # Special tokens by their role; those that a tokenizer only counts get a name here.
     in_file = {id_of(tokenizer, role): text for role, text in tokenizer.names.items()}
     names, added = {}, {}
@@ -350,6 +425,21 @@ def write_tokenizer(tokenizer, folder):
     ours = dict(tokenizer_class=kind, model_max_length=10 ** 30,
                 clean_up_tokenization_spaces=False)
     write_json(path, ours | kept | names | dict(added_tokens_decoder=added))
+
+    # The file says what a text begins with; Gemma's and Llama's classes add a bos by themselves.
+    is_opened = getattr(tokenizer, 'opening', []) == [tokenizer.bos_id]
+    if opens and not is_opened and not isinstance(tokenizer, SentencePiece):
+        add_opening(os.path.join(folder, 'tokenizer.json'), names['bos_token'], tokenizer.bos_id)
+
+
+def add_opening(path, bos, bos_id):
+    """Let a tokenizer.json put a bos before a text."""
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+    model = Tokenizer.from_file(path)
+    model.post_processor = TemplateProcessing(single=[bos, '$A'], pair=[bos, '$A', '$B'],
+                                              special_tokens=[(bos, bos_id)])
+    model.save(path)
 
 
 def id_of(tokenizer, role):

@@ -69,10 +69,9 @@ def open_theirs(name, auto, weights):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         dropout = ', '.join(without_dropout(config))
         if weights:
-            if dropout:
-                say(f'{name}: {dropout} is not used, as its numbers do not follow from samples')
-            return auto_class.from_pretrained(folder, config=config, use_safetensors=True,
-                                              output_loading_info=True, **options)
+            model, info = auto_class.from_pretrained(folder, config=config, use_safetensors=True,
+                                                     output_loading_info=True, **options)
+            return model, info | dict(dropout=dropout)
         return auto_class.from_config(config, **options), {}
     except (ValueError, OSError, KeyError, ImportError, RuntimeError, AttributeError,
             SafetensorError) as error:
@@ -117,8 +116,9 @@ def account_for(tower, theirs, info, name):
                              'of the two is wrong')
         account.unused[first_part(key)] += 1
     check_finite(theirs.named_parameters(), name)
+    dropout = info['dropout'] and f'; {info["dropout"]} is not used: it knows no samples'
     say(f'{name}: {len(account.loaded)} tensors of a {type(theirs).__name__} loaded, '
-        f'{account.left()}')
+        f'{account.left()}{dropout}')
 
 
 def first_part(key):

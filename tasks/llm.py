@@ -70,12 +70,14 @@ def summary(run, folder, batches, losses):
 
 def sample(run, options):
     """Continue --prompt."""
-    from answering import answers, check_sampling
+    from answering import answers, check_sampling, question_of
     check_sampling(options)
-    tok = run.tokenizer
-    ids = [tok.bos_id] + tok.encode(options.prompt)
-    continued, = answers(run, [(ids, [1] * len(ids))], None, options)
+    tok, given = run.tokenizer, options.prompt
+    document = [tok.bos_id] + tok.encode(given)
+    # a chat is asked as it was trained; what has no questions goes on with a text
+    ids, blocks = question_of(run.processor, given) or (document, [1] * len(document))
+    new, = answers(run, [(ids, blocks)], None, options)
     if options.json:
-        print(json.dumps(dict(prompt=options.prompt, text=continued)))
+        print(json.dumps(dict(prompt=given, text=new)))
     else:
-        print(options.prompt + continued)
+        print(given + new if ids == document else new)
