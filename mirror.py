@@ -85,6 +85,8 @@ class Mirror:
             except Exception as error:
                 # whatever it is, the run must hear of it at its end
                 self.error = f'remote={" ".join(str(error).split())[:300]}'
+                # a run waits at its end for no more than the tries that are under way
+                is_last = self.is_ending
                 if not is_last:
                     self.say(f'\n{self.error}: the next checkpoint tries again')
 

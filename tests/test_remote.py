@@ -17,6 +17,7 @@ import tiny
 from conftest import ROOT, sample, write_set, write_tar
 
 import data
+import lost
 import remote
 from pictures import Eyes
 from processor import Processor
@@ -323,6 +324,27 @@ def test_a_run_on_remote_shards_is_the_run_on_local_ones(s3, tmp_path):
                  f'--cache_dir={s3.cache}', f'--out_dir={tmp_path / out}', env=s3.env).ok()
     assert next(faults, 'all came') == 'all came'
     assert tiny.losses(tmp_path / 'remote') == tiny.losses(tmp_path / 'local')
+
+
+def test_a_shard_that_goes_midway_may_be_lost(s3):
+    def batches(spec):
+        folder = Folder(spec, cache_dir=s3.cache)
+        order = data.Order([folder.sizes], [1.0])
+        return order, data.Batches([folder], order, caption_rows(), ahead=1)
+    order, ours = batches(s3.url)
+    lost.spare(ours)
+    theirs = batches(str(s3.local))[1][np.arange(12)]
+    s3.fs.rm(s3.url + '/00000001.tar')
+    s3.proxy.seen.clear()
+    for _ in range(2):
+        batch = ours[np.arange(12)]
+        gone = order.locate(np.arange(12))[2] == 1
+        assert np.array_equal(batch['tokens'][~gone], theirs['tokens'][~gone])
+        assert not batch['pictures'][gone].any() and gone.sum() == 5
+        reasons, number = lost.take_lines([batch])
+        assert list(reasons) == [f'{s3.url}/00000001.tar'] and number == 5
+    asked = [path for _, path in s3.proxy.seen if path.endswith('00000001.tar')]
+    assert len(asked) == 1, 'it is looked for once'
 
 
 @pytest.mark.parametrize('workers', [0, 2])
