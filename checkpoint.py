@@ -415,7 +415,7 @@ def located(settings, key):
         is_file = os.path.splitext(name)[1] in ('.model', '.json', '.tiktoken', '.py')
         if is_file or not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
             raise
-    return tasks.family('files').fetch(name)
+    return tasks.family('files').fetch(name, key=key)
 
 
 def own_files(run):

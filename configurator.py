@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+from ctypes import c_int64
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace as Group  # what stands for a dataclass while a config file runs
@@ -175,15 +176,16 @@ def convert(label, value, default):
 
     # What config.json cannot give back would change the run that is started from it.
     try:
-        is_kept = json.loads(json.dumps(value), parse_constant=float) == plain(value)
+        is_kept = plain(value) == json.loads(json.dumps(value), parse_constant=float,
+                                             parse_int=lambda text: c_int64(int(text)).value)
     except (TypeError, ValueError):
         is_kept = False
     if not is_kept:
-        what = 'numbers but nan, strings, lists, and dicts with string keys'
+        what = 'numbers of 64 bits but nan, strings, lists, and dicts with string keys'
         refuse(f'{label}: JSON cannot hold it: use {what}')
-    # Bytes of a command line that are no UTF-8 are such halves.
-    if re.search('[\ud800-\udfff]', json.dumps(value, ensure_ascii=False)):
-        refuse(f'{label}: it holds bytes that are no UTF-8, or half of a surrogate pair')
+    # Bytes of a command line that are no UTF-8 are such halves; paths can hold no zero.
+    if re.search(r'[\ud800-\udfff]|\\u0000', json.dumps(value, ensure_ascii=False)):
+        refuse(f'{label}: it holds bytes that are no UTF-8, half of a surrogate pair, or a NUL')
     return kind(plain(value))
 
 

@@ -527,20 +527,20 @@ def what_is(folder):
 # what train.py asks for
 
 
+# beyond these, positions are no int64, or one batch fills the memory
+RANGES = ((1, 1 << 40, 'log_every window lanes'), (1, 1 << 20, 'num_checkpoints seq_len'),
+          (0, 1 << 40, 'eval_every keep_last warmup skip_bad_steps max_bad_fraction '
+                       'max_bad_shards whole cache_gb max_steps max_samples epochs'),
+          (0, 1 << 20, 'batch_size micro_batch_size'), (0, 1024, 'workers'),
+          (0, 2 ** 63 - 1, 'seed'))
+
+
 def check(settings, world):
     """Raises ValueError, one line with key, value and remedy, for settings of data and length."""
-    for key in ('log_every', 'num_checkpoints', 'seq_len', 'lanes', 'window'):
-        if settings[key] < 1:
-            raise ValueError(f'{key}={settings[key]} must be at least 1')
-    for key in ('eval_every', 'keep_last', 'workers', 'warmup', 'seed', 'skip_bad_steps',
-                'max_bad_fraction', 'max_bad_shards', 'micro_batch_size', 'whole', 'cache_gb'):
-        if settings[key] < 0:
-            raise ValueError(f'{key}={settings[key]} must be at least 0')
-
-    if settings['seq_len'] > 1 << 20:
-        raise ValueError(f'seq_len={settings["seq_len"]} must be at most {1 << 20}')
-    if settings['seed'] >= 2 ** 63:
-        raise ValueError(f'seed={settings["seed"]} must be below 2^63')
+    for least, most, keys in RANGES:
+        for key in keys.split():
+            if not least <= settings[key] <= most:
+                raise ValueError(f'{key}={settings[key]} must be at least {least}, at most {most}')
     for name, place in settings['val'].items():
         if not isinstance(place, str):
             raise ValueError(f'val: {name!r} is {place!r}: expected the name of a data set')
@@ -553,9 +553,6 @@ def check(settings, world):
                          f'micro_batch_size={micro_batch or 1}: {below} or {above} would fit')
 
     lengths = {key: settings[key] for key in ('max_steps', 'max_samples', 'epochs')}
-    for key, value in lengths.items():
-        if value < 0:
-            raise ValueError(f'{key}={value} must be at least 0')
     if sum(value > 0 for value in lengths.values()) != 1:
         given = ', '.join(f'{key}={value}' for key, value in lengths.items())
         raise ValueError(f'the run\'s length is one of {given}: set one above 0 and leave the '
@@ -565,22 +562,26 @@ def check(settings, world):
 def open_mix(settings):
     """The folders of a mix, {data set: Folder}, and the History of a run that begins. Raises
     ValueError and OSError."""
-    folders = {name: open_folder(name, settings) for name in settings['mix']}
+    folders = {name: open_folder(name, settings, 'mix') for name in settings['mix']}
     if len(folders) > 1:
         from usage import check_each_once
         check_each_once(folders)
     return folders, History(settings, folders)
 
 
-def open_folder(name, settings):
-    return Folder(name, settings['data_dir'], settings['cache_dir'], settings['cache_gb'])
+def open_folder(name, settings, key):
+    """The data set that a setting names. Raises ValueError."""
+    try:
+        return Folder(name, settings['data_dir'], settings['cache_dir'], settings['cache_gb'])
+    except (ValueError, OSError) as error:
+        raise ValueError(f'{key}: {error}') from None
 
 
 def open_validation(settings, processor, pack):
     """{name: (folder, its batches in order)} of the data sets that are validated on."""
     opened = {}
     for name, path in settings['val'].items():
-        folder = open_folder(path, settings)
+        folder = open_folder(path, settings, 'val')
         opened[name] = folder, Batches([folder], InOrder(folder.sizes), processor, pack=pack)
     return opened
 

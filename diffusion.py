@@ -76,8 +76,11 @@ class Schedule:
         check_choice('kind', kind, ('linear', 'scaled_linear', 'squaredcos_cap_v2'))
         check_choice('prediction', prediction, ('epsilon', 'sample', 'v_prediction'))
         check_choice('timestep_spacing', timestep_spacing, ('leading', 'trailing', 'linspace'))
-        if steps < 1:
-            raise ValueError(f'schedule: steps={steps} must be at least 1')
+        if not 1 <= steps <= 1 << 20:
+            raise ValueError(f'schedule: steps={steps} must be at least 1, and at most 2^20')
+        if not 0 < beta_start <= beta_end < 1:
+            raise ValueError(f'schedule: beta_start={beta_start}, beta_end={beta_end}: expected '
+                             'shares of noise between 0 and 1')
         self.steps = steps
         self.prediction = prediction
         self.spacing = timestep_spacing
@@ -253,7 +256,8 @@ class FlowSchedule:
     sampling too, to s t / (1 + (s - 1) t)."""
 
     def __init__(self, time='uniform', shift=1.0):
-        if time not in ('uniform', 'beta', 'logit_normal') or shift <= 0:
+        is_time = time in ('uniform', 'beta', 'logit_normal')
+        if not is_time or not 0 < shift < math.inf:
             raise ValueError(
                 f'flow: time={time!r}, shift={shift}: expected uniform, beta or logit_normal, '
                 'and a shift above 0')
@@ -352,6 +356,21 @@ def check_objective(settings, known, part):
         if objective != settings[f'{part}.objective']:
             refuse_unused(settings, known, [f'{part}.{name}' for name in names],
                           f'{part}.objective={settings[f"{part}.objective"]}')
+
+
+def check_widths(key, widths):
+    """Raises ValueError for a list that does not hold a size for each level of a network."""
+    if not widths or not all(type(width) is int and 0 < width < 1 << 20 for width in widths):
+        raise ValueError(f'{key}={widths}: expected a number a level, at least 1, below 2^20')
+
+
+def check_schedule(part, make, c):
+    """Raises ValueError where a config has no schedule: `part` is its name in the settings, `make`
+    a function of it."""
+    try:
+        make(c)
+    except ValueError as error:
+        raise ValueError(f'{part}: {error}') from None
 
 
 def schedule_of(c):

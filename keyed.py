@@ -101,8 +101,7 @@ class Dropout(nn.Module):
 
     def __init__(self, p, width, number):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f'dropout={p}: expected at least 0 and below 1')
+        assert 0 <= p < 1, f'dropout={p}'
         self.p = p
         self.limit = round(p * 2 ** 32) - 2 ** 31
         channels = random_bits(torch.tensor([number]), width)[0].int()

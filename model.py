@@ -271,10 +271,14 @@ def run_block(block, remat, *args):
 
 
 def check_sizes(c, part, names):
-    """Raises ValueError for a size of a part of a model that is 0 or less."""
+    """Raises ValueError for what a part of a model can not have, or no memory would hold."""
     for name in names.split():
-        if getattr(c, name) < 1:
-            raise ValueError(f'{part}.{name}={getattr(c, name)} must be at least 1')
+        if not 1 <= getattr(c, name) < 1 << 20:
+            raise ValueError(f'{part}.{name}={getattr(c, name)} must be at least 1, below 2^20')
+    if not 0 <= getattr(c, 'depth', 0) <= 1000:
+        raise ValueError(f'{part}.depth={c.depth} must be at least 0, at most 1000')
+    if not 0 <= getattr(c, 'dropout', 0) < 1:
+        raise ValueError(f'{part}.dropout={c.dropout}: expected at least 0 and below 1')
 
 
 def check_vit(c):
@@ -430,7 +434,8 @@ class DecoderBlock(nn.Module):
 
 def check_decoder(c):
     """Raises ValueError for settings that no decoder can have."""
-    check_sizes(c, 'decoder', 'width mlp_dim num_heads num_kv_heads head_dim global_every')
+    check_sizes(c, 'decoder', 'vocab_size width mlp_dim num_heads num_kv_heads head_dim '
+                              'global_every')
     if c.num_heads % c.num_kv_heads:
         raise ValueError(f'decoder.num_heads={c.num_heads} must be a multiple of '
                          f'decoder.num_kv_heads={c.num_kv_heads}')
@@ -445,7 +450,8 @@ def check_decoder(c):
     if c.global_every > 1 and c.sliding_window == 0:
         raise ValueError(f'decoder.global_every={c.global_every} makes the other layers local: '
                          'they need a decoder.sliding_window')
-    if len(c.rope_scaling) not in (0, 1, 4):
+    numbers = [each for each in c.rope_scaling if isinstance(each, (int, float)) and each > 0]
+    if len(numbers) not in (0, 1, 4) or numbers != list(c.rope_scaling):
         raise ValueError(f'decoder.rope_scaling={c.rope_scaling}: expected [], [factor] or '
                          '[factor, low_freq_factor, high_freq_factor, '
                          'original_max_position_embeddings]')

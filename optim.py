@@ -10,7 +10,7 @@ import re
 import torch
 
 OPTIONS = ('lr_scale', 'weight_decay', 'freeze')
-AMOUNT = 'expected a number of at least 0'
+AMOUNT = 'expected a finite number of at least 0'
 CHOICES = {'optimizer': ('adamw', 'muon'), 'schedule': ('cosine', 'linear', 'constant', 'wsd')}
 
 
@@ -69,9 +69,9 @@ def check(settings, world=1):
 
 
 def is_amount(value):
-    """Whether a setting is a number of at least 0."""
+    """Whether a setting is a finite number of at least 0."""
     # A comparison with nan is false, so that nan is none.
-    return isinstance(value, (int, float)) and value >= 0
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def check_regex(key, regex):

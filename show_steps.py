@@ -48,7 +48,7 @@ def open_past(settings, out_dir):
         past.go_on(history, settings, path, progress)
     for name in history.sets:
         if name not in history.folders:
-            history.folders[name] = data.open_folder(name, settings)
+            history.folders[name] = data.open_folder(name, settings, 'mix')
     # where the last batch was cut short
     steps_of(history, settings)
     return history

@@ -315,11 +315,24 @@ def say_once(kind, line):
 # How a script ends that did not expect it
 
 
+FLOAT32 = 3.4e38                # the largest number that it has
+
+
+def too_large():
+    """The settings of this script that float32 can not hold."""
+    found = []
+    for key, value in getattr(sys.modules['__main__'], 'config', {}).items():
+        if isinstance(value, float) and abs(value) > FLOAT32:
+            found.append(f'{key}={value}')
+    return ', '.join(found) or 'a number'
+
+
 def tell_end(kind, error, trace):
     """Ctrl-C, more memory than there is, and what says so of itself, in one line; other errors as
     Python does."""
     said, script = ' '.join(str(error).split()), os.path.basename(sys.argv[0])
-    is_full = re.search(r"out of memory|can't allocate memory|not enough memory", said)
+    is_full = re.search(r"out of memory|can't allocate memory|not enough memory|array is too big|"
+                        'Storage size calculation overflowed|Maximum allowed dimension', said)
     if kind is KeyboardInterrupt:
         print(f'{script}: stopped by Ctrl-C', file=sys.stderr)
     elif issubclass(kind, MemoryError) or is_full:
@@ -327,6 +340,11 @@ def tell_end(kind, error, trace):
               f'({said:.200})', file=sys.stderr)
     elif getattr(kind, 'in_one_line', False):
         print(f'{script}: {said}', file=sys.stderr)
+    elif 'without overflow' in said:
+        print(f'{script}: {too_large()}: float32 has no such number', file=sys.stderr)
+    elif re.search(r'DataLoader worker .* (is killed by|exited unexpectedly)', said):
+        print(f'{script}: a process that reads data was killed, by a full memory perhaps: take '
+              f'fewer workers; the same command goes on ({said:.200})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

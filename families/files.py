@@ -34,9 +34,9 @@ DEQUANTISE = ('quantised weights are not read: open it in transformers, call mod
               'save that, or take the repository before it was quantised')
 
 
-def fetch(name, revision=None):
+def fetch(name, revision=None, key=''):
     """The folder of a model: `name` itself, or a repository's copy in huggingface_hub's cache.
-    Raises ValueError."""
+    Raises ValueError, which says of which setting, `key`, that is."""
     if os.path.isdir(name) or name.endswith('.npz'):
         return name
     if not re.fullmatch(REPOSITORY, name):
@@ -49,7 +49,8 @@ def fetch(name, revision=None):
     except Exception as error:
         # Of several libraries: no such repository, no licence accepted, no network.
         reason = ' '.join(str(error).split())[:300]
-        raise ValueError(f'{name!r} is no folder here, and could not be fetched from Hugging '
+        said = f'{key}={name!r}' if key else repr(name)
+        raise ValueError(f'{said} is no folder here, and could not be fetched from Hugging '
                          f'Face: {reason}') from None
 
 

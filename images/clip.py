@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import attention
+from model import attention, check_sizes
 
 
 @dataclass
@@ -66,6 +66,7 @@ class CLIPText(nn.Module):
         if c.activation not in ACTIVATIONS:
             raise ValueError(f'clip.activation={c.activation!r}: expected one of '
                              f'{", ".join(ACTIVATIONS)}')
+        check_sizes(c, 'clip', 'vocab_size width depth mlp_dim num_heads max_length')
         if c.width % c.num_heads:
             raise ValueError(
                 f'clip.width={c.width} must be a multiple of clip.num_heads={c.num_heads}')

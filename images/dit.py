@@ -14,7 +14,7 @@ from torch import nn
 
 from diffusion import DenoiserBlock, JointBlock, schedule_of, sincos
 from keyed import normal, random_bits, uniform
-from model import Learned, run_block
+from model import Learned, check_sizes, run_block
 
 
 @dataclass
@@ -43,9 +43,8 @@ class DiTConfig:
         """Raises ValueError for settings that no DiT can have."""
         if self.attention not in ('cross', 'joint'):
             raise ValueError(f'dit.attention={self.attention!r}: expected cross or joint')
-        for name in ('channels', 'patch_size', 'depth'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'dit.{name}={getattr(self, name)} must be at least 1')
+        check_sizes(self, 'dit', 'image_size channels patch_size width depth mlp_dim num_heads '
+                                 'schedule_steps')
         if self.image_size % self.patch_size:
             raise ValueError(f'dit.image_size={self.image_size} must be a multiple of '
                              f'dit.patch_size={self.patch_size}')

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from diffusion import Schedule
+from diffusion import Schedule, check_widths
 from images.dit import TextToImage
-from model import attention, run_block
+from model import attention, check_sizes, run_block
 
 
 @dataclass
@@ -265,12 +265,18 @@ class Level(nn.Module):
         return conv(F.interpolate(x, size, mode='nearest'))
 
 
+# those of the U-Net and the autoencoder
+SIZES = ('in_channels', 'out_channels', 'latent_channels', 'layers_per_block',
+         'cross_attention_dim', 'norm_num_groups', 'num_train_timesteps')
+
+
 def levels_of(c, what):
     """Number of levels, if the settings of all of them are as many. Raises ValueError."""
     widths = c.block_out_channels
     num_levels = len(widths)
-    if c.layers_per_block < 1:
-        raise ValueError(f'{what}.layers_per_block={c.layers_per_block} must be at least 1')
+    check_sizes(c, what, ' '.join(name for name in SIZES if hasattr(c, name)))
+    for name in ('block_out_channels', 'num_heads'):
+        check_widths(f'{what}.{name}', getattr(c, name, [1]))
 
     # an autoencoder has no such settings
     for key in ('cross_attention', 'num_heads'):

@@ -254,7 +254,7 @@ class Normalizer(nn.Module):
     def __init__(self, stats, kind, dim=0):
         super().__init__()
         if kind not in KINDS:
-            raise ValueError(f'normalisation {kind!r}: expected one of {", ".join(KINDS)}')
+            raise ValueError(f'normalize={kind!r}: expected one of {", ".join(KINDS)}')
         missing = {'mean', 'std', 'min', 'max', 'q01', 'q99'} - set(stats)
         if missing:
             raise ValueError(f'statistics without {", ".join(sorted(missing))}: '
@@ -371,6 +371,9 @@ class Units(nn.Module):
             self.actions = Normalizer(stats['actions'], kind, action_dim)
             # a run may leave the state out
             self.proprio = Normalizer(stats['proprio'], kind, proprio_dim) if proprio_dim else None
+        except ValueError as error:
+            raise ValueError(f'action_dim={action_dim}, proprio_dim={proprio_dim}, '
+                             f'action_steps={steps}: {error}') from None
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'no statistics of actions ({error!r}): '
                              'make them with prepare/stats.py') from None

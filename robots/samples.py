@@ -129,11 +129,9 @@ def check(settings):
         inside = settings[f'{task}.{key}']
         if inside:
             raise ValueError(f'{task}.{key}={inside}: set {key}, which samples have, too')
-    for key in ('action_dim', 'action_steps'):
-        if settings[key] < 1:
-            raise ValueError(f'{key}={settings[key]} must be at least 1')
-    if settings['proprio_dim'] < 0:
-        raise ValueError(f'proprio_dim={settings["proprio_dim"]} must be at least 0')
+    for key, least in dict(action_dim=1, action_steps=1, proprio_dim=0).items():
+        if not least <= settings[key] <= 1 << 20:
+            raise ValueError(f'{key}={settings[key]} must be at least {least}, and at most 2^20')
     cameras.check(settings)
 
 

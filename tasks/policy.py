@@ -16,7 +16,7 @@ from torch import nn
 
 import pictures
 from configurator import part
-from diffusion import check_objective, schedule_of, sincos
+from diffusion import check_objective, check_schedule, check_widths, schedule_of, sincos
 from model import VLM, Decoder, DecoderConfig, ViTConfig, check_sizes, make_attn_mask, sized
 from robots import samples
 from robots.acting import SampleSettings, sample  # noqa: F401
@@ -65,7 +65,7 @@ class PolicyConfig:
                 raise ValueError(f'policy.{name}={getattr(self, name)!r}: expected one of '
                                  f'{", ".join(allowed)}')
         check_sizes(self, 'policy', 'action_dim action_steps num_noise_draws pool width depth '
-                                    'mlp_dim num_heads')
+                                    'mlp_dim num_heads kernel_size schedule_steps')
         if self.proprio_dim < 0:
             raise ValueError(f'policy.proprio_dim={self.proprio_dim} must be at least 0')
         if self.width % (2 * self.num_heads):
@@ -75,6 +75,7 @@ class PolicyConfig:
         # the U-Net halves the chunk, and its norms are of eight groups
         if self.denoiser != 'unet':
             return
+        check_widths('policy.channels', self.channels)
         unit = 2 ** (len(self.channels) - 1)
         if any(c % 8 for c in self.channels):
             raise ValueError(f'policy.channels={self.channels} must be multiples of 8')
@@ -125,6 +126,7 @@ def check(settings, world):
     samples.check(settings)
     known, c = defaults('policy'), part(settings, 'policy', PolicyConfig)
     check_objective(settings, known, 'policy')
+    check_schedule('policy', schedule_of, c)
 
     # parts and pictures that this policy does not have; a config may serve several
     lines = unused(settings, known, NOT_OF_ENCODER.get(c.encoder, ()),

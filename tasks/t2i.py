@@ -24,7 +24,7 @@ import pictures
 import tasks
 from answering import padded, prompt_of
 from configurator import part
-from diffusion import check_objective, random_keys
+from diffusion import check_objective, check_schedule, random_keys, schedule_of
 from images import judge, sd
 from images.clip import CLIPText, CLIPTextConfig
 from images.dit import DiTConfig, TextToImage
@@ -79,14 +79,32 @@ def check(settings, world):
     """Raises ValueError for settings that can not be; lines on those that are not used."""
     if settings['denoiser'] not in ('dit', 'unet'):
         raise ValueError(f'denoiser={settings["denoiser"]!r}: expected dit or unet')
-    for name in ('image_size', 'channels', 'patch_size', 'width', 'mlp_dim', 'num_heads'):
-        if settings[f'dit.{name}'] < 1:
-            raise ValueError(f'dit.{name}={settings[f"dit.{name}"]} must be at least 1')
+    dit = part(settings, 'dit', DiTConfig)
+    dit.check()
+    check_schedule('dit', schedule_of, dit)
     length = settings['clip.max_length']
+    check_schedule('unet', sd.schedule_of, part(settings, 'unet', sd.UNetConfig))
     if settings['denoiser'] == 'unet' and settings['seq_len'] != length:
         raise ValueError(f'seq_len={settings["seq_len"]}: denoiser=unet reads {length}, which is '
                          'clip.max_length')
+    check_channels(settings)
     return unused_of_denoiser(settings, tasks.defaults('t2i'))
+
+
+def check_channels(settings):
+    """Raises ValueError where what comes out of one network does not go into the next."""
+    wanted = {}
+    if settings['denoiser'] == 'unet':
+        latent = settings['vae.latent_channels']
+        wanted = {'unet.in_channels': latent, 'unet.out_channels': latent}
+    if settings['denoiser'] == 'unet' or settings['dit.vae']:
+        wanted |= {'vae.in_channels': 3, 'vae.out_channels': 3}
+    else:
+        wanted['dit.channels'] = 3
+    for key, channels in wanted.items():
+        if settings[key] != channels:
+            what = 'latents (vae.latent_channels)' if 'unet' in key else 'pictures'
+            raise ValueError(f'{key}={settings[key]}, but {what} have {channels} channels')
 
 
 def unused_of_denoiser(settings, known):

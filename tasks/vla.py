@@ -7,6 +7,7 @@
 Axes: B rows, S tokens of a row, A samples with actions, T actions of a chunk, D numbers of an
 action, P of a state, L = S + 1 + T places of a row: prefix, state, actions.
 """
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configurator import part
-from diffusion import FlowSchedule, sincos
+from diffusion import FlowSchedule, check_schedule, sincos
 from keyed import random_bits
 from model import (
     VLM,
@@ -97,11 +98,16 @@ KEPT = ('pixel_shuffle', 'connector_bias', 'action_steps', 'action_dim', 'propri
         'normalize')
 
 
+def schedule_of(c):
+    return FlowSchedule(c.time, c.shift)
+
+
 def check(settings, world):
     """Raises ValueError for settings that can not be."""
     samples.check(settings)
     check_text_loss(settings)
-    if settings['action_weight'] <= 0:
+    check_schedule('vla', schedule_of, part(settings, 'vla', VLAConfig))
+    if not 0 < settings['action_weight'] < math.inf:
         raise ValueError(f'action_weight={settings["action_weight"]} must be above 0: without '
                          'actions it is task=vlm')
 
@@ -158,7 +164,7 @@ class VLA(VLM):
         self.policy = c = config
         c.check()
         d = self.decoder.config
-        self.schedule = FlowSchedule(c.time, c.shift)
+        self.schedule = schedule_of(c)
         of_expert = replace(d, width=c.width, mlp_dim=c.mlp_dim)
         self.expert = nn.ModuleList(DecoderBlock(of_expert, i)
                                     for i in range(len(self.decoder.blocks)))
