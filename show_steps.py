@@ -91,7 +91,7 @@ def is_wanted(text):
 
 
 def leave(code, error):
-    print(f'data.py: {error}', file=sys.stderr)
+    print(f'data.py: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(code)
 
 
@@ -101,6 +101,10 @@ if __name__ == '__main__':
     # ... | head ends in silence
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     settings = configure(globals(), partial=True)
+    for least, most, keys in data.RANGES:
+        for key in settings.keys() & set(keys.split()):
+            if not least <= settings[key] <= most:
+                leave(2, f'{key}={settings[key]} must be at least {least}, at most {most}')
     if not re.fullmatch(r'\d+:\d+', show_steps):
         leave(2, f'--show_steps={show_steps}: expected a:b, such as --show_steps=100:103')
     first, last = map(int, show_steps.split(':'))

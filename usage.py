@@ -318,13 +318,16 @@ def say_once(kind, line):
 FLOAT32 = 3.4e38                # the largest number that it has
 
 
-def too_large():
-    """The settings of this script that float32 can not hold."""
+def too_large(trace):
+    """The settings, of the script that a traceback comes from, that float32 can not hold."""
     found = []
-    for key, value in getattr(sys.modules['__main__'], 'config', {}).items():
-        if isinstance(value, float) and abs(value) > FLOAT32:
-            found.append(f'{key}={value}')
-    return ', '.join(found) or 'a number'
+    for frame, _ in traceback.walk_tb(trace):
+        settings = frame.f_globals.get('config')
+        if isinstance(settings, dict):
+            for key, value in settings.items():
+                if isinstance(value, float) and abs(value) > FLOAT32:
+                    found.append(f'{key}={value}')
+    return ', '.join(dict.fromkeys(found)) or 'a setting'
 
 
 def tell_end(kind, error, trace):
@@ -341,7 +344,7 @@ def tell_end(kind, error, trace):
     elif getattr(kind, 'in_one_line', False):
         print(f'{script}: {said}', file=sys.stderr)
     elif 'without overflow' in said:
-        print(f'{script}: {too_large()}: float32 has no such number', file=sys.stderr)
+        print(f'{script}: {too_large(trace)}: float32 has no such number', file=sys.stderr)
     elif re.search(r'DataLoader worker .* (is killed by|exited unexpectedly)', said):
         print(f'{script}: a process that reads data was killed, by a full memory perhaps: take '
               f'fewer workers; the same command goes on ({said:.200})', file=sys.stderr)

@@ -26,6 +26,7 @@ from tqdm import tqdm  # noqa: E402
 from webdataset import TarWriter  # noqa: E402
 
 import manifests  # noqa: E402
+import parallel  # noqa: E402
 import shards  # noqa: E402
 from checkpoint import write_json  # noqa: E402
 from configurator import configure  # noqa: E402
@@ -160,11 +161,15 @@ def check(s):
              f'{s["batch_size"]} and --image_size={s["image_size"]} at least 1', 2)
     dtype = getattr(torch, s['dtype'], None)
     if dtype not in (torch.float32, torch.bfloat16):
-        fail('--dtype: expected float32 or bfloat16', 2)
+        fail(f'--dtype={s["dtype"]}: expected float32 or bfloat16', 2)
 
     device = s['device']
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        parallel.check(dict(device=device))
+    except ValueError as error:
+        fail(error, 2)
     return device, dtype
 
 
@@ -194,7 +199,7 @@ def main(s):
         folder = Folder(s['data'], s['data_dir'], s['cache_dir'])
         vae = diffusers.from_folder(s['vae'], 'vae').to(device)
     except (OSError, ValueError) as error:
-        fail(error, 2)
+        fail(f'--data={s["data"]}, --vae={s["vae"]}: {error}', 2)
     if s['image_size'] % vae.factor:
         fail(f'--image_size={s["image_size"]} must be a multiple of {vae.factor}, the pixels of a '
              'latent', 2)

@@ -631,14 +631,17 @@ def check(s):
     """Refuse settings that make no sense."""
     if not s['data'] or not s['out']:
         fail('--data= and --out= are needed', 2)
-    is_small = min(s['action_steps'], s['episodes_per_shard']) < 1 or s['fps'] < 0
-    if is_small or s['picture_format'] not in ('png', 'jpg'):
-        fail('action_steps and episodes_per_shard must be at least 1, fps at least 0, '
-             'picture_format png or jpg', 2)
+    for key, least in dict(action_steps=1, episodes_per_shard=1, fps=0).items():
+        if s[key] < least:
+            fail(f'{key}={s[key]} must be at least {least}', 2)
+    if s['picture_format'] not in ('png', 'jpg'):
+        fail(f'picture_format={s["picture_format"]!r}: expected png or jpg', 2)
 
     columns = 'action', 'observation.state'
     kinds = 'quaternion', 'quaternion_xyzw', 'axis_angle'
     for item in s['rotations']:
+        if not isinstance(item, (list, tuple)):
+            item = ()
         is_known = len(item) == 3 and item[0] in columns and item[2] in kinds
         if not is_known or item[1] not in range(1000):
             fail(f'rotations={s["rotations"]}: expected ({" or ".join(columns)}, its place, '

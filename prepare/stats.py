@@ -61,7 +61,7 @@ def counted_actions(lowdim, pairs, rotations):
         return actions[:1]
     try:
         moved = relative(torch.tensor(actions), torch.tensor(proprio), pairs, rotations)
-    except IndexError as error:
+    except (IndexError, RuntimeError) as error:
         raise ValueError(f'pairs={pairs}, rotations={rotations}: actions have {actions.shape[-1]} '
                          f'numbers, proprio {len(proprio)} ({error})') from None
     return moved.numpy()
@@ -155,6 +155,11 @@ def main(s):
         names = [s['data']]
     if not s['data'] or not names:
         fail('--data= names no data set: --data=datasets/metaworld', 2)
+    for key in ('pairs', 'rotations'):
+        for pair in s[key]:
+            is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+            if not is_pair or not all(type(place) is int and place >= 0 for place in pair):
+                fail(f'--{key}={s[key]}: {pair!r}: expected (action index, proprio index)', 2)
     if len(names) > 1 and not s['out']:
         fail('several data sets: say with --out=stats.json where their statistics go', 2)
 

@@ -96,15 +96,16 @@ def check_channels(settings):
     wanted = {}
     if settings['denoiser'] == 'unet':
         latent = settings['vae.latent_channels']
-        wanted = {'unet.in_channels': latent, 'unet.out_channels': latent}
+        wanted = {'unet.in_channels': latent, 'unet.out_channels': latent,
+                  'unet.cross_attention_dim': settings['clip.width']}
     if settings['denoiser'] == 'unet' or settings['dit.vae']:
         wanted |= {'vae.in_channels': 3, 'vae.out_channels': 3}
     else:
         wanted['dit.channels'] = 3
     for key, channels in wanted.items():
         if settings[key] != channels:
-            what = 'latents (vae.latent_channels)' if 'unet' in key else 'pictures'
-            raise ValueError(f'{key}={settings[key]}, but {what} have {channels} channels')
+            raise ValueError(f'{key}={settings[key]}: expected {channels}, as '
+                             'vae.latent_channels, clip.width and pictures of 3 colours have it')
 
 
 def unused_of_denoiser(settings, known):
