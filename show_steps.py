@@ -6,7 +6,6 @@ prints those of the rows 100, 101 and 102 of log.jsonl: step, position, data set
 key.
 """
 import fnmatch
-import os
 import re
 import signal
 import sys
@@ -20,6 +19,7 @@ from usage import printing
 
 # those settings of train.py that the order depends on, with the same defaults
 out_dir = 'out/run'             # its checkpoints know what was done before today's settings
+resume = 'auto'                 # and where it has none yet, the one that it branched off from
 data_dir = 'datasets'           # where data sets are: here, or there beside the scripts
 mix = {'emoji/noto': 1.0}       # data set -> sampling weight
 cache_dir = data.CACHE          # indexes of shards and copies of remote ones
@@ -43,7 +43,12 @@ def open_past(settings, out_dir):
     """The History of a run, by its newest checkpoint and today's settings, all its data sets open.
     Raises ValueError and OSError."""
     _, history = data.open_mix(settings)
-    path, progress = past.newest(os.path.join(out_dir, 'checkpoints'), print)
+    # a run that was not to go on has gone on since
+    begun_from = settings['resume'] if settings['resume'] != 'never' else 'auto'
+    # what is printed is samples alone
+    path, progress, problem = past.find(out_dir, begun_from, warn)
+    if problem:
+        raise ValueError(problem)
     if path:
         past.go_on(history, settings, path, progress)
     for name in history.sets:
@@ -52,6 +57,10 @@ def open_past(settings, out_dir):
     # where the last batch was cut short
     steps_of(history, settings)
     return history
+
+
+def warn(line):
+    print(f'data.py: {line}', file=sys.stderr)
 
 
 def steps_of(history, settings):

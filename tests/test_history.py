@@ -256,6 +256,9 @@ def test_a_checkpoint_branches_off(train, tmp_path):
     assert seen[:2] == keys_of(tmp_path / 'run', 2)
     # the same command goes on in the branch
     assert 'finished' in train(*flags).ok().out
+    # what was before it is known before it has a checkpoint of its own, too
+    shutil.rmtree(branch / 'checkpoints')
+    assert keys_of(branch, 6) == seen
     train('--resume=nowhere', f'--out_dir={tmp_path / "other"}', '--max_steps=2').refused(
         'resume', 'nowhere', 'missing')
 

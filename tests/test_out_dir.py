@@ -174,20 +174,37 @@ def test_a_run_whose_latest_is_a_folder_goes_on_and_is_used(train, base, out):
     run('sample.py', f'--out_dir={out}', '--prompt=a', '--max_new_tokens=2').ok()
 
 
+def save(saver, *steps):
+    for step in steps:
+        progress = dict(step=step, samples=step, tokens=0, bad_samples=0, world=1)
+        saver.save(step, {}, {}, {}, {'progress.json': progress}, {})
+        saver.wait()
+
+
 @pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
 def test_a_disk_without_links(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(1, 'Operation not permitted')
     monkeypatch.setattr(os, 'symlink', refuse)
     (tmp_path / 'checkpoints').mkdir()
-    saver = checkpoint.Saver(str(tmp_path))
-    for step in (1, 2):
-        progress = dict(step=step, samples=step, tokens=0, bad_samples=0, world=1)
-        saver.save(step, {}, {}, {}, {'progress.json': progress}, {})
-        saver.wait()
+    save(checkpoint.Saver(str(tmp_path)), 1, 2)
     assert names(tmp_path) == ['step_00000001', 'step_00000002']
     path, progress = past.newest(str(tmp_path / 'checkpoints'), print)
     assert path == past.checkpoint_of(tmp_path) == str(tmp_path / 'checkpoints/step_00000002')
+
+
+@pytest.mark.filterwarnings('ignore:torch.distributed is disabled')
+def test_a_damaged_checkpoint_takes_the_place_of_no_other(tmp_path):
+    """A run that went on from an older one, with room for one: the newest that is whole stays."""
+    (tmp_path / 'checkpoints').mkdir()
+    save(checkpoint.Saver(str(tmp_path)), 1, 2, 9)
+    cut(tmp_path / 'checkpoints/step_00000009/progress.json')
+    saver = checkpoint.Saver(str(tmp_path), keep_last=1)
+    save(saver, 3)
+    assert names(tmp_path) == ['step_00000003', 'step_00000009']
+    save(saver, 4, 9)
+    assert names(tmp_path) == ['step_00000009']
+    assert past.verify(tmp_path / 'checkpoints/step_00000009')['step'] == 9
 
 
 # -----------------------------------------------------------------------------------------------
