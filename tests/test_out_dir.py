@@ -86,7 +86,8 @@ def test_a_second_command_is_refused_and_a_killed_one_lets_go(train, base, out):
         # at once: nobody has asked yet whether it is gone
         assert 'resumed from' in train(out).ok().out
     finally:
-        os.kill(worker, signal.SIGKILL)
+        for process in (pid, worker):
+            os.kill(process, signal.SIGKILL)
         os.waitpid(pid, 0)
     is_as_base(out, base)
 
