@@ -376,6 +376,7 @@ class Run:
     folder: str = ''            # the checkpoint that it was opened from
     kept: dict = field(default_factory=dict)            # {name of task.FILES: its value}
     gathered: object = contextlib.nullcontext           # inside, this rank holds the whole model
+    tensors: object = None      # (): {name: tensor} that a checkpoint holds of the model
     # of training, which a checkpoint keeps
     progress: dict = field(default_factory=lambda: dict(
         step=0, samples=0, tokens=0, tokens_of={}, bad_samples=0, bad_steps=0, good_steps=0))
@@ -383,7 +384,7 @@ class Run:
     def inputs(self, batch):
         """What the model's forward gets of a collated batch."""
         tensors = processors.to_device(batch, self.device, self.processor)
-        drops = (key.endswith('.dropout') and p > 0 for key, p in self.settings.items())
+        drops = (key.endswith('dropout') and p > 0 for key, p in self.settings.items())
         if self.model.training and any(drops):
             from keyed import token_keys
             tensors['keys'] = token_keys(self.settings, batch, self.device)
@@ -400,7 +401,7 @@ def make_run(settings, device):
     if processor.eyes:
         from answering import set_mask
         set_mask(model, processor)
-    return Run(task, settings, tok, model, processor, device)
+    return Run(task, settings, tok, model, processor, device, tensors=model.state_dict)
 
 
 def located(settings, key):

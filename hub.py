@@ -159,11 +159,16 @@ def open_ours(path, device='cpu', ema=True):
         is_bytes = settings['tokenizer'] == 'bytes'
         tok = tokenizers.load('bytes' if is_bytes else folder)
 
-        with bounds.no_more_than(folder):
-            model = task.build(settings, tok, load_weights=False)
         weights = load_file(os.path.join(folder, 'model.safetensors'))
         if ema and settings.get('ema'):
             weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
+        base = {}
+        if settings.get('lora'):
+            base = read_json(os.path.join(folder, 'base.json'))
+        with bounds.no_more_than(fetch(base.get('folder', folder))):
+            model = task.build(settings, tok, load_weights=False)
+        if base:
+            weights = merged(model, base, folder, weights, settings['lora_alpha'])
         model.load_state_dict(weights)
         accounting.check_finite(weights.items(), folder)
         model.to(device, memory_format=getattr(model, 'memory_format', torch.preserve_format))
@@ -184,6 +189,26 @@ def open_ours(path, device='cpu', ema=True):
     except Exception as error:
         raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
                          ) from None
+
+
+def merged(model, base, folder, factors, alpha):
+    """{name: tensor} of the factors of a checkpoint's folder and their base. Raises ValueError."""
+    import lora  # few runs have factors
+    fill(model, base['folder'])
+    lora.check_base(model, base, folder)
+    lora.merge(model, factors, alpha)
+    return model.state_dict()
+
+
+def fill(model, folder):
+    """Fill a model with the weights of a folder, repository or file of others, or a checkpoint of
+    ours, or its ema/. Raises ValueError."""
+    folder = fetch(folder)
+    if is_foreign(folder):
+        return load(model, folder)
+    is_ema = os.path.basename(folder) == 'ema'
+    theirs = open_ours(os.path.dirname(folder) if is_ema else folder, ema=is_ema)
+    model.load_state_dict(theirs.model.state_dict())
 
 
 def task_of(path):

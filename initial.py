@@ -13,6 +13,7 @@ import past
 from accounting import Account, counted
 from model import DecoderConfig, ViTConfig
 from shards import is_url
+from tokenizer import read_json
 
 
 def begin(model, path, skip, cache_dir):
@@ -22,6 +23,11 @@ def begin(model, path, skip, cache_dir):
 
     A language or vision-language model begins what reads for a denoiser: `model.reader` names
     that part."""
+    return fill(model, path, skip, cache_dir)[0]
+
+
+def fill(model, path, skip, cache_dir):
+    """What `begin` does: (its line, {part: tensors that begin anew}, the folder)."""
     ours = model.state_dict()
     accounting.check_skip(skip, ours)
     try:
@@ -50,13 +56,50 @@ def begin(model, path, skip, cache_dir):
         else:
             account = load_weights(target, folder, skip)
     except checkpoint.ERRORS as error:
-        raise ValueError(f'init_from={path!r}: {error}') from None
+        # DCP puts a traceback before it
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f'init_from={path!r}: {reason}') from None
 
     # every tensor is accounted for
     loaded = {prefix + name for name in account.loaded}
     fresh = Counter(name.partition('.')[0] for name in ours.keys() - loaded)
-    return (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
+    line = (f'init_from {folder}: {len(loaded)} tensors ({parts(loaded)}) loaded, '
             f'{counted(fresh)} begin anew, {account.left()}')
+    return line, fresh, folder
+
+
+def begin_run(run, resumed, is_for_names=False):
+    """The weights of a run's `init_from`, and the factors of `lora` beside them, as a line that
+    tells. resumed: the checkpoint that it goes on from, or ''. is_for_names: nothing is loaded.
+    Raises ValueError."""
+    settings, model = run.settings, run.model
+    path, skip, cache_dir = (settings[key] for key in ('init_from', 'init_skip', 'cache_dir'))
+    if not settings['lora']:
+        return '' if is_for_names else begin(model, path, skip, cache_dir)
+
+    # few runs need it
+    import lora
+    lora.check(settings)
+    if is_for_names:
+        return lora.add(model, settings)
+
+    # its checkpoints hold the factors alone: each command finds the same weights again
+    line, fresh, folder = fill(model, path, skip, cache_dir)
+    if fresh:
+        raise ValueError(f'lora: init_from={path!r} leaves {counted(fresh)} to begin anew, which '
+                         'lora would freeze as it is: train that part first, without lora')
+    if resumed:
+        lora.check_base(model, read_json(os.path.join(resumed, 'base.json')), resumed)
+    run.kept['base.json'] = dict(folder=lasting(path, folder), sum=lora.sum_of(model))
+    run.tensors = lambda: lora.factors_of(model)
+    return f'{line}; {lora.add(model, settings)}'
+
+
+def lasting(path, folder):
+    """What names these weights from anywhere, and still when a run of ours has gone on."""
+    if not hub.is_foreign(folder):
+        return os.path.abspath(weights_folder(folder))
+    return os.path.abspath(path) if os.path.exists(path) else path
 
 
 def has_weights(folder):
@@ -96,6 +139,9 @@ def load_weights(model, path, skip=()):
     if not folder:
         raise ValueError('no model.safetensors there, nor in checkpoints/ below it')
     accounting.check_sums(folder)
+    if os.path.exists(os.path.join(folder, 'base.json')):
+        raise ValueError('it holds the factors of lora alone: python hub.py export merges them '
+                         'with their base into a folder to begin from')
 
     # views of the parameters: loading fills the model
     wanted = {}

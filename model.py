@@ -542,8 +542,7 @@ class Decoder(nn.Module):
 
     def unembed(self, x):
         """Hidden states (..., D) -> logits (..., V)."""
-        output_layer = self.embedding if self.config.tied else self.head
-        logits = F.linear(x, output_layer.weight)
+        logits = F.linear(x, self.embedding.weight) if self.config.tied else self.head(x)
         cap = self.config.final_logits_softcap
         if cap:
             logits = (logits / cap).tanh() * cap

@@ -15,7 +15,7 @@ from mixing import Mixture
 from tokenizer import read_json
 
 # settings that a run keeps, whatever its task
-KEPT = ('task', 'tokenizer', 'lanes', 'optimizer')
+KEPT = ('task', 'tokenizer', 'lanes', 'optimizer', 'lora', 'lora_alpha')
 # what a checkpoint's progress.json holds
 WRITTEN = dict(step=int, samples=int, tokens=int, bad_samples=int, world=int, files=dict)
 

@@ -43,6 +43,9 @@ resume = 'auto'             # auto: from the newest checkpoint in out_dir | neve
 init_from = ''              # weights to start from: a run or a checkpoint of it, also as a URL;
 #                             a folder of transformers or diffusers, a name on the Hugging Face hub
 init_skip = []              # regexes of parameters that init_from leaves as they are
+lora = []                   # (regex, rank): only factors beside matrices whose names it is found
+lora_alpha = 16.0           # in are trained, weighed by lora_alpha / rank; checkpoints hold these
+lora_dropout = 0.0          # alone (docs/models.md)
 
 # data
 data_dir = 'datasets'       # where data sets are: here, or there beside the scripts
@@ -175,6 +178,9 @@ try:
         past.check_same_files(resumed, run)
     task.prepare(run)
     raw_model = run.model
+    if lora or (init_from and not resumed):
+        import initial
+        notes.append(initial.begin_run(run, resumed, show_parameters))
     options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
 
     augmenting = seed if config.get('augment') else None
@@ -260,13 +266,8 @@ progress['loss_scale'] = 2.0 ** 16 if dtype == 'float16' else 1.0
 try:
     if resumed:
         state = optim.state_tensors(optimizers, trained)
-        progress |= past.load(resumed, saved, dtype, raw_model.state_dict(), averages, state)
+        progress |= past.load(resumed, saved, dtype, run.tensors(), averages, state)
         say(f'resumed from {resumed}')
-    elif init_from:
-        import initial
-        say(initial.begin(raw_model, init_from, init_skip, cache_dir))
-        for name, average in averages.items():
-            average.copy_(trained[name].detach())
     parallel.barrier()              # all have read before the first writes
     if master and progress['step'] < steps:         # what trains nothing changes nothing
         held = checkpoint.take(out_dir, progress['step'], say)
@@ -283,7 +284,7 @@ def save():
              'progress.json': progress | dict(world=world, scheduled=is_scheduled)} | run.kept
     if master:
         jsons['shards.json'] = history.provenance(progress['step'])
-    saver.save(progress['step'], raw_model.state_dict(), averages,
+    saver.save(progress['step'], run.tensors(), averages,
                optim.state_tensors(optimizers, trained), jsons, checkpoint.own_files(run))
 
 
@@ -471,9 +472,9 @@ def update(loss, grad_norm):
 
 
 since = dict.fromkeys(('steps', 'samples', 'tokens', 'data', 'seconds', 'val', 'save'), 0)
-loop_begun = time.perf_counter()
+loop_begun, stopping = time.perf_counter(), False
 model.train()
-while progress['step'] < steps:
+while progress['step'] < steps and not stopping:
     # read the batch, and cut it into micro-batches
     begun = time.perf_counter()
     todo = history.positions_of(progress['step'], at_once, rank, world)
@@ -541,8 +542,6 @@ while progress['step'] < steps:
         begun = time.perf_counter()
         saving(save)
         since['save'] += time.perf_counter() - begun
-    if stopping:
-        break
 
 saving(saver.wait)
 if progress['step'] < steps:
