@@ -377,6 +377,7 @@ class Run:
     kept: dict = field(default_factory=dict)            # {name of task.FILES: its value}
     gathered: object = contextlib.nullcontext           # inside, this rank holds the whole model
     tensors: object = None      # (): {name: tensor} that a checkpoint holds of the model
+    code: dict = field(default_factory=dict)            # {name of a file of yours: its copy}
     # of training, which a checkpoint keeps
     progress: dict = field(default_factory=lambda: dict(
         step=0, samples=0, tokens=0, tokens_of={}, bad_samples=0, bad_steps=0, good_steps=0))
@@ -401,7 +402,11 @@ def make_run(settings, device):
     if processor.eyes:
         from answering import set_mask
         set_mask(model, processor)
-    return Run(task, settings, tok, model, processor, device, tensors=model.state_dict)
+    run = Run(task, settings, tok, model, processor, device, tensors=model.state_dict)
+    if '.py' in settings['task'] + settings['processor']:
+        from yours import copies
+        run.code = copies(settings)
+    return run
 
 
 def located(settings, key):
@@ -422,7 +427,7 @@ def located(settings, key):
 
 def own_files(run):
     """{name in a checkpoint: path} of what a run's tokenizer and processor were made from."""
-    files = {}
+    files = dict(run.code)
     form = run.processor.folder
     for name in processors.FILES:
         if form and os.path.exists(os.path.join(form, name)):

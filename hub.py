@@ -39,7 +39,7 @@ import tokenizer as tokenizers
 from answering import set_mask
 from configurator import ALLOW_CODE
 from tokenizer import read_json
-from usage import code_problem
+from usage import code_in, code_problem
 
 # The families are found beside this file, in the order in which they are asked.
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -121,11 +121,11 @@ def is_foreign(name):
         return True                                 # its family says what is wrong with it
 
 
-def open_run(path, device='cpu', ema=True):
+def open_run(path, device='cpu', ema=True, adopt=()):
     """The checkpoint.Run of a run of ours, or of a folder of others that can be used as it is (of
     diffusers). Raises ValueError."""
     if not is_foreign(path):
-        return open_ours(path, device, ema)
+        return open_ours(path, device, ema, adopt)
     module = family_of(path)
     if not hasattr(module, 'open_run'):
         raise ValueError(f'{path!r} is a model of others: begin a run with it (init_from)')
@@ -145,9 +145,10 @@ def check_code(path):
         raise ValueError(problem)
 
 
-def open_ours(path, device='cpu', ema=True):
+def open_ours(path, device='cpu', ema=True, adopt=()):
     """The checkpoint.Run of a run's folder or of one of its checkpoints; ema: with the averages of
-    the weights, where it kept them. Raises ValueError."""
+    the weights, where it kept them; adopt: names of code that is taken as it is now, not as the
+    run keeps it. Raises ValueError."""
     check_code(path)
     folder = past.checkpoint_of(path)
     if os.path.basename(folder).startswith('.step_'):
@@ -155,6 +156,9 @@ def open_ours(path, device='cpu', ema=True):
     try:
         settings = read_json(os.path.join(folder, 'config.json'))
         accounting.check_sums(folder)
+        if code_in(settings):
+            from yours import with_kept
+            settings = with_kept(settings, folder, adopt)
         task = tasks.load(settings['task'])
         is_bytes = settings['tokenizer'] == 'bytes'
         tok = tokenizers.load('bytes' if is_bytes else folder)

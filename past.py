@@ -102,7 +102,9 @@ def changes(path, settings, kept):
             continue
         # which costs time and saves memory, and changes nothing
         of_model = key.startswith(groups) and not key.endswith('.remat')
-        if of_model or key in (*KEPT, *kept):
+        # a file of yours may move: what is in it is looked at (check_same_files)
+        has_moved = key == 'task' and settings[key].endswith('.py') and old[key].endswith('.py')
+        if (of_model or key in (*KEPT, *kept)) and not has_moved:
             raise ValueError(f'{key}={settings[key]!r}, but {path} was made with {old[key]!r}: a '
                              'run keeps its model and lanes; give another out_dir')
         lines.append(f'changed since {path}: {key} {old[key]!r} -> {settings[key]!r}')
@@ -110,8 +112,8 @@ def changes(path, settings, kept):
 
 
 def check_same_files(path, run):
-    """Raises ValueError where statistics, tokenizer or processor are not those of the checkpoint
-    that a run goes on from, and are not adopted by name."""
+    """Raises ValueError where statistics, tokenizer, processor or code of yours are not those of
+    the checkpoint that a run goes on from, and are not adopted by name."""
     remade = [name for name, value in run.kept.items()
               if read_json(os.path.join(path, name)) != value]
     # to the byte, for a template may differ by a blank

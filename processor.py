@@ -256,24 +256,24 @@ class Processor:
 
     def row(self, sample, rng=None):
         """What a sample holds, as `fields` gives it -> pieces."""
-        try:
-            parts = self.function(sample, self)
-        except KeyError as error:
-            keys = ', '.join(key for key in sample if key not in OURS)
-            raise BadSample(f'{error} is missing, it has {keys or "no keys"}') from None
         ids, roles, pictures, beside = [], [], [], {}
-        for item, role in parts:
-            if role == BESIDE:
-                beside |= item
-                continue
-            new = self.encode(item)
-            ids += new
-            roles += [role] * len(new)
-            if isinstance(item, bytes):
-                pictures.append(self.eyes.pixels_of(item, sample, rng))
-            elif isinstance(item, np.ndarray):
-                pictures.append(item)
-        ids, roles = np.array(ids, np.int32), np.array(roles, np.uint8)
+        try:
+            for item, role in self.function(sample, self):
+                if role == BESIDE:
+                    beside |= item
+                    continue
+                new = self.encode(item)
+                ids += new
+                roles += [role] * len(new)
+                if isinstance(item, bytes):
+                    pictures.append(self.eyes.pixels_of(item, sample, rng))
+                elif isinstance(item, np.ndarray):
+                    pictures.append(item)
+            ids, roles = np.array(ids, np.int32), np.array(roles, np.uint8)
+        except Exception as error:
+            from yours import bad_sample
+            keys = [key for key in sample if key not in OURS]
+            raise bad_sample(error, keys, self.settings) from None
         if len(ids) > self.seq_len:
             # a text may be cut: of it everything but the first token is learned
             if not pictures and not beside and (roles[1:] == LEARNED).all():

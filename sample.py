@@ -28,6 +28,8 @@ device = 'auto'             # auto: cuda if there is one, else cpu
 batch_size = 64             # rows at once
 seed = 0
 json = False                # one JSON object a line instead of text
+adopt = []                  # code of yours (a task, a form) taken as it is now, by name, where the
+#                             run keeps it as it was
 data_dir = ''               # where --eval looks for its data sets (empty: the run's own)
 
 
@@ -53,12 +55,16 @@ def newest(folder):
 
 
 def task_of(folder):
-    """The task of a checkpoint's config.json, '' without one."""
+    """The task of a checkpoint's config.json, '' without one; a file of yours as it keeps it."""
     try:
         with open(os.path.join(folder, 'config.json'), encoding='utf-8') as file:
-            return jsons.load(file).get('task', '')
+            task = str(jsons.load(file).get('task', ''))
     except (OSError, ValueError, AttributeError):
         return ''
+    name = os.path.basename(task)
+    kept = os.path.join(folder, name)
+    is_kept = task.endswith('.py') and os.path.isfile(kept)
+    return kept if is_kept and name not in given('adopt', '') else task
 
 
 _folder = os.path.expanduser(given('out_dir', out_dir))
@@ -99,7 +105,7 @@ try:
 except ValueError as error:
     fail(error)
 try:
-    run = hub.open_run(_checkpoint, options.device, options.ema)
+    run = hub.open_run(_checkpoint, options.device, options.ema, options.adopt)
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
 try:

@@ -1,10 +1,97 @@
-"""What the functions of a task of yours give is looked at: a mistake is told by their name.
+"""Code of yours, a task (`--task=mine.py`) or a form (`--processor=mine.py:form`): what its
+functions give is looked at, a mistake is told by their name, and a checkpoint keeps the file.
 
-tasks/__init__.py imports this where a task is a file of yours (docs/tasks.md).
+Imported where there is such code (docs/tasks.md).
 """
+import filecmp
 import functools
+import os
+import shutil
+import sys
+import tempfile
+import traceback
 
 import torch
+
+from shards import BadSample
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+COPIES = tempfile.TemporaryDirectory(prefix='yours')        # of code, as it was when a run began
+
+# -------------------------------------------------------------------------------------------------
+# its files
+
+
+def files_in(settings):
+    """{'task' or 'processor': the file of yours that it names}."""
+    files, task = {}, settings['task']
+    form = settings['processor'].rpartition(':')[0]
+    if task.endswith('.py'):
+        files['task'] = os.path.abspath(os.path.expanduser(task))
+    if form.endswith('.py'):
+        form = os.path.expanduser(form)
+        is_here = os.path.isfile(form)
+        files['processor'] = os.path.abspath(form if is_here else os.path.join(HERE, form))
+    return files
+
+
+def names_of(files):
+    """{'task' or 'processor': the name of its file in a checkpoint}, of what `files_in` gives."""
+    names = {key: os.path.basename(path) for key, path in files.items()}
+    # two files of one name
+    if len(names) == 2 and len(set(files.values())) == 2 and len(set(names.values())) == 1:
+        names['processor'] = f'form_{names["processor"]}'
+    return names
+
+
+def copies(settings):
+    """{name in a checkpoint: path of a copy} of the code that settings name, as it is now: it may
+    be written on while a run goes on."""
+    files, made = files_in(settings), {}
+    for key, name in names_of(files).items():
+        folder = tempfile.mkdtemp(dir=COPIES.name)
+        made[name] = shutil.copyfile(files[key], os.path.join(folder, name))
+    return made
+
+
+def with_kept(settings, folder, adopt=()):
+    """The settings of a checkpoint with its own copies of their code, but for those files that are
+    adopted by name. Says where a file is another one now."""
+    files, settings = files_in(settings), dict(settings)
+    for key, name in names_of(files).items():
+        kept = os.path.join(folder, name)
+        if name in adopt or not os.path.isfile(kept):
+            continue
+        if os.path.isfile(files[key]) and not filecmp.cmp(files[key], kept, shallow=False):
+            print(f'{files[key]} is not what the run was made with: {kept} is used; to take the '
+                  f'other, --adopt=\'["{name}"]\'', file=sys.stderr)
+        settings[key] = kept + settings[key][settings[key].rindex('.py') + 3:]
+    return settings
+
+
+# -------------------------------------------------------------------------------------------------
+# a form that fails
+
+
+def bad_sample(error, keys, settings):
+    """What to raise where a form met an error: a BadSample that names the form, its line, and what
+    the sample has; what is a fault of ours, or said already, as it is."""
+    files = [*files_in(settings).values()]
+    if isinstance(error, BadSample | Nonsense) or not (files or isinstance(error, KeyError)):
+        return error
+    reason = f'{type(error).__name__}: {error}'
+    if isinstance(error, KeyError):
+        reason = f'{error} is missing'
+    # what it gave may be the fault, and not a line of it
+    where = f'{os.path.basename(files[-1])}: ' if files else ''
+    for frame in traceback.extract_tb(error.__traceback__):
+        if os.path.abspath(frame.filename) in files:
+            where = f'{os.path.basename(frame.filename)}, line {frame.lineno}, {frame.name}: '
+    return BadSample(f'{where}{reason}, it has {", ".join(keys) or "no keys"}')
+
+
+# -------------------------------------------------------------------------------------------------
+# what its functions give
 
 
 class Nonsense(ValueError):

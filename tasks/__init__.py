@@ -107,7 +107,8 @@ def path_of(name):
     if str(name).endswith('.py'):
         path = os.path.abspath(os.path.expanduser(name))
         if not os.path.isfile(path):
-            raise ValueError(f'task={name!r}: there is no file {path}')
+            raise ValueError(f'task={name!r}: there is no file {path}; the checkpoints of a run '
+                             'keep its own')
     elif name not in names():
         raise ValueError(f'task={name!r}: expected one of {", ".join(names())}, or a file of '
                          'yours, such as mine.py')
