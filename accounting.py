@@ -1,7 +1,10 @@
 """Accounts of weights that are opened, others' and ours: every tensor of a file is loaded or
 unused, every one of the model loaded or new, and one line says so. Weights that no model should
-use, for they are not finite or not whole, are refused here.
+use, for they are not finite or not whole, are refused here; others are made to fit, and copied.
+
+Axes: P patches, D width.
 """
+import math
 import os
 import re
 import sys
@@ -10,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+import torch.nn.functional as F
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 import past
 from checkpoint import is_name
@@ -113,3 +117,59 @@ def check_sums(folder):
         past.verify(folder, leave_out='state/')
     except FileNotFoundError:
         raise ValueError('progress.json is missing: this checkpoint is not whole') from None
+
+
+# ------------------------------------------------------------------------------------------------
+# theirs to ours
+
+
+def fitted(tensor, name, shape, where, account):
+    """The tensor in the shape of ours of this name; what was done is said in the account. Raises
+    ValueError if it has another shape."""
+    # Pictures of another size have other patches.
+    theirs = tuple(tensor.shape)
+    if name.endswith('pos_embed') and theirs[-1] == shape[2]:
+        tensor = resize_positions(tensor.view(1, -1, shape[2]), shape[1])
+        if tensor.numel() != math.prod(theirs):
+            account.fitted.append(f'{name} {theirs} made {shape}')
+
+    # Rows for tokens that we added: what the model thinks of an average one.
+    is_of_words = name.endswith(('embedding.weight', 'head.weight'))
+    if is_of_words and theirs[1:] == shape[1:] and theirs[0] < shape[0]:
+        average = tensor.float().mean(0, keepdim=True).to(tensor)
+        tensor = torch.cat((tensor, average.expand(shape[0] - theirs[0], -1)))
+        account.fitted.append(f'{name} {theirs} made {shape}, new rows are the mean of the old')
+
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f'{where!r}: {name} is {theirs} there and {shape} here: change the '
+                         'model\'s settings, or name it in init_skip')
+    return tensor
+
+
+def resize_positions(table, patches):
+    """Position table (1, P, D) -> (1, patches, D), bicubic over the square (as transformers)."""
+    if table.shape[1] == patches:
+        return table
+    theirs, ours = round(table.shape[1] ** 0.5), round(patches ** 0.5)
+    if theirs * theirs != table.shape[1]:
+        raise ValueError(f'a position table of {table.shape[1]} patches is no square')
+
+    grid = table.float().unflatten(1, (theirs, theirs)).permute(0, 3, 1, 2)     # (1, D, a, a)
+    grid = F.interpolate(grid, size=(ours, ours), mode='bicubic', align_corners=False)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)               # (1, P, D)
+
+
+def copy_into(model, tensors):
+    """Copy (name, tensor) pairs into a model, sharded or not, one at a time: the names."""
+    ours = model.state_dict()
+    loaded = []
+    for name, tensor in tensors:
+        target = ours[name]
+        tensor = tensor.to(target.device, target.dtype)
+        if isinstance(target, DTensor):
+            # Every process reads all and keeps its part: nothing is sent.
+            tensor = distribute_tensor(tensor, target.device_mesh, target.placements,
+                                       src_data_rank=None)
+        target.copy_(tensor)
+        loaded.append(name)
+    return loaded

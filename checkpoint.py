@@ -420,8 +420,13 @@ def located(settings, key):
     except FileNotFoundError:
         # a file that is missing is not looked for in the internet
         is_file = os.path.splitext(name)[1] in ('.model', '.json', '.tiktoken', '.py')
+        is_file = is_file or os.path.isdir(os.path.dirname(name))
         if is_file or not re.fullmatch(r'[\w.-]+/[\w.-]+', name):
-            raise
+            # of what came along with weights, a run that goes on has its own copy
+            kept = os.path.join(settings.get('out_dir', ''), 'checkpoints')
+            if not settings.get('init') or not names(kept):
+                raise
+            return os.path.join(kept, newest_name(kept))
     return tasks.family('files').fetch(name, key=key)
 
 

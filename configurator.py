@@ -29,12 +29,13 @@ ALLOW_CODE = '--allow_code=true'  # what a saved run names may be run
 HOME = Path(__file__).resolve().parent  # config/ and tasks/ are here
 
 
-def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
+def configure(settings, argv=None, partial=False, more=None, elsewhere=None, brings=None):
     """Apply files and flags to `settings`, a script's globals(), in place; return the flat config.
 
     partial: the files are another script's: what they set and this one does not have is skipped.
     more: task -> {name: value}, the settings that the task adds. Raises ValueError.
-    elsewhere: key -> the tasks that have this setting; asked when a key is refused."""
+    elsewhere: key -> the tasks that have this setting; asked when a key is refused.
+    brings: flat config -> flags of what its `init` brings along; they stand before all others."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if os.path.isfile(settings.get('__file__') or ''):  # a shell has none
         answer_help(settings['__file__'], argv)
@@ -45,14 +46,12 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
         scope['task'] = find_task(argv, scope['task'])
         scope |= added_by(scope['task'], more, settings)
     defaults = flatten(scope)
-    for key, value in defaults.items():
-        assert isinstance(value, TYPES), f'{key} = {value!r}: a setting is one of {TYPES}'
     if HELP & set(argv):  # and no source to read
         print('\n'.join(f'--{key}={value!r}' for key, value in defaults.items()))
         raise SystemExit(0)
 
     # Left to right, the last one counts; the globals change when all has been read.
-    flat = {k: convert(f'the default {k}={v!r}', v, v) for k, v in defaults.items()}
+    flat = {k: convert(f'the default {k} = {v!r}', v, v) for k, v in defaults.items()}
     for place, argument in enumerate(argv):
         if argument == ALLOW_CODE:
             continue
@@ -63,10 +62,9 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
             given = run_python(find(argument), scope, flat, partial, elsewhere)
         elif argument.endswith('.json'):
             given = read_json(find(argument), argv)
-        elif '=' in argument:
-            refuse(f'unexpected {argument!r}: write --{argument}')
         else:
-            refuse(f'unexpected {argument!r}: write --key=value, or a .py or .json file')
+            right = f'--{argument}' if '=' in argument else '--key=value, or a .py or .json file'
+            refuse(f'unexpected {argument!r}: write {right}')
 
         for key, value in given.items():
             label = argument if is_flag else f'{key}={value!r:.60} in {argument}'
@@ -74,8 +72,7 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
                 flat[key] = convert(label, value, defaults[key])
                 continue
             from usage import unknown_key
-            message = unknown_key(key, label, flat, partial and not is_flag, elsewhere)
-            if message:
+            if message := unknown_key(key, label, flat, partial and not is_flag, elsewhere):
                 refuse(message)
 
     # Some file set it where only running it can tell, in an `if` perhaps.
@@ -84,6 +81,9 @@ def configure(settings, argv=None, partial=False, more=None, elsewhere=None):
     # A file of yours is found from any folder.
     if more and flat['task'].endswith('.py'):
         flat['task'] = os.path.abspath(os.path.expanduser(flat['task']))
+    # Shapes come with weights: read again, as if they were said first.
+    if brings and flat.get('init'):
+        return configure(settings, [*brings(plain(flat)), *argv], partial, more, elsewhere)
     try:
         settings.update({name: fill(name, value, flat) for name, value in scope.items()})
     except ValueError as error:
@@ -159,6 +159,7 @@ def parse(text, default):
 def convert(label, value, default):
     """`value` in the type of `default`; `label` opens the refusal."""
     kind, got = kind_of(default), kind_of(value)
+    assert kind in TYPES, f'{label}: a setting is one of {TYPES}'
 
     # These lose nothing: 3 is 3.0, [1, 2] is (1, 2).
     if kind is float and got is int and abs(value) <= sys.float_info.max:

@@ -20,6 +20,7 @@ have the same plain names, and they are asked in turn:
 
 They raise ValueError, naming what has no counterpart. Runs of ours need none of them.
 """
+import contextlib
 import importlib
 import os
 import re
@@ -250,14 +251,36 @@ def load(model, folder, skip=()):
     return family_of(folder).load(model, folder, skip).loaded
 
 
-def config_lines(name):
-    """The settings of a model as the lines of a config file. Raises ValueError."""
+def room_for(vocab_size, tokenizer):
+    """The rows of a vocabulary that is to hold the ids of a tokenizer, too: as they are, or, for
+    special tokens that the model did not know, a multiple of 64."""
+    if tokenizer.vocab_size <= vocab_size:
+        return vocab_size
+    return -(-tokenizer.vocab_size // 64) * 64
+
+
+def settings_of(name):
+    """The settings of train.py for a model of others. Raises ValueError."""
     folder = fetch(name)
     settings = family_of(folder).settings(folder)
+
+    # A folder may have no tokenizer: who trains with it has to give one.
+    rows = settings.get('decoder.vocab_size')
+    with contextlib.suppress(ValueError, OSError):
+        if rows:
+            tokenizer = tokenizers.load(settings['tokenizer'])
+            settings['decoder.vocab_size'] = room_for(rows, tokenizer)
+
     # A repository is called by its name, not by where its copy lies.
     for key in ('init_from', 'tokenizer', 'processor'):
         if key in settings:
             settings[key] = settings[key].replace(folder, name, 1)
+    return settings
+
+
+def config_lines(name):
+    """The settings of a model as the lines of a config file. Raises ValueError."""
+    settings = settings_of(name)
 
     # Each part of the model is a paragraph.
     lines = [f'# the settings of {name}, by python hub.py config']

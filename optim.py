@@ -43,8 +43,8 @@ def check(settings, world=1):
     check_groups(settings['groups'])
     for regex in settings['init_skip']:
         check_regex('init_skip', regex)
-        if not settings['init_from']:
-            raise ValueError(f'init_skip: {regex!r}: there is no init_from that it could skip')
+        if not (settings['init_from'] or settings['init']):
+            raise ValueError(f'init_skip: {regex!r}: there is no init_from or init to skip it in')
 
     # A weight of 0 keeps a data set in the order of the run, and learns nothing from it.
     known = list(settings['mix'])

@@ -12,6 +12,7 @@ from configurator import answer_help, configure
 
 answer_help(__file__)               # before torch is imported, which takes two seconds
 
+import importlib
 import math
 import os
 import signal
@@ -42,7 +43,8 @@ resume = 'auto'             # auto: from the newest checkpoint in out_dir | neve
 #                             checkpoint: the same, or where out_dir has none from that one
 init_from = ''              # weights to start from: a run or a checkpoint of it, also as a URL;
 #                             a folder of transformers or diffusers, a name on the Hugging Face hub
-init_skip = []              # regexes of parameters that init_from leaves as they are
+init = {}                   # or part by part, with shapes: {'vit': as init_from} (docs/models.md)
+init_skip = []              # regexes of parameters that both leave as they are
 lora = []                   # (regex, rank): only factors beside matrices whose names it is found
 lora_alpha = 16.0           # in are trained, weighed by lora_alpha / rank; checkpoints hold these
 lora_dropout = 0.0          # alone (docs/models.md)
@@ -117,7 +119,8 @@ wandb_project = ''          # empty: no wandb; WANDB_MODE=offline needs no netwo
 
 show_parameters = '--parameters' in sys.argv
 config = configure(globals(), [arg for arg in sys.argv[1:] if arg != '--parameters'],
-                   more=tasks.train_settings, elsewhere=tasks.that_have)
+                   more=tasks.train_settings, elsewhere=tasks.that_have,
+                   brings=lambda given: importlib.import_module('parts').flags(given))
 task = tasks.load(task)
 warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # one rank writes checkpoints
 
@@ -178,9 +181,9 @@ try:
         past.check_same_files(resumed, run)
     task.prepare(run)
     raw_model = run.model
-    if lora or (init_from and not resumed):
-        import initial
-        notes.append(initial.begin_run(run, resumed, show_parameters))
+    if lora or (not resumed and (init_from or init)):
+        import parts
+        notes.append(parts.begin_run(run, resumed, show_parameters))
     options = optim.match(groups, [name for name, _ in raw_model.named_parameters()])
 
     augmenting = seed if config.get('augment') else None
@@ -196,10 +199,8 @@ try:
 except (ValueError, OSError) as error:
     fail(error, 2)
 if show_parameters:
-    from usage import describe
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # ... | head ends in silence
-    say('\n'.join(describe(groups, dict(raw_model.named_parameters()))))
-    sys.exit(0)
+    from usage import show_parameters
+    show_parameters(groups, dict(raw_model.named_parameters()), say)
 for line in notes:
     say(line)
 

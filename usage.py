@@ -212,6 +212,13 @@ def print_settings(settings):
                 flag = ''
 
 
+def show_parameters(groups, parameters, say):
+    """Print what `describe` tells, and exit."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # ... | head ends in silence
+    say('\n'.join(describe(groups, parameters)))
+    sys.exit(0)
+
+
 def describe(groups, parameters):
     """Lines of {name: parameter}: name, shape, its rule, the rule's options, trained or frozen."""
     from optim import match

@@ -14,7 +14,7 @@ processor = 'google/gemma-3-1b-it'
 seq_len = 2048
 pack = True
 
-decoder.vocab_size = 262144
+decoder.vocab_size = 262208     # 262,144, and room for the token of a picture
 decoder.width = 1152
 decoder.depth = 26
 decoder.mlp_dim = 6912

@@ -13,7 +13,7 @@ init_from = 'google/gemma-2b'
 tokenizer = 'google/gemma-2b'
 seq_len = 2048
 
-decoder.vocab_size = 256000
+decoder.vocab_size = 256064     # 256,000, and room for the token of a picture
 decoder.width = 2048
 decoder.depth = 18
 decoder.mlp_dim = 16384

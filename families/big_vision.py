@@ -7,14 +7,14 @@ Its arrays hold all layers of a tower at once, (layers, ...), or a layer each (e
 ...); dense kernels are (in, out), heads have axes of their own.
 Axes: D width, F mlp, N heads, K kv heads, H head dim.
 """
+import math
 import re
 import zipfile
 
 import numpy as np
 import torch
 
-from accounting import Account, is_skipped
-from families import files
+from accounting import Account, copy_into, fitted, is_skipped
 
 # ------------------------------------------------------------------------------------------------
 # our name -> the array's, and how it becomes ours
@@ -122,9 +122,75 @@ def knows(path):
 
 
 def settings(path):
-    """Refused: its files hold arrays alone."""
-    raise ValueError(f'{path!r} holds weights of big_vision and no settings: give it as init_from '
-                     'to the config of such a model, like config/pali.py')
+    """Flat settings of train.py, as far as the shapes of the arrays tell them. Raises ValueError
+    where there is neither tower nor decoder."""
+    arrays, found = Arrays(path), {}
+    has_vit = 'img/pos_embedding' in arrays.keys
+    has_decoder = 'llm/final_norm/scale' in arrays.keys
+    try:
+        if has_vit:
+            found |= vit_shape(arrays)
+        if has_decoder:
+            found |= decoder_shape(arrays)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f'{path}: the shapes of a model can not be read from it ({error})'
+                         ) from None
+
+    # The file of PaliGemma's pieces lies beside the weights.
+    said = dict(init_from=path, tokenizer='paligemma_tokenizer.model')
+    if has_vit and has_decoder:
+        return dict(task='vlm') | said | dict(pixel_shuffle=1, connector_bias=True) | found
+    if has_decoder:
+        return dict(task='llm') | said | found
+    if has_vit:
+        return dict(task='siglip', init_from=path) | found
+    raise ValueError(f'{path!r} holds neither a vision tower nor a decoder of big_vision')
+
+
+def vit_shape(arrays):
+    """{'vit.width': ...}. Raises KeyError and ValueError."""
+    size, _, _, width = arrays.shape('img/embedding/kernel')
+    patches = arrays.shape('img/pos_embedding')[1]
+    side = math.isqrt(patches)
+    if side * side != patches:
+        raise ValueError(f'{patches} patches are no square')
+
+    # All layers in an array, or each in arrays of its own.
+    layers = {key.split('/')[2] for key in arrays.keys if key.startswith('img/Transformer/enc')}
+    block = 'img/Transformer/encoderblock'
+    depth = len(layers - {'encoder_norm'})
+    if 'encoderblock' in layers:
+        depth = arrays.shape(f'{block}/LayerNorm_0/scale')[0]
+    else:
+        block += '_0'
+    return {
+        'vit.image_size': side * size, 'vit.patch_size': size, 'vit.width': width,
+        'vit.depth': depth, 'vit.mlp_dim': arrays.shape(f'{block}/MlpBlock_0/Dense_0/bias')[-1],
+        'vit.num_heads': arrays.shape(f'{block}/{ATTENTION}/query/bias')[-2]}
+
+
+def decoder_shape(arrays):
+    """{'decoder.width': ...} of a Gemma 1 or 2. Raises KeyError and ValueError."""
+    rows, width = arrays.shape('llm/embedder/input_embedding')
+    depth, num_heads, _, head_dim = arrays.shape('llm/layers/attn/q_einsum/w')
+    found = {
+        # with room for the token of a picture, which the tokenizer adds
+        'decoder.vocab_size': -(-(rows + 1) // 64) * 64,
+        'decoder.width': width, 'decoder.depth': depth,
+        'decoder.mlp_dim': arrays.shape('llm/layers/mlp/linear')[1],
+        'decoder.num_heads': num_heads, 'decoder.head_dim': head_dim,
+        'decoder.num_kv_heads': arrays.shape('llm/layers/attn/kv_einsum/w')[2]}
+    if 'llm/layers/post_attention_norm/scale' not in arrays.keys:
+        return found
+
+    # What no array tells of a Gemma 2, and all sizes of it share, but for the scale of 27B.
+    scalar = float(head_dim)
+    if width == 4608:
+        scalar = width / num_heads
+    return found | {
+        'decoder.post_norms': True, 'decoder.query_pre_attn_scalar': scalar,
+        'decoder.attn_logits_softcap': 50.0, 'decoder.final_logits_softcap': 30.0,
+        'decoder.sliding_window': 4096, 'decoder.global_every': 2}
 
 
 def load(model, path, skip=()):
@@ -133,19 +199,16 @@ def load(model, path, skip=()):
 
     def fitted_tensors():
         for name, tensor in tensors(model, path, skip, account):
-            shape = tuple(ours[name].shape)
-            fitted = files.fitted(tensor, name, shape, path)
-            if fitted.numel() != tensor.numel():
-                account.fitted.append(f'{name} {tuple(tensor.shape)} made {shape}')
-            yield name, fitted
+            yield name, fitted(tensor, name, tuple(ours[name].shape), path, account)
 
-    account.loaded = files.copy_into(model, fitted_tensors())
+    account.loaded = copy_into(model, fitted_tensors())
     return account
 
 
 def open_model(path, dtype=torch.float32, image_size=0):
     """Refused: its files hold arrays alone."""
-    return settings(path)
+    raise ValueError(f'{path!r} holds weights of big_vision and no settings: give it as init_from '
+                     'to the config of such a model, like config/pali.py')
 
 
 def writes(run_settings, model):
@@ -175,6 +238,14 @@ class Arrays:
         self.keys = {re.sub(r'^(params/)+', '', key): key for key in self.file.files}
         self.path = path
         self.last_name, self.last_array = '', None
+
+    def shape(self, name):
+        """Of an array, which is not read. Raises KeyError and ValueError."""
+        with self.file.zip.open(self.keys[name] + '.npy') as file:
+            read = np.lib.format.read_array_header_1_0
+            if np.lib.format.read_magic(file) != (1, 0):
+                read = np.lib.format.read_array_header_2_0
+            return read(file)[0]
 
     def __getitem__(self, name):
         if name != self.last_name:

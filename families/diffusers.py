@@ -18,11 +18,10 @@ import torch
 import processor as processors
 import tasks
 import tokenizer as tokenizers
-from accounting import Account, counted, is_skipped, listed, say
+from accounting import Account, copy_into, counted, is_skipped, listed, say
 from checkpoint import Run, write_json
 from families.files import (
     beside,
-    copy_into,
     files_of,
     layer_of,
     opened,
@@ -529,16 +528,18 @@ def open_run(folder, device='cpu', ema=True):
     return Run(task, settings, tok, model, processor, device, folder)
 
 
-def whole(model, folder, skip, account):
-    """Yield (our name, tensor) of all parts of a TextToImage, but for names in which a regex of
-    `skip` is found."""
+def whole(model, folder, skip, account, places):
+    """Yield (our name, tensor) of all parts of a TextToImage, {what its names begin with: part},
+    but for names in which a regex of `skip` is found."""
     account.unused += others_in(folder)
-    for name, part in INSIDE.items():
+    ours = shapes_of(model)
+    for name, part in places.items():
+        shapes = {key.removeprefix(f'{name}.'): shape for key, shape in ours.items()
+                  if key.startswith(f'{name}.')}
         # a part that is skipped as a whole may be missing there, or be of another shape
-        if is_skipped(name + '.', skip):
+        if not shapes or is_skipped(name + '.', skip):
             account.unused += Counter({part: beside(os.path.join(folder, part), ()).total()})
             continue
-        shapes = shapes_of(getattr(model, name))
         skipped = {key for key in shapes if is_skipped(f'{name}.{key}', skip)}
         for key, tensor in tensors(shapes, folder, part, account, skipped):
             yield f'{name}.{key}', tensor
@@ -576,15 +577,19 @@ def autoencoder(folder, config):
 
 
 def load(model, folder, skip=()):
-    """Copy a folder's weights into a TextToImage of the same settings: the Account. Raises
-    ValueError."""
+    """Copy a folder's weights into a TextToImage of the same settings, or some of its parts
+    (parts.py): the Account. Raises ValueError."""
+    if hasattr(model, 'parts'):
+        account = Account()
+        account.loaded = copy_into(model, whole(model, folder, skip, account, SETTINGS))
+        return account
     if not isinstance(getattr(model, 'denoiser', None), UNet2DCondition):
         raise ValueError(f'{folder!r} is Stable Diffusion: it begins a run of task=t2i with '
                          'denoiser=unet')
     ours = {'unet': model.denoiser.config, 'clip': model.text.config, 'vae': model.vae.config}
     check_same(folder, settings_of(folder), ours)
     account = Account()
-    account.loaded = copy_into(model, whole(model, folder, skip, account))
+    account.loaded = copy_into(model, whole(model, folder, skip, account, INSIDE))
     return account
 
 

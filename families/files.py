@@ -1,18 +1,13 @@
-"""Files of other people's weights, whatever family they are of: fetched, opened, fitted to our
-shapes, copied into a model, written.
+"""Files of other people's weights, whatever family they are of: fetched, opened, written.
 
 Nothing that comes with a model is run or unpickled: .safetensors and .json alone are read here.
-Axes: P patches, D width.
 """
 import os
 import re
 from collections import Counter
 
-import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 import accounting
 from checkpoint import write_json
@@ -181,54 +176,6 @@ def layer_of(key):
     """vit.encoder.layers.3. of vit.encoder.layers.3.mlp.fc1.weight; '' of what is in no layer."""
     match = re.match(r'\w+\.(?:encoder\.)?layers\.\d+\.', key)
     return match[0] if match else ''
-
-
-def fitted(tensor, name, shape, folder):
-    """The tensor in our shape. Raises ValueError if it has another."""
-    # Pictures of another size have other patches.
-    if name.endswith('pos_embed') and tensor.shape[-1] == shape[2]:
-        return resize_positions(tensor.view(1, -1, shape[2]), shape[1])
-
-    # Rows for tokens that we added: what the model thinks of an average one.
-    same_width = tensor.shape[1:] == shape[1:]
-    is_of_words = name.endswith(('embedding.weight', 'head.weight'))
-    if is_of_words and same_width and len(tensor) < shape[0]:
-        average = tensor.float().mean(0, keepdim=True).to(tensor)
-        return torch.cat((tensor, average.expand(shape[0] - len(tensor), -1)))
-
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f'{folder!r}: {name} is {tuple(tensor.shape)} there and {shape} here: '
-                         'change the model\'s settings, or name it in init_skip')
-    return tensor
-
-
-def resize_positions(table, patches):
-    """Position table (1, P, D) -> (1, patches, D), bicubic over the square (as transformers)."""
-    if table.shape[1] == patches:
-        return table
-    theirs, ours = round(table.shape[1] ** 0.5), round(patches ** 0.5)
-    if theirs * theirs != table.shape[1]:
-        raise ValueError(f'a position table of {table.shape[1]} patches is no square')
-
-    grid = table.float().unflatten(1, (theirs, theirs)).permute(0, 3, 1, 2)     # (1, D, a, a)
-    grid = F.interpolate(grid, size=(ours, ours), mode='bicubic', align_corners=False)
-    return grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)               # (1, P, D)
-
-
-def copy_into(model, tensors):
-    """Copy (name, tensor) pairs into a model, sharded or not, one at a time: the names."""
-    ours = model.state_dict()
-    loaded = []
-    for name, tensor in tensors:
-        target = ours[name]
-        tensor = tensor.to(target.device, target.dtype)
-        if isinstance(target, DTensor):
-            # Every process reads all and keeps its part: nothing is sent.
-            tensor = distribute_tensor(tensor, target.device_mesh, target.placements,
-                                       src_data_rank=None)
-        target.copy_(tensor)
-        loaded.append(name)
-    return loaded
 
 
 # ------------------------------------------------------------------------------------------------

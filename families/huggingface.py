@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from accounting import Account, is_skipped, listed, say
+from accounting import Account, copy_into, fitted, is_skipped, listed, say
 from checkpoint import write_json
 from families import files, processors
 from families.huggingface_config import read_config, to_theirs
@@ -92,9 +92,9 @@ TABLES = r'.*\.(?:position_ids|inv_freq)$'
 FOLLOWS, TIED = 'follows from the settings', 'the embedding once more'
 POOLED = 'such a model takes the features before it'
 
-# What we have no use for: the pooling head of a SigLIP tower, and the norm after a feature_layer
-# that is not the last.
-UNUSED = r'vit\.head\.|decoder\.norm\.|vit\.post_layernorm\.'
+# What we have no use for: the pooling head of a SigLIP tower, the norm after a feature_layer that
+# is not the last, the output layer where no word is said.
+UNUSED = r'vit\.head\.|decoder\.head\.|decoder\.norm\.|vit\.post_layernorm\.'
 
 # model_type -> the part of the model that is read.
 ONLY_INSIDE = {'siglip': r'vision_model\.',
@@ -141,13 +141,15 @@ def flat(part, config):
 def load(model, path, skip=()):
     """Copy what a folder and our model share into the model, sharded or not, one tensor at a time:
     the Account. Raises ValueError."""
-    if different := differences(model, path):
+    # of some parts of a model, parts.py has looked at the settings
+    different = {} if hasattr(model, 'parts') else differences(model, path)
+    if different:
         named = ', '.join(f'{key}={theirs!r} (here {ours!r})'
                           for key, (ours, theirs) in different.items())
         raise ValueError(f'{path!r} has {named}: python hub.py config {path} prints all of its '
                          'settings')
     rows, account = where(model, path, skip)
-    account.loaded = files.copy_into(model, tensors(model, path, rows, account))
+    account.loaded = copy_into(model, tensors(model, path, rows, account))
     return account
 
 
@@ -439,7 +441,7 @@ def sort_out(theirs, ours, folder, shared, account):
         # What nobody needs. (Whether that output layer is the embedding is looked at later.)
         if re.match(TABLES, key):
             account.needless[name] = FOLLOWS
-        elif key == 'decoder.head.weight' and part in shared:
+        elif key == 'decoder.head.weight' and part in shared and configs['decoder'].tied:
             account.needless[name] = TIED
         elif key.startswith('vit.head.') and part in shared and isinstance(config, VLMConfig):
             account.needless[name] = POOLED
@@ -478,7 +480,4 @@ def tensors(model, folder, rows, account):
         with files.opened(path) as file:
             for name, their, _ in in_file:
                 tensor = files.tensor_of(file, their, path)
-                fitted = files.fitted(tensor, name, shapes[name], folder)
-                if fitted.shape != tensor.shape and fitted.numel() != tensor.numel():
-                    account.fitted.append(f'{name} {tuple(tensor.shape)} made {shapes[name]}')
-                yield name, fitted
+                yield name, fitted(tensor, name, shapes[name], folder, account)

@@ -189,6 +189,24 @@ def test_settings_of_the_task_follow_the_scripts(home):
     assert configure(again, ['run.json'], more=more) == flat and again == settings
 
 
+def test_what_comes_along_stands_before_all_that_is_said(home):
+    """Files and flags see it, and go on from it; who asks for nothing is not asked."""
+    given = []
+
+    def brings(flat):
+        given.append(flat)
+        return ['--vit.depth=3', '--vit.sizes=[4]', "--prompt='a'"]
+
+    Path('a.py').write_text('lr = vit.depth * lr\nprompt += "b"')
+    settings = loop() | {'init': {}}
+    argv = ['a.py', "--init={'vit': 'x'}", '--vit.sizes=[5]']
+    flat = configure(settings, argv, more=more, brings=brings)
+    assert flat['vit.depth'] == 3 and flat['vit.sizes'] == [5] and flat['prompt'] == 'ab'
+    assert settings['lr'] == 3.0 and settings['vit'] == Tower(3, (5,))
+    assert len(given) == 1 and given[0]['vit.depth'] == 6 and given[0]['lr'] == 6.0
+    configure(loop() | {'init': {}}, ['a.py'], more=more, brings=lambda flat: 1 / 0)
+
+
 def test_a_task_may_not_take_a_name_of_the_script(home):
     with pytest.raises(AssertionError, match='prompt'):
         configure({**loop(), 'prompt': print}, [], more=more)

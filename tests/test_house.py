@@ -15,9 +15,10 @@ ROOT = tiny.ROOT
 MAX_FILES, MAX_LINES = 14, 4800
 # what a language model trained on local text has no use for
 ELSEWHERE = ('robots/', 'images/', 'families/', 'serve/', 'pictures.py', 'diffusion.py',
-             'remote.py', 'mirror.py', 'hub.py', 'initial.py', 'chat.py', 'template.py',
-             'usage.py', 'npy.py', 'show_steps.py', 'answering.py', 'generate.py', 'tars.py',
-             'unread.py', 'leftovers.py', 'wandb_log.py', 'keyed.py', 'stem.py', 'lora.py')
+             'remote.py', 'mirror.py', 'hub.py', 'initial.py', 'parts.py', 'chat.py',
+             'template.py', 'usage.py', 'npy.py', 'show_steps.py', 'answering.py', 'generate.py',
+             'tars.py', 'unread.py', 'leftovers.py', 'wandb_log.py', 'keyed.py', 'stem.py',
+             'lora.py')
 # runs the command line that follows, and says which of our files it has imported
 WATCH = '''
 import atexit, json, runpy, sys

@@ -11,7 +11,8 @@ import usage
 SETTINGS = dict(optimizer='adamw', schedule='cosine', decay=0.2, lr=1e-3, min_lr=0.0,
                 weight_decay=0.1, grad_clip=1.0, betas=(0.9, 0.95), ema=0.0,
                 groups=[('bias', {'weight_decay': 0.0}), ('.*', {})], init_skip=['^connector'],
-                init_from='run', loss_weights={'a': 2, 'b': 0.0}, mix={'a': 1.0, 'b': 2.0})
+                init_from='run', init={}, loss_weights={'a': 2, 'b': 0.0},
+                mix={'a': 1.0, 'b': 2.0})
 
 
 def model():
@@ -73,7 +74,7 @@ def test_what_may_be(change):
     ('loss_weights', {'a': -1.0}, ['loss_weights', "'a': -1.0", 'at least 0']),
     ('loss_weights', {'a': 'much'}, ['loss_weights', "'a': 'much'"]),
     ('loss_weights', {'a': 0, 'b': 0.0}, ["loss_weights={'a': 0, 'b': 0.0}", 'nothing']),
-    ('init_from', '', ['init_skip', "'^connector'", 'no init_from']),
+    ('init_from', '', ['init_skip', "'^connector'", 'no init_from or init']),
 ], ids=str)
 def test_one_fault_is_named(key, value, words):
     with pytest.raises(ValueError) as error:

@@ -20,7 +20,8 @@ ROOT = tiny.ROOT
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 CONFIGS = sorted((ROOT / 'config').glob('*.py'))
 # files and folders of those who read, which are not here
-YOURS = {'mine.py', 'box.py', 'config/mine.py', 'out/', 'datasets/', 'checkpoints/', 'state/'}
+YOURS = {'mine.py', 'box.py', 'config/mine.py', 'llm.py', 'vlm.py', 'vla.py', 'out/', 'datasets/',
+         'checkpoints/', 'state/'}
 # flags of torchrun and sbatch, which stand before our script
 NOT_OURS = {'nproc_per_node', 'nnodes', 'rdzv_backend', 'rdzv_endpoint', 'max_restarts', 'nodes',
             'gpus-per-node'}
