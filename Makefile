@@ -2,7 +2,8 @@
 #               vision-language model, its score. SEED=1: another run; FULL=1: 286 names instead of
 #               64, 14 minutes; MINUTES=2: as many steps as fit in that time
 # make test     ruff and pytest
-# make long     what takes minutes: thousands of damaged files, a thousand resumes; prints what came
+# make long     what takes minutes: thousands of damaged files and nasty settings, a thousand resumes;
+#               it prints what came of them
 # make clean    remove .venv (data sets and runs stay)
 
 PYTHON ?= python3

@@ -353,7 +353,8 @@ def tell_end(kind, error, trace):
     elif 'without overflow' in said:
         print(f'{script}: {too_large(trace)}: float32 has no such number', file=sys.stderr)
     elif re.search(r'DataLoader worker .* (is killed by|exited unexpectedly)', said):
-        print(f'{script}: a process that reads data was killed, by a full memory perhaps: take '
+        # the bar has no end of its own
+        print(f'\n{script}: a process that reads data was killed, by a full memory perhaps: take '
               f'fewer workers; the same command goes on ({said:.200})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

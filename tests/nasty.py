@@ -123,7 +123,13 @@ class Warm(tiny.Server):
             env=os.environ | tiny.ENV, text=True, bufsize=1)
 
 
-warm = functools.cache(Warm)
+@functools.cache
+def warm():
+    started = Warm()
+    atexit.register(started.close)
+    return started
+
+
 Outcome = namedtuple('Outcome', 'code out err seconds')
 
 
@@ -325,12 +331,10 @@ def commands(name):
 @functools.cache
 def trained(task):
     """(a folder that holds run/, a run of a task, {key: value}: every setting of train.py)."""
-    folder, found = place(), {}
-    for base in reversed(TASKS[task]):
-        shutil.rmtree(folder / 'run', ignore_errors=True)
-        outcome = run('train.py', [*flags_of(base), '--out_dir=run'], folder)
-        assert outcome.code == 0, outcome
-        found |= json.loads((folder / 'run/config.json').read_text())
+    folder = place()
+    outcome = run('train.py', [*flags_of(TASKS[task][0]), '--out_dir=run'], folder)
+    assert outcome.code == 0, outcome
+    found = json.loads((folder / 'run/config.json').read_text())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder, found
 
