@@ -122,15 +122,43 @@ def is_foreign(name):
         return True                                 # its family says what is wrong with it
 
 
-def open_run(path, device='cpu', ema=True, adopt=()):
-    """The checkpoint.Run of a run of ours, or of a folder of others that can be used as it is (of
-    diffusers). Raises ValueError."""
+def open_run(path, device='cpu', ema=True, adopt=(), dtype='auto'):
+    """The checkpoint.Run of a run of ours, or of a folder or repository of others. dtype: the name
+    of that of others' weights (auto: as their files have them). Raises ValueError."""
     if not is_foreign(path):
         return open_ours(path, device, ema, adopt)
+    path = fetch(path)
     module = family_of(path)
-    if not hasattr(module, 'open_run'):
-        raise ValueError(f'{path!r} is a model of others: begin a run with it (init_from)')
-    return module.open_run(path, device)
+    if hasattr(module, 'open_run'):
+        return module.open_run(path, device)
+    return open_theirs(path, device, dtype)
+
+
+def open_theirs(folder, device, dtype):
+    """The Run of a folder that is no run: what trains such a model, as it is where nobody sets
+    it. Raises ValueError."""
+    said = family_of(folder).settings(folder)
+    task = tasks.load(said['task'])
+    if 'tokenizer' not in said:
+        raise ValueError(f'{folder!r} has no words: begin a run with it (init_from)')
+    if dtype == 'auto':
+        dtype = family('files').dtype_of(folder)
+    model = from_pretrained(folder, getattr(torch, dtype)).to(device)
+    tok = tokenizers.load(folder)
+
+    # a model that holds no conversations has no template, and is none the worse for it
+    decoder = getattr(model, 'decoder', model)
+    settings = dict(seq_len=decoder.config.max_positions, mix={}, data_dir='', ema=0.0)
+    settings = tasks.defaults(said['task']) | settings | said
+    is_text_alone = not hasattr(model, 'vit')
+    if is_text_alone and not family('processors').read_template(folder):
+        settings['processor'] = 'auto'
+    processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
+    set_mask(model, processor)
+    run = checkpoint.Run(task, settings, tok, model, processor, device, folder)
+    run.opening = getattr(tok, 'opening', [tok.bos_id])
+    task.prepare(run)
+    return run
 
 
 def check_code(path):

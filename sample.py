@@ -1,6 +1,8 @@
 """Use a trained run: what it can do is its task's (tasks/*.py), and so are most of the settings.
 
     python sample.py --out_dir=out/llm_tiny --prompt='Once upon'
+    python sample.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --chat=true
+    python sample.py --model=folder --prompts=in.jsonl --out=out.jsonl
     python sample.py --out_dir=out/vlm_emoji --image=a.png [--prompt=...] [--json=true]
     python sample.py --out_dir=out/vlm_emoji --eval=mix,fluent-emoji-flat
     python sample.py --out_dir=out/t2i_emoji --prompt='noto: red apple' --n=16
@@ -19,10 +21,14 @@ from types import SimpleNamespace
 from configurator import answer_help, configure
 
 # what is used
-out_dir = 'out/vlm_emoji'   # a run, or a folder of diffusers
+out_dir = 'out/vlm_emoji'   # a run
+model = ''                  # or any model instead: a run, a checkpoint, a folder of transformers
+#                             or diffusers, a repository of the Hugging Face hub
 checkpoint = 'latest'       # one of its checkpoints
 ema = True                  # the moving average of the weights, where the run kept one
 device = 'auto'             # auto: cuda if there is one, else cpu
+dtype = 'auto'              # of the weights of a model of others: float32, bfloat16, float16;
+#                             auto: as its files have them
 
 # how
 batch_size = 64             # rows at once
@@ -67,10 +73,14 @@ def task_of(folder):
     return kept if is_kept and name not in given('adopt', '') else task
 
 
-_folder = os.path.expanduser(given('out_dir', out_dir))
+_model, _name = given('model', model), given('checkpoint', checkpoint)
+if _model and given('out_dir', ''):
+    fail(f'--model={_model} and --out_dir={given("out_dir", "")}: give one of them')
+_folder = os.path.expanduser(_model or given('out_dir', out_dir))
 _checkpoints = os.path.join(_folder, 'checkpoints')
-_name = given('checkpoint', checkpoint)
 _checkpoint = os.path.join(_checkpoints, newest(_checkpoints) if _name == 'latest' else _name)
+if _model and not os.path.isdir(_checkpoints):
+    _checkpoint = _folder
 _task = task_of(_checkpoint)
 answer_help(__file__, task=_task, task_class='SampleSettings')     # before torch is imported
 
@@ -78,23 +88,34 @@ import torch
 
 import hub
 import parallel
+from asking import wanted_by
 from shards import BadSample
 from tasks import body_of, load, that_have
 from usage import printing
 
 try:
     if not _task:
-        _checkpoint = _folder if hub.is_foreign(_folder) else _checkpoint
+        _checkpoint = hub.fetch(_folder) if hub.is_foreign(_folder) else _checkpoint
         _task = hub.task_of(_checkpoint)
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
 try:
     hub.check_code(_checkpoint)         # before it is run
-    globals().update(body_of(load(_task).SampleSettings))
+    _body = body_of(load(_task).SampleSettings)
+    # a model with words may say how it wants to be asked
+    _wanted, _said = {}, ''
+    if 'temperature' in _body:
+        _wanted, _said = wanted_by(_checkpoint, sys.argv[1:])
+    globals().update(_body | _wanted)
 except (ValueError, OSError) as error:
     fail(error)
 options = SimpleNamespace(**configure(
     globals(), elsewhere=lambda key: that_have(key, 'SampleSettings')))
+options.out_dir = _folder
+if _said:
+    print(_said, file=sys.stderr)
+if options.dtype not in ('auto', 'float32', 'bfloat16', 'float16'):
+    fail(f'dtype={options.dtype!r}: expected auto, float32, bfloat16 or float16')
 if options.batch_size < 1:
     fail(f'batch_size={options.batch_size} must be at least 1')
 if options.device == 'auto':
@@ -105,7 +126,7 @@ try:
 except ValueError as error:
     fail(error)
 try:
-    run = hub.open_run(_checkpoint, options.device, options.ema, options.adopt)
+    run = hub.open_run(_checkpoint, options.device, options.ema, options.adopt, options.dtype)
 except (ValueError, OSError) as error:
     fail(f'{error}: train first, or give --out_dir and --checkpoint')
 try:

@@ -2,6 +2,7 @@
 
 Nothing that comes with a model is run or unpickled: .safetensors and .json alone are read here.
 """
+import math
 import os
 import re
 from collections import Counter
@@ -170,6 +171,17 @@ def tensor_of(file, name, path):
 
 # ------------------------------------------------------------------------------------------------
 # theirs to ours
+
+
+def dtype_of(folder):
+    """The name of the dtype of most of the weights of a folder. Raises ValueError."""
+    sizes = Counter()
+    for name, path in files_of(folder).items():
+        with opened(path) as file:
+            tensor = file.get_slice(name)
+            sizes[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    names = dict(BF16='bfloat16', F16='float16')
+    return names.get(sizes.most_common(1)[0][0], 'float32')
 
 
 def layer_of(key):

@@ -3,7 +3,6 @@
     python train.py config/llm_tiny.py
     python sample.py --out_dir=out/llm_tiny --prompt='Once upon a time'
 """
-import json
 import math
 
 from configurator import part
@@ -25,11 +24,19 @@ class TrainSettings:
 
 class SampleSettings:
     """What sample.py takes with a run of task=llm."""
-    prompt = ''                 # to be continued
+    prompt = ''                 # to be answered or continued; a list of them, or a .txt of lines
+    prompts = ''                # or a .jsonl: a prompt, or messages, in each line
+    out = ''                    # the .jsonl of its answers; those that are there stay
+    raw = False                 # a chat model continues the prompt as it is
+    chat = False                # a conversation in the terminal
     max_new_tokens = 32
     temperature = 0.0           # 0: the likeliest token
     top_k = 0                   # 0: all tokens
     top_p = 1.0                 # 1: all tokens
+    min_p = 0.0                 # a token has at least this share of what the likeliest has
+    repetition_penalty = 1.0    # above 1: what was said is less likely
+    stop = ''                   # a text that ends an answer, or a list of them
+    logprobs = False            # the log-probability of each token
 
 
 def check(settings, world):
@@ -69,15 +76,6 @@ def summary(run, folder, batches, losses):
 
 
 def sample(run, options):
-    """Continue --prompt."""
-    from answering import answers, check_sampling, question_of
-    check_sampling(options)
-    tok, given = run.tokenizer, options.prompt
-    document = [tok.bos_id] + tok.encode(given)
-    # a chat is asked as it was trained; what has no questions goes on with a text
-    ids, blocks = question_of(run.processor, given) or (document, [1] * len(document))
-    new, = answers(run, [(ids, blocks)], None, options)
-    if options.json:
-        print(json.dumps(dict(prompt=given, text=new)))
-    else:
-        print(given + new if ids == document else new)
+    """Continue or answer what is asked, or talk."""
+    from asking import ask
+    ask(run, options)

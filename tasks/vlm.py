@@ -15,12 +15,13 @@ import torch
 import data
 import pictures
 import shards
-from answering import answers, check_sampling, prompt_of
+from answering import all_answers, answers, check_sampling, prompt_of
+from asking import ask, logprobs_of, print_logprobs
 from configurator import part
 from generate import generate
 from model import VLM, DecoderConfig, ViTConfig, VLMConfig, sized
 from processor import LEARNED, SEEN, document, is_document, question
-from tasks import body_of, tower
+from tasks import body_of, llm, tower
 from tasks.llm import arguments, check_text_loss  # noqa: F401
 from usage import refuse_unused
 
@@ -47,17 +48,13 @@ class TrainSettings:
     #                             the letter
 
 
-class SampleSettings:
-    """What sample.py takes with a run of task=vlm."""
+class SampleSettings(llm.SampleSettings):
+    """What sample.py takes with a run of task=vlm: that of a language model, and pictures."""
     image = ''                  # pictures: paths, patterns and folders, separated by commas
     prompt = ''                 # text after the picture (empty: the run's own)
     eval = ''                   # data sets to measure, separated by commas; mix: all that the run
     #                             was trained on
     grid = ''                   # a PNG of the last one's pictures and answers (empty: in out_dir)
-    max_new_tokens = 32
-    temperature = 0.0           # 0: the likeliest token
-    top_k = 0                   # 0: all tokens
-    top_p = 1.0                 # 1: all tokens
 
 
 KEPT = 'pixel_shuffle', 'connector_bias'
@@ -126,17 +123,22 @@ def count_right(run, batch, tensors):
 
 
 def sample(run, options):
-    """Say what is in --image, or measure the data sets of --eval."""
+    """Say what is in --image, measure the data sets of --eval, or do as a language model."""
     check_sampling(options)
+    alone = 'image', 'prompts', 'chat', 'raw', 'stop', 'logprobs'
     if options.eval:
-        refuse_unused(vars(options), body_of(SampleSettings), ('image',),
+        refuse_unused(vars(options), body_of(SampleSettings), alone,
                       f'--eval={options.eval} looks at the pictures of a data set')
-    else:
-        refuse_unused(vars(options), body_of(SampleSettings), ('grid',), 'it goes with --eval')
-    if options.eval:
         evaluate(run, options)
-    elif options.image:
+        return
+    refuse_unused(vars(options), body_of(SampleSettings), ('grid',), 'it goes with --eval')
+    is_chat = hasattr(run.processor, 'chat')
+    if options.image:
+        refuse_unused(vars(options), body_of(SampleSettings), ('prompts', 'chat', 'raw'),
+                      f'--image={options.image} is one question')
         caption(run, options)
+    elif options.chat or options.prompts or (options.prompt and is_chat):
+        ask(run, options)
     else:
         raise ValueError(f'{options.out_dir} is a vision-language model: give --image=a.png or '
                          '--eval=<data set>')
@@ -152,16 +154,17 @@ def caption(run, options):
         except shards.BadSample as error:
             raise OSError(f'{name}: {error}') from None
     prompt = prompt_of(run.processor, options.prompt or None)
-    texts = answers(run, [prompt] * len(files), np.stack(pixels), options)
-    for name, text in zip(files, texts):
-        text = text.strip()
+    given = all_answers(run, [prompt] * len(files), np.stack(pixels), options)
+    for name, answer in zip(files, given):
+        text = answer.text.strip()
         if options.json:
-            print(json.dumps(dict(image=name, prompt=options.prompt or run.settings['prompt'],
-                                  text=text)))
+            said = dict(image=name, prompt=options.prompt or run.settings['prompt'], text=text)
+            print(json.dumps(said | logprobs_of(run, answer, options)))
         elif len(files) == 1:
             print(text)
         else:
             print(f'{name}: {text}')
+        print_logprobs(run, answer, options)
 
 
 COLUMNS = 'exact match', 'blank picture', 'shuffled pictures', 'nearest pixels'

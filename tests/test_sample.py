@@ -208,6 +208,9 @@ def test_language_model_continues_text(llm, pictures):
     row = json.loads(run(
         'sample.py', f'--out_dir={llm}', '--device=cpu', '--prompt=red c', '--json=true').ok().out)
     assert row == {'prompt': 'red c', 'text': 'ross'}
+    for model in (llm, llm / 'checkpoints' / 'latest'):
+        assert run('sample.py', f'--model={model}', '--device=cpu', '--prompt=red c').ok().out == (
+            'red cross\n')
     run('sample.py', f'--out_dir={llm}', f'--image={pictures}').refused('--image', 'task=vlm')
     run('sample.py', f'--out_dir={llm}', '--eval=plain').refused('--eval', 'task=vlm')
 
