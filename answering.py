@@ -209,6 +209,15 @@ def ends_of(run):
     return ends
 
 
+def pixels_of(run, name):
+    """The pixels of a picture's file. Raises OSError."""
+    with open(name, 'rb') as f:
+        try:
+            return run.processor.eyes.pixels(f.read())
+        except BadSample as error:
+            raise OSError(f'{name}: {error}') from None
+
+
 def room_after(run, length):
     """How many tokens the model can write after a prompt. Raises ValueError."""
     decoder = getattr(run.model, 'decoder', run.model)

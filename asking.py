@@ -12,7 +12,15 @@ import os
 import sys
 from typing import NamedTuple
 
-from answering import answer_batch, asked, check_sampling, prompt_of, question_of, texts_of
+from answering import (
+    answer_batch,
+    asked,
+    check_sampling,
+    pixels_of,
+    prompt_of,
+    question_of,
+    texts_of,
+)
 from shards import BadSample
 from tokenizer import read_json
 from usage import refuse_unused
@@ -130,15 +138,6 @@ def answers_to(run, batch, options):
         pixels += [pixels_of(run, name) for name in question.images]
     return answer_batch(run, [question.prompt for question in batch], pixels or None,
                         [question.number for question in batch], options)
-
-
-def pixels_of(run, name):
-    """The pixels of a picture's file. Raises OSError."""
-    with open(name, 'rb') as f:
-        try:
-            return run.processor.eyes.pixels(f.read())
-        except BadSample as error:
-            raise OSError(f'{name}: {error}') from None
 
 
 # -------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ import os
 import sys
 from types import SimpleNamespace
 
-from answering import asked, cut, growing, texts_of
-from asking import pixels_of
+from answering import asked, cut, growing, pixels_of, texts_of
 from shards import BadSample
 
 HELP = '/image a.png: a picture for what you say next; /reset: forget all; /quit'
