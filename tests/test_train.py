@@ -568,7 +568,7 @@ def test_parameters_end_when_nobody_reads_on(data, tmp_path):
     (['--task=nowhere.py'], ['nowhere.py', 'there is no file /']),
     (['--device=tpu'], ["device='tpu'", 'cuda:NUMBER']),
     (['--device=cuda:99'], ['cuda:99', 'GPUs', '--device=cpu']),
-    (['--seed=99999999999999999999999'], ['seed', '2^63']),
+    (['--seed=99999999999999999999999'], ['seed', '64 bits']),
     (['--val={"a": 5}'], ['val', "'a'", '5', 'name of a data set']),
     (['--vit.patch_size=0'], ['vit.patch_size=0', 'at least 1']),
     (['--decoder.num_kv_heads=-1'], ['decoder.num_kv_heads=-1', 'at least 1']),
