@@ -72,7 +72,7 @@ def why_stopped(step, learned, bad, num_bad, seen, settings):
         return f'no sample of step {step} has anything to learn: {reason}'
     last = (bad or ['named above'])[-1]
     return (f'{num_bad} bad samples of {seen} are over max_bad_fraction='
-            f'{settings["max_bad_fraction"]}: mend the data set or raise the bound. The last: '
+            f'{settings["max_bad_fraction"]}: mend what the last one says, or raise the bound: '
             f'{last}')
 
 

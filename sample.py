@@ -125,6 +125,7 @@ try:
     parallel.check(vars(options))
 except ValueError as error:
     fail(error)
+torch.set_grad_enabled(False)       # a task of yours need not think of it
 try:
     run = hub.open_run(_checkpoint, options.device, options.ema, options.adopt, options.dtype)
 except (ValueError, OSError) as error:

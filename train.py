@@ -244,7 +244,7 @@ for name, parameter in raw_model.named_parameters():
 first_batch = checked(train_data[order.start + np.arange(micro_batch)])
 if not any(task.count(first_batch).values()):
     fail(f'task={config["task"]} learns nothing from the first {micro_batch} samples: '
-         f'{(first_batch["bad"] or ["?"])[0]}', 2)
+         f'{(first_batch["bad"] or ["what does its count count?"])[0]}', 2)
 with autocast:
     flops = logs.count_flops(raw_model, run.inputs(first_batch) | constants)
 sample_flops = 3 * flops / micro_batch                  # the backward pass takes two of three

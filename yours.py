@@ -167,8 +167,30 @@ def watched(function, path, name):
     def checked(*args, **kwargs):
         given = function(*args, **kwargs)
         check_given(path, name, given)
+        if name == 'count':
+            COUNTED[path] = given
         if name == 'build':
-            given.register_forward_hook(
-                lambda _, args, given: check_given(path, "its model's forward", given))
+            watch_forward(given, path)
         return given
     return checked
+
+
+# file of a task -> what its `count` gave last
+COUNTED = {}
+
+
+def watch_forward(model, path):
+    """Look at what a model's forward gives, the first time beside what `count` said of it."""
+    seen = []
+
+    def look(_, args, given):
+        check_given(path, "its model's forward", given)
+        if not seen and COUNTED.get(path):
+            seen.append(given)
+            # a mean would be divided by another number, or be of a kind that nobody adds
+            says = {kind: float(number) for kind, number in COUNTED[path].items()}
+            found = {kind: float(learned[1].sum()) for kind, learned in given.items()}
+            if says != found:
+                raise Nonsense(f'{path}: count gave {says}, but its model\'s forward learned '
+                               f'{found} of the same batch')
+    model.register_forward_hook(look)

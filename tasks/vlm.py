@@ -229,6 +229,8 @@ def read_all(run, name, data_dir):
 
 def read_sets(run, name, options):
     """The same of a data set, or of all that the run was trained on: mix."""
+    # validation may have given it another name
+    name = run.settings['val'].get(name, name)
     places = [(name, options.data_dir or run.settings['data_dir'])]
     if name == 'mix':
         places = [(each, run.settings['data_dir']) for each in run.settings['mix']]

@@ -39,7 +39,7 @@ from shards import Folder
 # whose tests make the data of these
 NEEDS = ('robots', 'families', 'pictures.py', 'prepare')
 # how many of all changes are tried in make test; 0: all of them
-FEW = pytest.mark.parametrize('few', [3, pytest.param(0, marks=pytest.mark.long)])
+FEW = pytest.mark.parametrize('few', [2, pytest.param(0, marks=pytest.mark.long)])
 LONG = pytest.mark.long
 
 

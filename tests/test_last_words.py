@@ -61,6 +61,27 @@ def test_a_forward_that_gives_nonsense_is_named(tmp_path):
             model(given)
 
 
+@pytest.mark.parametrize('counted', [{'a': 4}, {'b': 2}, {'a': 2, 'b': 0}])
+def test_a_count_that_is_not_what_forward_learned_is_named(tmp_path, counted):
+    (tmp_path / 'two.py').write_text('import torch\nfrom tasks.llm import TrainSettings, form\n'
+                                     'build = lambda *_, **__: torch.nn.Identity()\n'
+                                     'def count(batch):\n    return batch\n')
+    import torch
+    task = tasks.load(str(tmp_path / 'two.py'))
+    learned = {'a': (torch.zeros(2), torch.ones(2), None)}
+    model = task.build({}, None)
+    task.count(counted)
+    with pytest.raises(Nonsense, match='two.py: count gave .* forward learned'):
+        model(learned)
+
+    # of the first batch alone: later ones may be counted before they come
+    model = task.build({}, None)
+    task.count({'a': 2})
+    model(learned)
+    task.count(counted)
+    model(learned)
+
+
 def test_nonsense_ends_a_run_in_one_line(tmp_path):
     mine = MINE[:MINE.index('def form')] + MINE[MINE.index('def count'):MINE.index('def inputs')]
     (tmp_path / 'mine.py').write_text(mine)
