@@ -4,6 +4,7 @@ the Hugging Face hub, big_vision's .npz, and runs of ours.
     model = hub.from_pretrained('google/gemma-2b')          # a repository, a folder, or out/run
     python hub.py config google/gemma-2b > config/mine.py   its settings, as a config file
     python hub.py export out/run folder [--dtype=bfloat16]  a run, as a folder for transformers
+    python hub.py adapter out/run folder                    the factors of `lora`, as one for peft
     python hub.py push out/run name/repository              the same to the Hub, with a model card
 
 A run that names code (`task: mine.py`) is opened with --allow_code=true on the command line.
@@ -44,7 +45,7 @@ from usage import code_in, code_problem
 
 # The families are found beside this file, in the order in which they are asked.
 HERE = os.path.dirname(os.path.abspath(__file__))
-FAMILIES = ('huggingface', 'big_vision', 'diffusers')
+FAMILIES = ('peft', 'huggingface', 'big_vision', 'diffusers')
 NEEDS = {'diffusers': 'images'}          # the rooms that a family needs
 MISSING = ('families/ is not here: without it, runs of ours are opened, but no models of others '
            'are fetched, opened or written')
@@ -192,9 +193,7 @@ def open_ours(path, device='cpu', ema=True, adopt=()):
         is_bytes = settings['tokenizer'] == 'bytes'
         tok = tokenizers.load('bytes' if is_bytes else folder)
 
-        weights = load_file(os.path.join(folder, 'model.safetensors'))
-        if ema and settings.get('ema'):
-            weights |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
+        weights = tensors_of(folder, ema and settings.get('ema'))
         base = {}
         if settings.get('lora'):
             base = read_json(os.path.join(folder, 'base.json'))
@@ -222,6 +221,14 @@ def open_ours(path, device='cpu', ema=True, adopt=()):
     except Exception as error:
         raise ValueError(f'{folder!r} can not be loaded: {" ".join(str(error).split())[:300]}'
                          ) from None
+
+
+def tensors_of(folder, ema):
+    """{name: tensor} that a checkpoint of ours holds; ema: averages, where it has some."""
+    tensors = load_file(os.path.join(folder, 'model.safetensors'))
+    if ema:
+        tensors |= load_file(os.path.join(folder, 'ema', 'model.safetensors'))
+    return tensors
 
 
 def merged(model, base, folder, factors, alpha):
@@ -264,8 +271,11 @@ def from_pretrained(name, dtype=torch.float32, revision=None, image_size=0):
     folder = fetch(name, revision)
     if is_foreign(folder):
         try:
-            with bounds.no_more_than(folder):
-                return family_of(folder).open_model(folder, dtype, image_size)
+            module = family_of(folder)
+            # the weights of an adapter are beside those of its base
+            base = fetch(module.base_of(folder)) if hasattr(module, 'base_of') else folder
+            with bounds.no_more_than(base):
+                return module.open_model(folder, dtype, image_size)
         except OverflowError as error:
             raise ValueError(f'{folder!r}: a number of config.json is too large ({error})'
                              ) from None
@@ -348,6 +358,18 @@ def export_run(run, folder, dtype=torch.float32):
                      f'{type(model).__name__}, which none of these knows: {", ".join(FAMILIES)}')
 
 
+def export_adapter(run, folder):
+    """The factors of a run with `lora`, as a folder of peft. Raises ValueError."""
+    if os.path.isdir(os.path.join(folder, 'checkpoints')):
+        raise ValueError(f'{folder!r} is a run and would be overwritten: name a new folder')
+    run_of = open_ours(run)
+    if not run_of.settings.get('lora'):
+        raise ValueError(f'{run!r} was trained without lora: python hub.py export writes it whole')
+    factors = tensors_of(run_of.folder, run_of.settings['ema'])
+    base = read_json(os.path.join(run_of.folder, 'base.json'))
+    family('peft').write(run_of, factors, base, folder)
+
+
 def push(run, name, dtype=torch.float32):
     """A run to a repository of the Hub, as `export_run` writes it, with a model card: where it is.
     Raises ValueError."""
@@ -361,7 +383,7 @@ def push(run, name, dtype=torch.float32):
 
 
 def main(argv):
-    """The command: config, export or push."""
+    """The command: config, export, adapter or push."""
     # Flags may stand anywhere.
     dtype = torch.float32
     words = []
@@ -380,6 +402,8 @@ def main(argv):
             print(config_lines(words[1]), end='')
         elif words[:1] == ['export'] and len(words) == 3:
             export_run(words[1], words[2], dtype)
+        elif words[:1] == ['adapter'] and len(words) == 3:
+            export_adapter(words[1], words[2])
         elif words[:1] == ['push'] and len(words) == 3:
             print(push(words[1], words[2], dtype))
         else:

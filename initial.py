@@ -83,6 +83,11 @@ def begin_run(run, resumed, is_for_names=False):
     if is_for_names:
         return lora.add(model, settings)
 
+    # the factors may begin where those of peft ended
+    adapter = ''
+    if os.path.exists(os.path.join(path, 'adapter_config.json')):
+        adapter, path = path, hub.family('peft').base_of(path)
+
     # its checkpoints hold the factors alone: each command finds the same weights again
     line, fresh, folder = fill(model, path, skip, cache_dir)
     if fresh:
@@ -92,7 +97,13 @@ def begin_run(run, resumed, is_for_names=False):
         lora.check_base(model, read_json(os.path.join(resumed, 'base.json')), resumed)
     run.kept['base.json'] = dict(folder=lasting(path, folder), sum=lora.sum_of(model))
     run.tensors = lambda: lora.factors_of(model)
-    return f'{line}; {lora.add(model, settings)}'
+    begun = hub.family('peft').read(model, adapter) if adapter else ()
+    line = f'{line}; {lora.add(model, settings)}'
+    if begun:
+        factors, alpha = begun
+        hub.family('peft').begin(model, adapter, factors, (settings['lora_alpha'], alpha))
+        line += f', which begin as those of {adapter}'
+    return line
 
 
 def lasting(path, folder):

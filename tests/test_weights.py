@@ -208,7 +208,7 @@ def test_files_that_are_not_all_there(saved, changed, tmp_path):
     both(os.path.dirname(path), 'pytorch_model.bin', 'pickles run code')
     folder = changed('llama')
     open(os.path.join(folder, 'adapter_config.json'), 'w').write(
-        json.dumps(dict(peft_type='LORA', base_model_name_or_path='google/gemma-2b')))
+        json.dumps(dict(base_model_name_or_path='google/gemma-2b', use_dora=True)))
     both(folder, 'adapter', 'google/gemma-2b', 'merge_and_unload')
     for name in ('config.json', 'model.safetensors'):
         os.remove(os.path.join(folder, name))
