@@ -227,6 +227,22 @@ def test_a_part_of_a_run(runs, task, part, source, flags, start, there):
         assert config['image_mean'] == 1.0, 'pixels are as the tower knows them'
 
 
+def test_a_tokenizer_with_more_special_tokens(runs, tmp_path):
+    """Of a user, who cuts words as the run did that the weights are of."""
+    write_bytes_tokenizer(tmp_path)
+    path = tmp_path / 'tokenizer.json'
+    more = json.loads(path.read_text())
+    last = more['added_tokens'][-1]
+    more['added_tokens'] += [last | dict(id=260 + i, content=f'<more{i}>') for i in range(70)]
+    path.write_text(json.dumps(more))
+    config, run, line = begun(f'--init={ {"decoder": str(runs / "llm")} }',
+                              f'--tokenizer={tmp_path}')
+    assert run.tokenizer.vocab_size == 330 and config['decoder.vocab_size'] == 384
+    assert '(320, 16) made (384, 16), new rows are the mean of the old' in line
+    rows = run.model.embedding.weight
+    assert torch.allclose(rows[320:], rows[:320].mean(0), atol=1e-7)
+
+
 def test_the_action_expert_and_the_connector(runs):
     init = dict.fromkeys(('vit', 'decoder', 'connector'), str(runs / 'vlm'))
     config, run, line = begun('--task=vla', f'--init={init | {"vla": str(runs / "vla")} }',
