@@ -108,3 +108,11 @@ def test_a_tokens_key_is_that_of_its_place_in_the_sample():
     flat = sum(alone.values(), [])
     assert len(set(flat)) == len(flat)
     assert not set(flat) & set(sum(keys_of(p, [(8, b'abc')]).values(), []))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_a_gpu_drops_the_same_numbers():
+    keys, x = random_keys(0, torch.arange(64)).view(2, 32), torch.randn(2, 32, 96)
+    layer = Dropout(0.3, 96, 1)
+    assert torch.equal(layer(x, keys), layer.cuda()(x.cuda(), keys.cuda()).cpu())
