@@ -160,9 +160,11 @@ def run(script, args, folder, out_dir='out/run'):
 
 
 def cpu_time(pid):
-    """Seconds that a process has worked."""
-    with open(f'/proc/{pid}/stat') as file:
-        ticks = file.read().rpartition(')')[2].split()[11:13]
+    """Seconds that a process has worked; 0 for one that has just ended."""
+    try:
+        ticks = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[11:13]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
     return sum(map(int, ticks)) / os.sysconf('SC_CLK_TCK')
 
 
