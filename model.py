@@ -445,8 +445,9 @@ def check_decoder(c):
         raise ValueError(f'decoder.feature_layer={c.feature_layer}: expected -1 to {c.depth - 1}')
     if c.activation not in ACTIVATIONS:
         raise ValueError(f'decoder.activation={c.activation!r}: expected gelu or silu')
-    if c.sliding_window < 0:
-        raise ValueError(f'decoder.sliding_window={c.sliding_window}: expected 0 or more')
+    for name in ('sliding_window', 'query_pre_attn_scalar', 'attn_logits_softcap'):
+        if getattr(c, name) < 0:
+            raise ValueError(f'decoder.{name}={getattr(c, name)}: expected 0 or more')
     if c.global_every > 1 and c.sliding_window == 0:
         raise ValueError(f'decoder.global_every={c.global_every} makes the other layers local: '
                          'they need a decoder.sliding_window')

@@ -166,7 +166,8 @@ def build(kind, trained, options, lr, betas, weight_decay):
     # torch refuses an optimizer that has no parameters.
     optimizers = []
     if adamw:
-        groups = list(adamw.values())
+        # torch takes no 0 for 0.0 there
+        groups, betas = list(adamw.values()), tuple(map(float, betas))
         optimizers.append(torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True))
     # Muon's updates as large as AdamW's (arXiv 2502.16982), so that one lr serves both.
     if muon:

@@ -341,20 +341,20 @@ def tell_end(kind, error, trace):
     """Ctrl-C, more memory than there is, and what says so of itself, in one line; other errors as
     Python does."""
     said, script = ' '.join(str(error).split()), os.path.basename(sys.argv[0])
+    # \r: over a progress bar, which has no end of its own
     is_full = re.search(r"out of memory|can't allocate memory|not enough memory|array is too big|"
                         'Storage size calculation overflowed|Maximum allowed dimension', said)
     if kind is KeyboardInterrupt:
         print(f'{script}: stopped by Ctrl-C', file=sys.stderr)
     elif issubclass(kind, MemoryError) or is_full:
-        print(f'{script}: the memory is full: take a smaller micro_batch_size, seq_len or model '
+        print(f'\r{script}: the memory is full: take a smaller micro_batch_size, seq_len or model '
               f'({said:.200})', file=sys.stderr)
     elif getattr(kind, 'in_one_line', False):
         print(f'{script}: {said}', file=sys.stderr)
     elif 'without overflow' in said:
-        print(f'{script}: {too_large(trace)}: float32 has no such number', file=sys.stderr)
+        print(f'\r{script}: {too_large(trace)}: float32 has no such number', file=sys.stderr)
     elif re.search(r'DataLoader worker .* (is killed by|exited unexpectedly)', said):
-        # the bar has no end of its own
-        print(f'\n{script}: a process that reads data was killed, by a full memory perhaps: take '
+        print(f'\r{script}: a process that reads data was killed, by a full memory perhaps: take '
               f'fewer workers; the same command goes on ({said:.200})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

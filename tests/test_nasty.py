@@ -64,7 +64,8 @@ KINDS = {
     'llm': [('decoder.width', 0), ('decoder.num_heads', 0), ('seq_len', 0), ('seq_len', -5),
             ('decoder.depth', -5), ('decoder.dropout', -1.0), ('decoder.mlp_dim', 2 ** 31),
             ('seed', 2 ** 64), ('max_steps', 2 ** 63), ('epochs', 1e308), ('workers', 100_000),
-            ('decoder.rope_scaling', [None]), ('weight_decay', float('inf')),
+            ('decoder.rope_scaling', [None]),
+            ('decoder.query_pre_attn_scalar', -1.0), ('weight_decay', float('inf')),
             ('out_dir', 'a\0b'), ('mix', {'file.bin': 1}), ('tokenizer', 'file.bin/x'),
             ('device', 'cuda')],
     'policy': [('policy.prediction', ' '), ('normalize', '['), ('proprio_dim', 2 ** 31),
@@ -81,6 +82,12 @@ def test_each_kind_is_refused_by_key_and_value(task):
         outcome, fault = nasty.tried(script, base, {key: value}, False)
         assert outcome.code == 2 and not fault, (key, value, outcome, fault)
         assert key.rpartition('.')[2] in outcome.err, (key, outcome.err)
+
+
+def test_betas_without_a_point():
+    script, bases, _ = nasty.commands('llm')
+    outcome, fault = nasty.tried(script, bases[0], dict(betas=[0, 0]), True)
+    assert outcome.code == 0 and not fault, outcome
 
 
 def test_a_reader_that_was_killed_is_told_in_a_line(capsys):
