@@ -147,13 +147,10 @@ def open_theirs(folder, device, dtype):
     model = from_pretrained(folder, getattr(torch, dtype)).to(device)
     tok = tokenizers.load(folder)
 
-    # a model that holds no conversations has no template, and is none the worse for it
     decoder = getattr(model, 'decoder', model)
     settings = dict(seq_len=decoder.config.max_positions, mix={}, data_dir='', ema=0.0)
     settings = tasks.defaults(said['task']) | settings | said
-    is_text_alone = not hasattr(model, 'vit')
-    if is_text_alone and not family('processors').read_template(folder):
-        settings['processor'] = 'auto'
+    settings['processor'] = form_of(folder, settings)
     processor = processors.build(settings, tok, task, getattr(model, 'image_tokens', 0))
     set_mask(model, processor)
     run = checkpoint.Run(task, settings, tok, model, processor, device, folder)
@@ -297,10 +294,22 @@ def room_for(vocab_size, tokenizer):
     return -(-tokenizer.vocab_size // 64) * 64
 
 
+def form_of(folder, settings):
+    """The processor for a folder's settings."""
+    # a language model that holds no conversations has no template, and is none the worse for it
+    has_eyes = any(key.startswith('vit.') for key in settings)
+    if has_eyes or family('processors').read_template(folder):
+        return settings.get('processor', 'auto')
+    return 'auto'
+
+
 def settings_of(name):
     """The settings of train.py for a model of others. Raises ValueError."""
     folder = fetch(name)
     settings = family_of(folder).settings(folder)
+
+    if 'processor' in settings:
+        settings['processor'] = form_of(folder, settings)
 
     # A folder may have no tokenizer: who trains with it has to give one.
     rows = settings.get('decoder.vocab_size')
