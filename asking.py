@@ -223,6 +223,8 @@ def answer_file(run, options):
     # whatever an earlier command has answered stays
     done, out = 0, sys.stdout
     if options.out:
+        if os.path.exists(options.out) and os.path.samefile(options.out, options.prompts):
+            raise ValueError(f'out={options.out!r} is the file of --prompts: name another one')
         done = mend(options.out, rows)
         out = open(options.out, 'a', encoding='utf-8')
     if done:
@@ -278,25 +280,34 @@ def mend(path, rows):
     ValueError where it answers others."""
     if not os.path.exists(path):
         return 0
-    # a line without its end is of a command that was killed
-    with open(path, 'rb+') as f:
+    if not os.path.isfile(path):
+        raise ValueError(f'out={path!r} is no file: name one')
+    with open(path, 'rb') as f:
         content = f.read()
-        whole = content.rfind(b'\n') + 1
-        if whole < len(content):
-            print(f'{path}: its last line is torn, and answered again', file=sys.stderr)
-            f.truncate(whole)
+    whole = content.rfind(b'\n') + 1
 
-    # what is there must be answers to these very rows
+    # what is there must be answers to these very rows, else it is somebody's file
     lines = content[:whole].splitlines()
     for number, line in enumerate(lines):
         try:
             said = json.loads(line)
+            is_answer = all(key in said for key in ('text', 'finish'))
             wanted = {key: said.get(key) for key in said if key not in ANSWERED}
-        except (ValueError, AttributeError):
-            wanted = None
-        if number >= len(rows) or wanted != rows[number]:
+        except (ValueError, AttributeError, TypeError):
+            is_answer, wanted = False, None
+        if not is_answer or number >= len(rows) or wanted != rows[number]:
             raise ValueError(f'out={path!r}: line {number + 1} is no answer to that line of '
                              '--prompts: name another file, or delete it')
+
+    # a line without its end is of a command that was killed, if it begins as an answer does
+    torn = content[whole:].decode(errors='replace')
+    if torn:
+        row = json.dumps(rows[len(lines)])[:-1] if len(lines) < len(rows) else ''
+        if not row or not (torn.startswith(row) or row.startswith(torn)):
+            raise ValueError(f'out={path!r}: its last line is no answer: name another file')
+        print(f'{path}: its last line is torn, and answered again', file=sys.stderr)
+        with open(path, 'rb+') as f:
+            f.truncate(whole)
     return len(lines)
 
 

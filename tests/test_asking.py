@@ -208,6 +208,25 @@ def test_a_file_is_answered_in_its_order_and_goes_on(run, tmp_path, capsys):
     assert out.read_text() == whole
 
 
+@pytest.mark.parametrize('mine', ['precious\nnotes, no newline', 'notes, no newline', '{"a": 1}',
+                                  '{"prompt": "a"}\n', '{"prompt": "a"}\n{"prompt": "b"}'])
+def test_what_is_no_file_of_answers_stays_as_it_is(tmp_path, mine):
+    rows = [dict(prompt='a'), dict(prompt='b')]
+    (tmp_path / 'out').write_text(mine)
+    with pytest.raises(ValueError, match='name another'):
+        asking.mend(str(tmp_path / 'out'), rows)
+    assert (tmp_path / 'out').read_text() == mine
+    with pytest.raises(ValueError, match='no file'):
+        asking.mend('/dev/full', rows)
+
+
+def test_answers_are_not_written_over_their_questions(run, tmp_path):
+    (tmp_path / 'in.jsonl').write_text('{"prompt": "a"}\n')
+    said = options(prompts=f'{tmp_path}/in.jsonl', out=f'{tmp_path}/../{tmp_path.name}/in.jsonl')
+    with pytest.raises(ValueError, match='is the file of --prompts'):
+        asking.ask(run, said)
+
+
 @pytest.mark.parametrize('line, words', [
     ('{"prompt"', 'line 2 is no JSON'), ('[1]', 'line 2: expected'),
     ('{"question": "a"}', 'it has question'), ('{"prompt": "a", "text": "b"}', 'has text'),
