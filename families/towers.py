@@ -27,6 +27,8 @@ from tokenizer import read_json
 # opening
 
 
+# gradients tell which parameters are used, also where the caller wants none
+@torch.enable_grad()
 def open_tower(part, config, vocab_size, load_weights=True):
     """The model of transformers that config.hf names, as our part: vit, decoder, or text (what
     text to image is told by, which need not speak). vocab_size: ids that the tokenizer has.
