@@ -267,7 +267,9 @@ class Saver:
         """Of `may_go`, those that nobody asked for (a signal's), and what keep_last leaves no room
         for; the newest stays."""
         # what was damaged, so that the run went on from an older one, takes the place of none
-        there = [name for name in names(self.folder) if step_of(name) <= self.step]
+        there = names(self.folder)
+        if self.step:
+            there = [name for name in there if step_of(name) <= self.step]
         asked_for = [name for name in there if is_asked_for(os.path.join(self.folder, name))]
         for name in there[1:]:
             if name in may_go and name not in asked_for[:self.keep_last or None]:

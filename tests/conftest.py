@@ -8,6 +8,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
@@ -53,6 +55,13 @@ def is_there(name):
 
 collect_ignore = [path.name for path in sorted((ROOT / 'tests').glob('test_*.py'))
                   if not all(is_there(name) for name in needs(path))]
+
+
+@pytest.fixture(autouse=True)
+def a_broken_pipe_is_an_error():
+    """--help, called in this process, lets one end it in silence, and all later tests with it."""
+    yield
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
 
 
 def picture(number, size=16):
