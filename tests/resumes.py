@@ -45,6 +45,13 @@ def write_sets(folder):
     return folder
 
 
+def close(folders):
+    """Close the shards of Folders: a game opens more of them than a process may."""
+    for folder in folders.values():
+        while folder.files:
+            os.close(folder.files.popitem()[1])
+
+
 def silent(line):
     """Nobody reads what a checkpoint is skipped for."""
 
@@ -161,6 +168,7 @@ class Referee:
             # steps that were not saved are taken again
             run.steps, run.settings = run.steps[:first], settings
             self.loop(run, settings, world, history, folders, steps, scheduled)
+        close(folders)
 
     def loop(self, run, settings, world, history, folders, steps, scheduled):
         rng, first = self.rng, len(run.steps)
@@ -185,6 +193,8 @@ class Referee:
             is_killed = step + 1 == last and end.startswith('SIGKILL')
             if step + 1 in scheduled and not is_killed or step + 1 == last and end == 'SIGTERM':
                 self.save(saver, run, settings, history, step + 1, step + 1 in scheduled)
+        if end == 'finished' and settings['max_samples']:
+            assert run.samples(len(run.steps)) == settings['max_samples'], 'a short last batch'
         if end == ENDS[-1]:
             # what it has written until then
             os.makedirs(run.out / f'checkpoints/.step_{last:08}.tmp/state')
@@ -313,6 +323,7 @@ class Referee:
         with contextlib.redirect_stdout(printed):
             history = show_steps.open_past(settings, str(run.out))
             show_steps.show(history, 1, len(run.steps) + 1)
+        close(history.folders)
         rows = []
         for line in printed.getvalue().splitlines():
             step, position, name, epoch, shard, key = line.split('\t')

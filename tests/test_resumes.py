@@ -37,11 +37,12 @@ def test_some_resumes(play, number):
 def test_a_thousand_resumes(play):
     total = Counter()
     for number in range(40):
-        total += play(number, 25)
+        total += play(number, 32)
     # workers, which take longer to begin than to read
     for number in range(40, 50):
         total += play(number, 10, num_workers=2)
     print(dict(total))
+    assert sum(total[end] for end in resumes.ENDS) >= 1000, 'that trained'
     assert all(total[end] > 50 for end in (*resumes.ENDS, 'nothing to do', 'branches', 'damaged'))
 
 
